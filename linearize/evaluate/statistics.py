@@ -1,0 +1,62 @@
+"""Intervals: Wilson for right-or-wrong counts, the bootstrap for everything else."""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+Interval = tuple[float, float]
+
+# Two-sided 95 % of the normal distribution, as every table of the project quotes it.
+Z95 = 1.96
+DRAWS = 10_000
+
+
+def wilson(correct: int, samples: int, z: float = Z95) -> Interval:
+    """Interval of a success rate (Wilson 1927): sensible at 0 and 1, where the normal one has no width.
+
+    No samples say nothing: (0, 1).
+    """
+    if not 0 <= correct <= samples:
+        raise ValueError(f"wilson: {correct} correct of {samples} samples; expected 0 <= correct <= samples")
+    if samples == 0:
+        return 0.0, 1.0
+    rate, spread = correct / samples, z * z / samples
+    centre = (rate + spread / 2) / (1 + spread)
+    half = z * math.sqrt(rate * (1 - rate) / samples + spread / (4 * samples)) / (1 + spread)
+    low = 0.0 if correct == 0 else centre - half
+    high = 1.0 if correct == samples else centre + half
+    return low, high
+
+
+def bootstrap(
+    samples: Tensor, statistic: Callable[[Tensor], Tensor], *, draws: int = DRAWS, level: float = 0.95, seed: int = 0
+) -> Interval:
+    """Percentile interval of a statistic of column totals, drawing rows of `samples` [N, C] with replacement.
+
+    `statistic` takes the totals of every draw at once, [draws, C] -> [draws]. Quantities that belong to one
+    sample stand in one row, so they are drawn together: a difference of two columns is the *paired* bootstrap.
+    """
+    samples = samples.double().cpu()
+    count = samples.shape[0]
+    if count == 0:
+        raise ValueError("bootstrap: no samples; expected at least one row")
+    generator = torch.Generator().manual_seed(seed)
+    picks = torch.randint(count, (draws, count), generator=generator)
+    times = torch.zeros(draws, count, dtype=torch.double).scatter_add_(1, picks, torch.ones((), dtype=torch.double).expand_as(picks))
+    values = statistic(times @ samples)
+    tail = (1 - level) / 2
+    low, high = torch.quantile(values, torch.tensor([tail, 1 - tail], dtype=torch.double)).tolist()
+    return low, high
+
+
+def paired_bootstrap(
+    first: Tensor, second: Tensor, *, draws: int = DRAWS, level: float = 0.95, seed: int = 0
+) -> Interval:
+    """Interval of mean(first - second), both [N] and measured on the same N samples."""
+    if first.shape != second.shape:
+        raise ValueError(f"paired_bootstrap: {tuple(first.shape)} against {tuple(second.shape)}; expected pairs")
+    difference = (first.double() - second.double())[:, None]
+    count = difference.shape[0]
+    return bootstrap(difference, lambda totals: totals[:, 0] / count, draws=draws, level=level, seed=seed)
