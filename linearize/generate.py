@@ -1,0 +1,73 @@
+"""Text from a model, converted or not: one call around `model.generate()` for people and for the CLI."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from .modeling.errors import EvaluationError
+
+
+@torch.no_grad()
+def generate(
+    model: nn.Module,
+    tokenizer: Any,
+    prompt: str,
+    max_new_tokens: int = 60,
+    *,
+    do_sample: bool = False,
+    seed: int | None = None,
+    **options: Any,
+) -> str:
+    """The text that `model` writes after `prompt`, without the prompt; greedy unless `do_sample`.
+
+    `seed` makes sampling repeatable and leaves the global generators as they were; `options` (temperature, top_p,
+    num_beams, ...) go to `model.generate()`.
+    """
+    if not isinstance(prompt, str):
+        raise EvaluationError(f"prompt: {type(prompt).__name__} is not text; give a string")
+    if max_new_tokens < 1:
+        raise EvaluationError(f"max_new_tokens: {max_new_tokens} is impossible; give at least 1")
+    device = next(model.parameters()).device
+    ids = tokenizer(prompt, return_tensors="pt").input_ids.long().to(device)
+    if ids.shape[1] == 0:
+        raise EvaluationError("prompt: it has no tokens, so there is nothing to continue; give at least one word")
+    # Without a pad token transformers warns and takes the end-of-sequence token; one row needs no padding at all.
+    options.setdefault("pad_token_id", _pad_token(model, tokenizer))
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.random.fork_rng(_cuda(device), enabled=seed is not None):
+            if seed is not None:
+                torch.manual_seed(seed)
+            written = model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=max_new_tokens,
+                do_sample=do_sample,
+                **options,
+            )
+    except IndexError as error:
+        limit = getattr(model.config, "max_position_embeddings", None)
+        if limit is None or ids.shape[1] + max_new_tokens <= limit:
+            raise
+        raise EvaluationError(
+            f"prompt: {ids.shape[1]} tokens and {max_new_tokens} new ones pass the model's table of {limit} positions; "
+            "shorten the prompt or lower max_new_tokens"
+        ) from error
+    finally:
+        model.train(was_training)
+    # Decoded together and cut in text: some tokenizers drop the first space of what they decode.
+    start = len(tokenizer.decode(ids[0], skip_special_tokens=True))
+    return tokenizer.decode(written[0], skip_special_tokens=True)[start:]
+
+
+def _pad_token(model: nn.Module, tokenizer: Any) -> int | None:
+    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id, model.config.eos_token_id):
+        if token is not None:
+            return token[0] if isinstance(token, list) else token
+    return None
+
+
+def _cuda(device: torch.device) -> list[torch.device]:
+    return [device] if device.type == "cuda" else []
