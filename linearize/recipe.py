@@ -1,0 +1,402 @@
+"""What a run does, as one typed tree: read from YAML, mended by ``key.sub=value`` words, refused when wrong.
+
+Only what differs from the defaults need be written. The method's fields are those of its config dataclass in
+``modeling``; everything else is declared here. Nothing heavy is imported until a method has to be looked up.
+"""
+
+import copy
+import dataclasses
+import importlib.resources
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_type_hints
+
+import yaml
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    ValidationError,
+    create_model,
+    field_serializer,
+    field_validator,
+    model_validator,
+)
+
+from .complaints import complaint, located, near
+from .modeling.errors import LinearizeError, RecipeError
+from .overrides import flatten, parse_override, read_yaml, set_dotted
+
+QUICKSTART = "quickstart"
+DEFAULT_METHOD = "lolcats"
+
+
+def _whole(value: Any) -> Any:
+    """PyYAML reads ``1e6`` as text; a count written so is still a count."""
+    if isinstance(value, bool):
+        raise ValueError("should be a whole number")
+    if isinstance(value, str):
+        try:
+            value = float(value.replace("_", ""))
+        except ValueError:
+            raise ValueError("should be a whole number") from None
+    if isinstance(value, float) and not value.is_integer():
+        raise ValueError("should be a whole number")
+    return int(value) if isinstance(value, float) else value
+
+
+def _number(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError("should be a number")
+    return value
+
+
+Count = Annotated[int, BeforeValidator(_whole), Field(ge=0)]
+Positive = Annotated[int, BeforeValidator(_whole), Field(ge=1)]
+Rate = Annotated[float, BeforeValidator(_number), Field(ge=0)]
+PositiveRate = Annotated[float, BeforeValidator(_number), Field(gt=0)]
+Share = Annotated[float, BeforeValidator(_number), Field(ge=0, le=1)]
+RecallTask = Literal["passkey", "number_in_noise", "number_in_text", "uuid_in_text"]
+
+
+class Section(BaseModel):
+    """A part of the recipe: immutable, finite, and free of keys that nobody reads."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, coerce_numbers_to_str=True)
+
+
+class Teacher(Section):
+    """The model to convert: a bundled name, a folder or a Hub id."""
+
+    name: str = "books-5m"
+    revision: str | None = None
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = "auto"
+    trust_remote_code: bool = False
+
+
+class SelfSource(Section):
+    """Text that the teacher samples itself, until the pool holds ``tokens``."""
+
+    kind: Literal["self"] = "self"
+    weight: PositiveRate = 1.0
+    tokens: Positive = 1_000_000
+    temperature: PositiveRate = 1.0
+    top_p: Share = 1.0
+    prompt_len: Positive = 1
+
+
+class RecallSource(Section):
+    """Generated documents whose answers lie far back; ``text`` haystacks are drawn from the other sources."""
+
+    kind: Literal["recall"] = "recall"
+    weight: PositiveRate = 1.0
+    haystack: Literal["noise", "text", "mixed"] = "mixed"
+    kinds: list[Literal["passkey", "numbers", "table"]] = Field(
+        default=["passkey", "numbers", "table"], min_length=1
+    )
+
+
+class TextSource(Section):
+    """Local ``.txt``, ``.jsonl`` or ``.parquet`` files, or a folder of them; ``.gz`` and ``.xz`` are read as they are."""
+
+    kind: Literal["text"] = "text"
+    weight: PositiveRate = 1.0
+    path: str
+    field: str = "text"
+    separator: str | None = "<|endoftext|>"
+
+
+class HubSource(Section):
+    """A text data set of the Hugging Face Hub."""
+
+    kind: Literal["hub"] = "hub"
+    weight: PositiveRate = 1.0
+    dataset: str
+    subset: str | None = None
+    split: str = "train"
+    field: str = "text"
+    revision: str | None = None
+    max_documents: Positive | None = None
+
+
+class ChatSource(Section):
+    """Prompt and response pairs through the tokenizer's chat template; only the response is learnt."""
+
+    kind: Literal["chat"] = "chat"
+    weight: PositiveRate = 1.0
+    path: str | None = None
+    dataset: str | None = None
+    split: str = "train"
+    prompt: str = "instruction"
+    response: str = "output"
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> "ChatSource":
+        if (self.path is None) == (self.dataset is None):
+            raise ValueError("path: give exactly one of path and dataset")
+        return self
+
+
+Source = Annotated[
+    SelfSource | RecallSource | TextSource | HubSource | ChatSource, Field(discriminator="kind")
+]
+
+
+class Data(Section):
+    """Sequences of ``seq_len`` tokens, mixed from the sources by weight."""
+
+    seq_len: Annotated[int, BeforeValidator(_whole), Field(ge=2)] = 1024
+    packing: Literal["cross", "separate"] = "cross"
+    sources: list[Source] = Field(default=[SelfSource(), RecallSource(weight=0.15)], min_length=1)
+    held_out: list[Source] | None = None
+    cache: bool = True
+
+    @model_validator(mode="after")
+    def _held_out_is_text(self) -> "Data":
+        for source in self.held_out or []:
+            if source.kind not in ("text", "hub"):
+                raise ValueError(f"held_out: a {source.kind!r} source is not text; use kind 'text' or 'hub'")
+        return self
+
+
+class Stage(Section):
+    """What both training stages share; ``tokens: 0`` skips the stage. Sizes are per process."""
+
+    tokens: Count = 20_000_000
+    batch_size: Positive = 8
+    accumulate: Positive = 1
+    learning_rate: PositiveRate = 1e-2
+    weight_decay: Rate = 0.0
+    warmup_steps: Count = 10
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    final_ratio: Share = 0.05
+    clip: PositiveRate | None = 1.0
+    save_every: Positive = 200
+
+
+class Transfer(Stage):
+    """Stage 1: each mixer learns its layer's softmax output, layer by layer inside one forward pass."""
+
+    loss: Literal["relative", "mse"] = "relative"
+    mse_factor: PositiveRate = 1000.0
+    backward: Literal["immediate", "deferred"] = "immediate"
+
+
+class Lora(Section):
+    """Low-rank adapters; ``targets: attention`` is every projection that the attention probe found."""
+
+    rank: Positive = 8
+    alpha: PositiveRate = 16.0
+    dropout: Share = 0.0
+    targets: Literal["attention"] | list[str] = "attention"
+
+
+class Finetune(Stage):
+    """Stage 2: LoRA on next-token loss, on the KL from the teacher, or on a weighted sum; merged at the end."""
+
+    learning_rate: PositiveRate = 1e-4
+    warmup_steps: Count = 20
+    lora: Lora = Lora()
+    next_token: Rate = 1.0
+    kl: Rate = 0.0
+    kl_chunk: Positive = 1024
+    train_mixer: bool = False
+
+    @model_validator(mode="after")
+    def _some_loss(self) -> "Finetune":
+        if self.next_token + self.kl == 0:
+            raise ValueError("next_token: 0, and so is kl, which leaves no loss; set one of them above 0")
+        return self
+
+
+class Control(Section):
+    """A student with a sliding window only, given the same LoRA tokens: what the linear branch has to beat."""
+
+    enabled: bool = False
+    window: Positive | None = None
+    sinks: Count = 0
+
+
+class Evaluate(Section):
+    """What is measured on the saved folder, reloaded, beside a separately loaded teacher."""
+
+    seq_lens: list[Annotated[int, BeforeValidator(_whole), Field(ge=2)]] = [1024]
+    sequences: Positive = 32
+    batch_size: Positive = 4
+    recall_lens: list[Positive] = [512, 1024]
+    recall_tasks: list[RecallTask] = ["passkey", "number_in_text"]
+    recall_samples: Positive = 50
+    generate_tokens: Count = 60
+    prompt: str | None = None
+
+
+class Recipe(Section):
+    """The whole run. Build one with ``from_file``, ``from_dict`` or ``resolve``; change it with ``override``."""
+
+    teacher: Teacher = Teacher()
+    method: Any = Field(default=DEFAULT_METHOD, validate_default=True)
+    layers: Literal["all"] | list[Count] = "all"
+    convert_sliding: bool = False
+    data: Data = Data()
+    transfer: Transfer = Transfer()
+    finetune: Finetune = Finetune()
+    control: Control = Control()
+    evaluate: Evaluate = Evaluate()
+    output: str | None = None
+    seed: Count = 0
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+
+    # What the user wrote, which decides what a method's recommended values may fill.
+    _given: dict[str, Any] = PrivateAttr(default_factory=dict)
+
+    @field_validator("method", mode="before")
+    @classmethod
+    def _build_method(cls, value: Any) -> Any:
+        return build_method(value)
+
+    @field_serializer("method")
+    def _dump_method(self, method: Any) -> dict[str, Any]:
+        return {"name": method.name, **dataclasses.asdict(method)}
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> "Recipe":
+        if isinstance(self.layers, list) and (not self.layers or len(set(self.layers)) != len(self.layers)):
+            raise ValueError(f"layers: {self.layers} is not a list of distinct layer numbers, such as [0, 1, 2]")
+        window = getattr(self.method, "window", None)
+        if window is not None and window >= self.data.seq_len:
+            raise ValueError(
+                f"method.window: {window} covers the whole of data.seq_len={self.data.seq_len}, which leaves nothing "
+                f"to linearize; try method.window={max(1, self.data.seq_len // 8)}"
+            )
+        return self
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Recipe) and self.to_dict() == other.to_dict()
+
+    @classmethod
+    def from_dict(
+        cls, given: Mapping[str, Any], *, place: str | None = None, overridden: Sequence[str] = ()
+    ) -> "Recipe":
+        """The validated recipe. Keys that ``given`` leaves out take the method's recommended values, then the defaults.
+
+        ``place`` (a file name) leads the line of an error, except for the dotted keys in ``overridden``.
+        """
+        given = copy.deepcopy(dict(given))
+        try:
+            recipe = cls.model_validate(_with_recommended(given))
+        except ValidationError as error:
+            raise RecipeError(located(complaint(error, cls, given), place, overridden)) from None
+        except LinearizeError as error:
+            raise RecipeError(located(str(error), place, overridden)) from None
+        recipe._given = given
+        return recipe
+
+    @classmethod
+    def from_file(cls, path: str | Path, *, method: str | None = None, overrides: Sequence[str] = ()) -> "Recipe":
+        """The recipe of a YAML file; ``method`` replaces the file's, ``overrides`` have the last word."""
+        return _assemble(read_yaml(path), method, overrides, place=str(path))
+
+    @classmethod
+    def resolve(
+        cls, model_or_recipe: str | Path | None = None, method: str | None = None, overrides: Sequence[str] = ()
+    ) -> "Recipe":
+        """The recipe that a word means: a recipe file, a shipped recipe's name, or a model to use with the defaults.
+
+        A model is a folder, a bundled name or a Hub id. No word at all means the quickstart recipe.
+        """
+        word = QUICKSTART if model_or_recipe is None else str(model_or_recipe)
+        shipped = shipped_recipes()
+        if word in shipped:
+            return cls.from_file(shipped[word], method=method, overrides=overrides)
+        if not word.endswith((".yaml", ".yml")):
+            return _assemble({"teacher": {"name": word}}, method, overrides)
+        if not Path(word).is_file():
+            raise RecipeError(f"{word}: no such recipe file{near(Path(word).stem, shipped)}")
+        return cls.from_file(word, method=method, overrides=overrides)
+
+    def override(self, overrides: Sequence[str]) -> "Recipe":
+        """A new recipe with words such as ``method.window=32`` applied; values are read as YAML."""
+        return _assemble(self._given, None, overrides)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every key with its value, as plain data."""
+        return self.model_dump(mode="json")
+
+    def to_yaml(self) -> str:
+        """The resolved recipe, every default included; reading it back gives an equal recipe."""
+        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True, width=100)
+
+    def differences(self, other: "Recipe", *, ignore: Sequence[str] = ("output",)) -> list[str]:
+        """The dotted keys in which another recipe differs, in recipe order."""
+        mine, theirs = flatten(self.to_dict()), flatten(other.to_dict())
+        return [
+            key
+            for key in {**mine, **theirs}
+            if mine.get(key, ...) != theirs.get(key, ...) and key.partition(".")[0] not in ignore
+        ]
+
+
+def build_method(given: Any) -> Any:
+    """The config dataclass for ``"lolcats"``, for ``{"name": "lolcats", "window": 32}``, or the dataclass itself."""
+    from .modeling.mixer import MethodConfig
+    from .modeling.registry import METHODS
+
+    if isinstance(given, MethodConfig):
+        return given
+    fields = {"name": given} if isinstance(given, str) else dict(given) if isinstance(given, Mapping) else {}
+    name = fields.pop("name", DEFAULT_METHOD if isinstance(given, Mapping) else given)
+    if name not in METHODS:
+        raise RecipeError(f"method.name: {name!r} is unknown{near(str(name), METHODS)}")
+    config = METHODS[name].config
+    hints = get_type_hints(config)
+    schema: dict[str, Any] = {f.name: (hints[f.name], f.default) for f in dataclasses.fields(config)}
+    model = create_model(config.__name__, __config__=Section.model_config, **schema)
+    try:
+        values = model.model_validate(fields)
+    except ValidationError as error:
+        raise RecipeError(complaint(error, model, fields, prefix="method")) from None
+    method = config(**values.model_dump())
+    method.check(None)
+    return method
+
+
+def _with_recommended(given: dict[str, Any]) -> dict[str, Any]:
+    """``given`` with the method built, and its recommended values under the keys that nobody set."""
+    method = build_method(given.get("method") or DEFAULT_METHOD)
+    tree = copy.deepcopy(given) | {"method": method}
+    written = [key for key, value in flatten(given).items() if value not in ({}, None)]
+    for key, value in method.recommended.items():
+        if not any(w == key or w.startswith(f"{key}.") or key.startswith(f"{w}.") for w in written):
+            set_dotted(tree, key, value)
+    return tree
+
+
+def _assemble(
+    given: Mapping[str, Any], method: str | None, overrides: Sequence[str], *, place: str | None = None
+) -> Recipe:
+    tree = copy.deepcopy(dict(given))
+    words = [parse_override(word) for word in overrides]
+    if method is not None:
+        tree["method"] = {"name": method}
+    for key, value in words:
+        if key.startswith("method.") and isinstance(tree.get("method"), str):
+            tree["method"] = {"name": tree["method"]}
+        if key.startswith("data.sources.") and not (tree.get("data") or {}).get("sources"):
+            set_dotted(tree, "data.sources", [source.model_dump() for source in Data().sources])
+        set_dotted(tree, key, value)
+    overridden = [key for key, _ in words] + (["method"] if method is not None else [])
+    return Recipe.from_dict(tree, place=place, overridden=overridden)
+
+
+def shipped_recipes() -> dict[str, Path]:
+    """Name -> file of the recipes that come with the package: ``quickstart``, ``smollm2-135m/lolcats``, ..."""
+    package = Path(str(importlib.resources.files("linearize")))
+    # A wheel carries the folder inside the package; in a checkout it stands beside it.
+    folders = [folder for folder in (package / "recipes", package.parent / "recipes") if folder.is_dir()]
+    if not folders:
+        return {}
+    files = sorted(folders[0].rglob("*.yaml"))
+    return {file.relative_to(folders[0]).with_suffix("").as_posix(): file for file in files}
