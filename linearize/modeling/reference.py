@@ -271,8 +271,8 @@ def _join(
     """
     if probabilities is None:
         assert linear is not None
-        num, den = linear[..., :-1], linear[..., -1:] + PURE_LINEAR_EPS
-        return (num / den).unflatten(3, q.shape[3:5])
+        num, den = linear.split((linear.shape[-1] - 1, 1), dim=-1)
+        return (num / (den + PURE_LINEAR_EPS)).unflatten(3, q.shape[3:5])
     joint = (probabilities @ v).unflatten(3, q.shape[3:5])  # [B, G, N, R, C, V+1]
     if linear is None:
         return joint[..., :-1]
@@ -281,7 +281,10 @@ def _join(
     if linear_factor is not None:
         share = share * linear_factor.to(joint.dtype).view(shape)
     joint = window_factor.to(joint.dtype).view(shape) * joint + share * linear.unflatten(3, q.shape[3:5])
-    return joint[..., :-1] / joint[..., -1:]
+    num, den = joint.split(
+        (joint.shape[-1] - 1, 1), dim=-1
+    )  # not two slices: their gradients would each fill a zero tensor
+    return num / den
 
 
 @full_precision

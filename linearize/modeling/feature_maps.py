@@ -1,0 +1,152 @@
+"""Learned per-head feature maps: phi(x) [B, T, H, F] of queries or keys, never negative, in fp32 or higher.
+
+A map reads a_h = x_h W_h, W [H, K, f], and F is the full width of phi: maps of two halves have f = F / 2.
+
+    hedgehog        [softmax(a); softmax(-a)], at least 1e-12        arXiv 2402.04347, eq. 6
+    hedgehog_half   softmax(a), at least 1e-12
+    t2r             relu(a + bias), a bias vector for each head      arXiv 2103.13076
+    elu             1 + elu(a)                                       arXiv 2006.16236
+    exp             [exp(a - max a); exp(min a - a)]                 the authors' code of arXiv 2410.10254
+"""
+
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import elu
+
+from .errors import ConversionError
+from .reference import accumulator, full_precision
+
+FeatureInit = Literal["identity", "kaiming"]
+
+MIN_FEATURE = 1e-12  # keeps phi_q . phi_k > 0
+
+
+class FeatureMap(nn.Module):
+    """phi(x) [B, T, heads, F] of x [B, T, heads, K] or of x [B, T, G, K], whose head g then serves heads/G maps."""
+
+    halves: ClassVar[int] = 1
+
+    def __init__(self, heads: int, key_dim: int, feature_dim: int, init: FeatureInit = "identity") -> None:
+        super().__init__()
+        self.check(key_dim, feature_dim, init)
+        self.heads = heads
+        self.feature_dim = feature_dim
+        self.init = init
+        self.weight = nn.Parameter(torch.empty(heads, key_dim, feature_dim // self.halves))
+        self.reset_parameters()
+
+    @classmethod
+    def check(cls, key_dim: int, feature_dim: int, init: str = "identity") -> None:
+        """Raise ConversionError where the map cannot have this width or start."""
+        if init not in ("identity", "kaiming"):
+            raise ConversionError(f"feature_init: {init!r} is unknown; choose from identity, kaiming")
+        if feature_dim < cls.halves or feature_dim % cls.halves:
+            remedy = max(cls.halves, feature_dim - feature_dim % cls.halves)
+            width = "a positive width" if cls.halves == 1 else "an even width, for its two halves"
+            raise ConversionError(f"feature_dim: {feature_dim}; this feature map needs {width}; try {remedy}")
+        if init == "identity" and feature_dim > cls.halves * key_dim:
+            raise ConversionError(
+                f"feature_dim: {feature_dim} is wider than the identity start of a {key_dim}-wide head can fill; "
+                f"use at most {cls.halves * key_dim}, or feature_init=kaiming"
+            )
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Each head starts as the identity on its first f channels, or Kaiming-uniform over its K inputs."""
+        if self.init == "identity":
+            self.weight.copy_(
+                torch.eye(*self.weight.shape[1:], dtype=self.weight.dtype, device=self.weight.device)
+            )
+        else:
+            bound = (6 / self.weight.shape[1]) ** 0.5
+            self.weight.uniform_(-bound, bound)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _map_features(x, self)
+
+    def project(self, x: Tensor) -> Tensor:
+        """a [B, T, heads, f]; map h reads head h // (heads/G) of x, unrepeated."""
+        dtype = accumulator(x)
+        groups = x.shape[2]
+        weight = self.weight.to(dtype).unflatten(0, (groups, -1)).transpose(1, 2).flatten(2, 3)  # [G, K, R*f]
+        return torch.einsum("btgk,gkf->btgf", x.to(dtype), weight).reshape(*x.shape[:2], self.heads, -1)
+
+    def features(self, a: Tensor) -> Tensor:
+        """phi [B, T, heads, F] from a [B, T, heads, f]."""
+        raise NotImplementedError
+
+    def extra_repr(self) -> str:
+        return f"heads={self.heads}, key_dim={self.weight.shape[1]}, feature_dim={self.feature_dim}, init={self.init}"
+
+
+@full_precision
+def _map_features(x: Tensor, feature_map: FeatureMap) -> Tensor:
+    return feature_map.features(feature_map.project(x))
+
+
+class Hedgehog(FeatureMap):
+    """[softmax(a); softmax(-a)], each half summing to one."""
+
+    halves = 2
+
+    def features(self, a: Tensor) -> Tensor:
+        return torch.cat((a.softmax(dim=-1), (-a).softmax(dim=-1)), dim=-1).clamp(min=MIN_FEATURE)
+
+
+class HedgehogHalf(FeatureMap):
+    """softmax(a) alone."""
+
+    def features(self, a: Tensor) -> Tensor:
+        return a.softmax(dim=-1).clamp(min=MIN_FEATURE)
+
+
+class T2R(FeatureMap):
+    """relu(a + bias), the bias a vector for each head (the authors' code of LoLCATs has one scalar)."""
+
+    def __init__(self, heads: int, key_dim: int, feature_dim: int, init: FeatureInit = "identity") -> None:
+        super().__init__(heads, key_dim, feature_dim, init)
+        self.bias = nn.Parameter(torch.zeros(heads, feature_dim))
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        if hasattr(self, "bias"):  # the base class starts the weight first
+            self.bias.zero_()
+
+    def features(self, a: Tensor) -> Tensor:
+        return torch.relu(a + self.bias.to(a.dtype))
+
+
+class Elu(FeatureMap):
+    """1 + elu(a)."""
+
+    def features(self, a: Tensor) -> Tensor:
+        return 1 + elu(a)
+
+
+class Exp(FeatureMap):
+    """[exp(a - max a); exp(min a - a)], each half with a largest entry of one."""
+
+    halves = 2
+
+    def features(self, a: Tensor) -> Tensor:
+        low, high = a.amin(dim=-1, keepdim=True), a.amax(dim=-1, keepdim=True)
+        return torch.cat((torch.exp(a - high), torch.exp(low - a)), dim=-1)
+
+
+FEATURE_MAPS: dict[str, type[FeatureMap]] = {
+    "hedgehog": Hedgehog,
+    "hedgehog_half": HedgehogHalf,
+    "t2r": T2R,
+    "elu": Elu,
+    "exp": Exp,
+}
+
+
+def feature_map(name: str) -> type[FeatureMap]:
+    """The map of this name; an unknown one is an error with the choices."""
+    if name not in FEATURE_MAPS:
+        raise ConversionError(f"feature_map: {name!r} is unknown; choose from {', '.join(FEATURE_MAPS)}")
+    return FEATURE_MAPS[name]
