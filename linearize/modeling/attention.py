@@ -1,0 +1,285 @@
+"""How a mixer takes the place of softmax attention inside a model's own attention module.
+
+The module keeps its weights and its forward; only its class changes, to a subclass that hands the layer's input, the
+cache and the rotary embedding to the attention function. That function, registered under one name in transformers'
+attention interface, is a trampoline into the module. What a forward does is decided once, when its mask is made: the
+mask object carries the mode to every layer, so that recomputation in a backward pass takes the same branch.
+"""
+
+import contextlib
+import functools
+import hashlib
+import inspect
+import sys
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .cache import cache_layer
+from .errors import ConversionError, LinearizeError
+from .mixer import MixerInput, Rows, rows_of
+
+MODES = ("softmax", "transfer", "linear")
+Record = Callable[[int, Tensor, Tensor, Tensor | None], None]
+
+
+class Mode(NamedTuple):
+    """What converted layers compute, and who is told about it in ``transfer``."""
+
+    name: str
+    record: Record | None = None
+
+
+def _source_hash() -> str:
+    """Ten hex digits of this file's siblings that every checkpoint carries; two copies of the code in one process share
+    registrations exactly when they are the same code."""
+    digest = hashlib.sha256()
+    for name in ("attention", "cache", "errors", "mixer", "model", "ring"):
+        digest.update(Path(__file__).with_name(f"{name}.py").read_bytes())
+    return digest.hexdigest()[:10]
+
+
+SOURCE = _source_hash()
+NAME = f"linearize_{SOURCE}"
+"""The attention implementation's name in ``config._attn_implementation`` while a model is converted."""
+
+
+@contextlib.contextmanager
+def attention_mode(name: str, record: Record | None = None) -> Iterator[None]:
+    """Run forwards of converted models inside the block as ``softmax``, ``transfer`` or ``linear`` (the default).
+
+    ``softmax``: the teacher, bit for bit, its cache included. ``transfer``: every converted layer passes its softmax
+    output on and calls ``record(layer, student, teacher, valid)`` under enabled gradients with both outputs
+    [B, T, H, V] and valid [B, T] (bool, None when nothing is padding); only the mixer is inside the graph.
+    """
+    if name not in MODES:
+        raise LinearizeError(f"attention_mode: {name!r} is unknown; choose from {', '.join(MODES)}")
+    if (name == "transfer") != (record is not None):
+        raise LinearizeError("attention_mode: give record= with 'transfer', and only then")
+    token = MODE.set(Mode(name, record))
+    try:
+        yield
+    finally:
+        MODE.reset(token)
+
+
+class LinearMask:
+    """Travels as ``attention_mask`` down to the attention function: padding in O(T), and the stock mask on demand."""
+
+    def __init__(self, mode: Mode, base: str, request: dict[str, Any]):
+        self.mode, self.base_name, self.request = mode, base, request
+        self._base: dict[str, Any] = {}
+        self._rows: dict[bool, Rows | None] = {}
+        mask, length = request["attention_mask"], request["q_length"]
+        self.valid: Tensor | None = None if mask is None else mask[:, -length:]
+
+    def base(self) -> Any:
+        """The mask of the base attention implementation, for layers that compute softmax; made once a forward."""
+        if self.base_name not in self._base:
+            self._base[self.base_name] = ALL_MASK_ATTENTION_FUNCTIONS[self.base_name](**self.request)
+        return self._base[self.base_name]
+
+    def rows(self, documents: Tensor | None) -> Rows | None:
+        """The layout that takes this batch's padding (or packing) away; made once a forward."""
+        key = documents is not None
+        if key not in self._rows:
+            self._rows[key] = rows_of(self.valid, documents)
+        return self._rows[key]
+
+
+def _make_mask(**request: Any) -> LinearMask:
+    for name in ("q_offset", "kv_offset"):  # live counters of static caches would change under a lazy mask
+        if isinstance(request.get(name), Tensor):
+            request[name] = request[name].clone()
+    mode = MODE.get()
+    assert mode is not None
+    return LinearMask(mode, base_attention(request["config"]), request)
+
+
+def base_attention(config: Any) -> str:
+    """The attention implementation that the model would use were it not converted."""
+    return getattr(config, "_linearize_base", None) or "sdpa"
+
+
+def documents_of(
+    position_ids: Tensor | None, cu_seq_lens: Tensor | None, batch: int, time: int
+) -> Tensor | None:
+    """[B, T] document numbers of a packed batch, from cumulative lengths or restarting positions; None if not packed."""
+    if cu_seq_lens is not None:
+        marks = torch.zeros(batch * time + 1, dtype=torch.long, device=cu_seq_lens.device)
+        marks[cu_seq_lens.long()] = 1
+        return marks[:-1].cumsum(0).view(batch, time)
+    if position_ids is None or position_ids.ndim != 2 or time == 1 or torch.compiler.is_compiling():
+        return None
+    breaks = position_ids.diff(dim=-1) != 1
+    if not bool(breaks.any()):
+        return None
+    documents = torch.zeros_like(position_ids)
+    documents[:, 1:] = breaks.cumsum(-1)
+    return documents.expand(batch, time)
+
+
+class Context(NamedTuple):
+    """What a layer knows and the attention function is not given."""
+
+    hidden: Tensor
+    cache: Any
+    rope: tuple[Tensor, Tensor] | None
+    deferred: bool
+
+
+class LinearAttention:
+    """Mixed into a model's own attention class; ``self.mixer`` holds everything new."""
+
+    argument_names: tuple[str, ...] = ()
+    linearize_source = SOURCE
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        call = dict(zip(self.argument_names, args, strict=False)) | kwargs
+        mask, rope = call.get("attention_mask"), call.get("position_embeddings")
+        cache = call.get("past_key_values", call.get("layer_past"))
+        linear = _mode_of(mask).name == "linear"
+        if linear and cache is not None:
+            cache_layer(cache, self.layer_idx)
+        deferred = self.mixer.wants_unrotated and rope is not None and _mode_of(mask).name != "softmax"
+        if deferred:
+            kwargs["position_embeddings"] = (torch.ones_like(rope[0]), torch.zeros_like(rope[1]))
+        context = Context(call["hidden_states"], cache, rope, deferred)
+        return super().forward(*args, linear_context=context, **kwargs)
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Any, linear_context: Context, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """The attention function: q [B, H, T, K], k [B, G, T, K], v [B, G, T, V] -> y [B, T, H, V] and no weights."""
+        mode = _mode_of(mask)
+        if mode.name == "softmax":
+            return attend_base(self, q, k, v, mask, **kwargs)
+        plain = (q, k)
+        if linear_context.deferred:
+            q, k = rotate(self, q, k, linear_context.rope)
+        if mode.name == "linear":
+            return self._mix(q, k, v, plain, mask, linear_context, kwargs), None
+        teacher, weights = attend_base(self, q, k, v, mask, **kwargs)
+        frozen = [t.detach() for t in (q, k, v)]
+        with torch.enable_grad():
+            student = self._mix(
+                *frozen, tuple(t.detach() for t in plain), mask, linear_context, kwargs, keep=False
+            )
+            assert mode.record is not None
+            mode.record(self.layer_idx, student, teacher.detach(), getattr(mask, "valid", None))
+        return teacher, weights
+
+    def _mix(self, q, k, v, plain, mask, context, kwargs, keep=True) -> Tensor:
+        if isinstance(mask, Tensor):
+            raise LinearizeError(
+                f"attention_mask: shape {tuple(mask.shape)} is not supported by converted layers; "
+                "give a [batch, time] mask of real tokens"
+            )
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        batch, time = q.shape[:2]
+        hidden = context.hidden.detach() if not keep else context.hidden
+        cache = context.cache if keep else None
+        documents = None
+        if cache is None and (mask is None or mask.valid is None):
+            documents = documents_of(kwargs.get("position_ids"), kwargs.get("cu_seq_lens_q"), batch, time)
+        rows = rows_of(None, documents) if mask is None else mask.rows(documents)
+        parts = dict(hidden=hidden, q=q, k=k, v=v)
+        if self.mixer.wants_unrotated:
+            parts |= dict(q_plain=plain[0].transpose(1, 2), k_plain=plain[1].transpose(1, 2))
+        if rows is not None:
+            parts = {name: rows.gather(part) for name, part in parts.items()}
+        layer = None if cache is None else cache_layer(cache, self.layer_idx)
+        x = MixerInput(
+            **parts,
+            scale=kwargs["scaling"] if kwargs.get("scaling") is not None else q.shape[-1] ** -0.5,
+            softcap=kwargs.get("softcap"),
+            lengths=None if rows is None else rows.lengths,
+            use_cache=layer is not None,
+            pending=0 if layer is None else layer.pending,
+        )
+        with torch.autocast(q.device.type, enabled=False):
+            y, state = self.mixer(x, None if layer is None else layer.state)
+        if layer is not None:
+            layer.store(state, time, None if mask is None else mask.valid)
+        return y if rows is None else rows.scatter(y)
+
+
+def _mode_of(mask: Any) -> Mode:
+    """The mode captured when the forward's mask was made; a caller's own 4-D mask captured none."""
+    return getattr(mask, "mode", None) or MODE.get()
+
+
+def attend_base(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Any, **kwargs: Any) -> Any:
+    """The model's own softmax attention, with the arguments it would have had without conversion."""
+    name = base_attention(module.config)
+    eager = getattr(sys.modules[own_class(module).__module__], "eager_attention_forward", None)
+    function = eager if name == "eager" else ALL_ATTENTION_FUNCTIONS[name]
+    kwargs.pop("linear_context", None)
+    return function(module, q, k, v, mask.base() if hasattr(mask, "base") else mask, **kwargs)
+
+
+def rotate(module: nn.Module, q: Tensor, k: Tensor, rope: Any) -> tuple[Tensor, Tensor]:
+    """Rotary embedding by the model's own function, for q and k that were taken before it."""
+    source = sys.modules[own_class(module).__module__]
+    if not getattr(module, "use_rope", True):
+        return q, k
+    return source.apply_rotary_pos_emb(q, k, *rope)
+
+
+def own_class(module: nn.Module) -> type:
+    """The model's own attention class, below ours."""
+    return next(c for c in type(module).__mro__ if c.__dict__.get("linearize_source") is None)
+
+
+@functools.cache
+def linear_class(base: type) -> type:
+    """The subclass of an attention class that runs a mixer; one for each base, so that pickle and deepcopy work."""
+    name = f"Linear{base.__name__}_{SOURCE}"
+    home = sys.modules[base.__module__]
+    if not hasattr(home, name):
+        names = tuple(inspect.signature(base.forward).parameters)[1:]
+        fields = {"__module__": base.__module__, "argument_names": names, "linearize_source": SOURCE}
+        setattr(home, name, type(name, (LinearAttention, base), fields))
+    return getattr(home, name)
+
+
+def _trampoline(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Any, **kwargs: Any) -> Any:
+    attend = getattr(module, "attend", None)
+    return (attend or functools.partial(attend_base, module))(q, k, v, mask, **kwargs)
+
+
+def _register() -> ContextVar[Mode]:
+    """Register the two functions once for every version of the code, and share the mode among equal copies."""
+    known = AttentionMaskInterface._global_mapping.get(NAME)
+    if known is not None:
+        return known.mode  # type: ignore[attr-defined]
+    mode: ContextVar[Mode] = ContextVar(NAME, default=Mode("linear"))
+    AttentionInterface.register(NAME, _trampoline)
+    make_mask = functools.partial(_make_mask)
+    make_mask.mode = mode  # type: ignore[attr-defined]
+    AttentionMaskInterface.register(NAME, make_mask)
+    return mode
+
+
+MODE = _register()
+
+
+def attach(attention: nn.Module, mixer: nn.Module) -> None:
+    """Give an attention module its mixer: the class is swapped, weights, name and hooks stay."""
+    if hasattr(attention, "mixer"):
+        raise ConversionError(f"{type(attention).__name__}: already has a submodule named 'mixer'")
+    attention.mixer = mixer
+    attention.__class__ = linear_class(type(attention))
+
+
+def detach(attention: nn.Module) -> None:
+    """Undo :func:`attach`."""
+    del attention.mixer
+    attention.__class__ = own_class(attention)

@@ -1,0 +1,166 @@
+"""One layer of transformers' cache that holds a mixer's state; the same class serves every method."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin
+
+from .errors import LinearizeError
+
+ROLLBACK = 128
+"""Newest tokens that stay droppable while a cache records its past (assisted decoding)."""
+
+
+class StateLayer(CacheLayerMixin):
+    """A cache layer whose size does not grow: it stores what ``Mixer.forward`` returned.
+
+    ``template`` is the layer it replaces. The masks of *other* layers are sized by asking the first layer of their
+    kind, which may be this one, so sizes are answered as the template would.
+    """
+
+    is_croppable = True
+    is_compileable = False
+    supports_early_init = False
+    is_linearize_state = True
+
+    def __init__(self, template: Any):
+        super().__init__()
+        self.template = template
+        self.is_sliding = getattr(template, "is_sliding", False)
+        self.sliding_window = getattr(template, "sliding_window", None)
+        self.state: Any = None
+        self.record_past = False
+        self._seen = 0
+        self._recent: Tensor | None = None  # [B, n] validity of the newest columns, while recording
+
+    @property
+    def pending(self) -> int:
+        """Newest tokens the mixer must keep out of its folded state."""
+        return ROLLBACK if self.record_past else 0
+
+    def store(self, state: Any, time: int, valid: Tensor | None) -> None:
+        """Keep the state after ``time`` more columns, of which ``valid`` [B, T] (None: all) were real tokens."""
+        self.state = state
+        self._seen += time
+        self.is_initialized = True
+        if self.record_past:
+            new = torch.ones(len(state.seen), time, dtype=torch.bool, device=state.seen.device)
+            new = new if valid is None else valid
+            old = self._recent if self._recent is not None else new[:, :0]
+            self._recent = torch.cat([old, new], 1)[:, -ROLLBACK:]
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of the state's tensors; constant once the first token was seen."""
+        return 0 if self.state is None else sum(t.numel() * t.element_size() for t in self.state)
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing to allocate: the mixer makes its state."""
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Pass the new keys and values on; the attention function stores the state."""
+        return key_states, value_states
+
+    def get_seq_length(self) -> Any:
+        counter = getattr(self.template, "cumulative_length", None)
+        if isinstance(counter, Tensor):  # static caches count on the device
+            return torch.full_like(counter, self._seen)
+        return self._seen
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        length = getattr(self.template, "max_cache_len", None)
+        if length is not None and not self.is_sliding:
+            return length, 0
+        window = self.sliding_window
+        if not self.is_sliding or window is None:
+            return self._seen + query_length, 0
+        if length is not None:
+            return self._static_sliding_sizes(query_length, length)
+        if self._seen >= window:
+            return window - 1 + query_length, self._seen - window + 1
+        return self._seen + query_length, max(self._seen - window + 1, 0)
+
+    def _static_sliding_sizes(self, query_length: int, length: int) -> tuple[int, int]:
+        offset = max(self._seen - length + 1, 0)
+        if self._seen >= length:
+            return max(length, length + query_length - 1), offset
+        return max(length, self._seen + query_length), offset
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def activate_past_recording(self) -> None:
+        """From now on keep the newest ``ROLLBACK`` tokens droppable."""
+        self.record_past = True
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the newest tokens. ``abs(tokens_to_remove)`` columns leave; needs recording to have been active."""
+        count = abs(
+            int(tokens_to_remove)
+        )  # assisted decoding passes a 0-d tensor, which must not alias the counter
+        if count == 0:
+            return
+        if count > self._seen:
+            raise LinearizeError(f"cache.crop: cannot drop {count} of {self._seen} tokens; drop fewer")
+        recent = self._recent
+        if recent is None or recent.shape[1] < count:
+            raise LinearizeError(
+                f"cache.crop: {count} tokens cannot be taken back from a folded state; call "
+                f"activate_past_recording() before the forward and drop at most {ROLLBACK}"
+            )
+        dropped = recent[:, recent.shape[1] - count :].sum(1)
+        self._recent = recent[:, : recent.shape[1] - count]
+        self._seen -= count
+        self.state = self.state._replace(seen=self.state.seen - dropped)
+
+    def _map(self, function: Any) -> None:
+        if self.state is not None:
+            self.state = type(self.state)(*(function(t) for t in self.state))
+        if self._recent is not None:
+            self._recent = function(self._recent)
+
+    def reset(self) -> None:
+        self.state, self._recent, self._seen, self.is_initialized = None, None, 0, False
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self._map(lambda t: t.index_select(0, beam_idx.to(t.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._map(lambda t: t.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self._map(lambda t: t[indices.to(t.device)])
+
+    def offload(self) -> None:
+        if self.state is not None:
+            self.device = self.state.seen.device
+            self._map(lambda t: t.to("cpu", non_blocking=True))
+
+    def prefetch(self) -> None:
+        if self.state is not None and self.state.seen.device != self.device:
+            self._map(lambda t: t.to(self.device, non_blocking=True))
+
+
+def cache_layer(cache: Any, index: int) -> Any:
+    """The state layer of ``cache`` at ``index``, put in the place of an empty ordinary one on first use.
+
+    A layer of another copy of this code is recognised by its protocol. Raises :class:`LinearizeError` when the cache
+    already holds softmax keys there.
+    """
+    while len(cache.layers) <= index:  # caches made without a config grow by use
+        cache.layers.append(cache.layer_class_to_replicate())
+    layer = cache.layers[index]
+    if getattr(layer, "is_linearize_state", False):
+        return layer
+    if layer.is_initialized and int(layer.get_seq_length()) > 0:
+        raise LinearizeError(
+            f"past_key_values: layer {index} holds softmax keys of {int(layer.get_seq_length())} tokens; "
+            "start a new cache after switching the attention mode"
+        )
+    cache.layers[index] = StateLayer(layer)
+    if getattr(layer, "record_past", False):
+        cache.layers[index].activate_past_recording()
+    return cache.layers[index]

@@ -1,0 +1,257 @@
+"""A causal LM whose attention layers run mixers: class swap, configuration, cache, initial values, saving.
+
+``config.linearize`` says everything that a converted model needs to be built again:
+
+    {"format": 1, "version": "0.1.0", "family": "llama",
+     "layers": {"0": {"module": "model.layers.0.self_attn", "method": {"name": "lolcats", ...}, "geometry": {...}}}}
+
+This file and its siblings are copied beside the weights, so that plain transformers can load them.
+"""
+
+import functools
+import re
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+from transformers.conversion_mapping import (
+    get_checkpoint_conversion_mapping,
+    register_checkpoint_conversion_mapping,
+)
+
+from .attention import MODE, NAME, attach, base_attention, detach
+from .cache import cache_layer
+from .errors import CheckpointError
+from .mixer import Geometry, Method, MethodConfig, Mixer
+
+FORMAT = 1
+"""Version of ``config.linearize`` and of the tensors' names; a newer one is refused."""
+PREFIX = "linearize_"
+"""Our ``model_type`` is this and the family's: with the family's own, transformers would silently load plain softmax."""
+STUB = "modeling_linearize"
+
+
+class LinearConfig:
+    """Mixed into a model's own configuration class."""
+
+    def _remove_keys_not_serialized(self, output: dict[str, Any]) -> None:
+        super()._remove_keys_not_serialized(output)  # type: ignore[misc]
+        output.pop("_linearize_base", None)
+
+
+class LinearModel:
+    """Mixed into a causal-LM class, before it in the bases."""
+
+    methods: ClassVar[Mapping[str, Method]] = {}
+
+    def __init_subclass__(cls, **kwargs: Any):
+        super().__init_subclass__(**kwargs)
+        base = native_class(cls)
+        cls._keep_in_fp32_modules_strict = {*(base._keep_in_fp32_modules_strict or ()), "mixer"}
+        # Families that store other tensor names than they compute with (experts, for one) are mapped by class name.
+        mapping = get_checkpoint_conversion_mapping(base.__name__)
+        mapping = mapping or get_checkpoint_conversion_mapping(base.config_class.model_type)
+        if mapping is not None:
+            register_checkpoint_conversion_mapping(cls.__name__, mapping, overwrite=True)
+
+    def __init__(self, config: Any, *args: Any, **kwargs: Any):
+        super().__init__(config, *args, **kwargs)
+        spec = getattr(config, "linearize", None)
+        check_format(spec)
+        attach_mixers(self, spec, self.methods)
+        take_over(self)
+
+    def mixers(self) -> dict[int, Mixer]:
+        """Layer index -> mixer, in order; layers that keep softmax are absent."""
+        return {index: attention.mixer for index, attention in self.converted().items()}
+
+    def converted(self) -> dict[int, nn.Module]:
+        """Layer index -> attention module that runs a mixer."""
+        layers = self.config.linearize["layers"]
+        return {int(i): self.get_submodule(layer["module"]) for i, layer in layers.items()}
+
+    def set_attn_implementation(self, attn_implementation: Any, *args: Any, **kwargs: Any) -> None:
+        """Choose the implementation of layers (and modes) that compute softmax; converted layers stay converted."""
+        super().set_attn_implementation(attn_implementation, *args, **kwargs)
+        take_over(self)
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict, *args: Any, **kwargs: Any
+    ):
+        result = super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        cache = model_kwargs.get("past_key_values")
+        if cache is not None and MODE.get().name == "linear":
+            for index in self.mixers():
+                layer = cache_layer(cache, index)
+                if generation_config.is_assistant:
+                    layer.activate_past_recording()
+        return result
+
+    def _initialize_missing_keys(self, *args: Any, **kwargs: Any) -> None:
+        # Loading a base checkpoint straight into this class would leave uninitialised memory in the mixers.
+        for mixer in self.mixers().values():
+            if not all(getattr(p, "_is_hf_initialized", False) for p in mixer.parameters()):
+                mixer.reset_parameters()
+                for parameter in mixer.parameters():
+                    parameter._is_hf_initialized = True
+        super()._initialize_missing_keys(*args, **kwargs)
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """As transformers', plus the code that loads the folder without this package."""
+        folder = Path(save_directory)
+        if kwargs.get("is_main_process", True):
+            folder.mkdir(parents=True, exist_ok=True)
+            self.config.auto_map = write_code(type(self), self.config, folder)
+        super().save_pretrained(save_directory, *args, **kwargs)
+
+
+def native_class(cls: type) -> Any:
+    """The model's own class, below ours."""
+    return next(c for c in cls.__mro__ if not issubclass(c, LinearModel) and c is not LinearModel)
+
+
+def check_format(spec: Any) -> None:
+    """Refuse a configuration that this version cannot build."""
+    if not isinstance(spec, Mapping) or not isinstance(spec.get("format"), int) or "layers" not in spec:
+        raise CheckpointError("config.json: linearize: no conversion is described; save the student again")
+    if spec["format"] > FORMAT:
+        raise CheckpointError(
+            f"config.json: linearize.format: {spec['format']} is newer than {FORMAT}, the newest this version reads; "
+            "upgrade linearize"
+        )
+
+
+def layer_spec(module: str, config: MethodConfig, geometry: Geometry) -> dict[str, Any]:
+    """One entry of ``config.linearize["layers"]``."""
+    return {"module": module, "method": {"name": config.name, **asdict(config)}, "geometry": asdict(geometry)}
+
+
+def attach_mixers(model: nn.Module, spec: Mapping[str, Any], methods: Mapping[str, Method]) -> None:
+    """Build every layer's mixer from its description and put it into its attention module."""
+    for index, layer in spec["layers"].items():
+        fields = dict(layer["method"])
+        name = fields.pop("name")
+        if name not in methods:
+            raise CheckpointError(
+                f"config.json: linearize.layers.{index}.method.name: {name!r} is unknown; choose from {', '.join(methods)}"
+            )
+        method = methods[name]
+        try:
+            config, geometry = method.config(**fields), Geometry(**layer["geometry"])
+        except TypeError as error:
+            raise CheckpointError(
+                f"config.json: linearize.layers.{index}: {error}; upgrade linearize"
+            ) from error
+        attention = model.get_submodule(layer["module"])
+        place = next(attention.parameters()).device
+        with torch.device(place):
+            attach(attention, method.mixer(config, geometry).float())
+
+
+def take_over(model: Any) -> None:
+    """Make ours the attention implementation, remembering the model's own for softmax."""
+    config = model.config
+    if config._attn_implementation != NAME:
+        config._linearize_base = config._attn_implementation
+        config._attn_implementation_internal = NAME
+
+
+def convert_(model: Any, spec: Mapping[str, Any], methods: Mapping[str, Method]) -> Any:
+    """Turn a plain model into a converted one, in place."""
+    check_format(spec)
+    attach_mixers(model, spec, methods)
+    model.config.__class__ = linear_config_class(type(model.config))
+    model.config.linearize = dict(spec)
+    model.__class__ = linear_model_class(type(model), tuple(methods.items()))
+    model._keep_in_fp32_modules_strict = set(type(model)._keep_in_fp32_modules_strict)
+    take_over(model)
+    return model
+
+
+def unconvert_(model: Any) -> Any:
+    """Turn a converted model back into the plain one, in place; its own weights were never touched."""
+    for attention in model.converted().values():
+        detach(attention)
+    config = model.config
+    base = base_attention(config)
+    del config.linearize
+    config.__dict__.pop("_linearize_base", None)
+    config.__dict__.pop("auto_map", None)
+    config.__class__ = next(c for c in type(config).__mro__ if not issubclass(c, LinearConfig))
+    model.__class__ = native_class(type(model))
+    model._keep_in_fp32_modules_strict = set(model._keep_in_fp32_modules_strict) - {"mixer"}
+    config._attn_implementation_internal = base
+    return model
+
+
+@functools.cache
+def linear_config_class(base: type) -> type:
+    """The configuration class of a converted family."""
+    fields = {"__module__": base.__module__, "model_type": PREFIX + base.model_type}
+    return _publish(type(f"Linear{base.__name__}", (LinearConfig, base), fields))
+
+
+@functools.cache
+def linear_model_class(base: type, methods: tuple[tuple[str, Method], ...]) -> type:
+    """The causal-LM class of a converted family. It keeps the family's module, so that native weight maps apply."""
+    fields = {
+        "__module__": base.__module__,
+        "config_class": linear_config_class(base.config_class),
+        "methods": dict(methods),
+    }
+    return _publish(type(f"Linear{base.__name__}", (LinearModel, base), fields))
+
+
+def _publish(cls: type) -> type:
+    """Make a class importable under its module's name, for pickle; another copy's class of that name is left alone."""
+    home = sys.modules[cls.__module__]
+    if not hasattr(home, cls.__name__):
+        setattr(home, cls.__name__, cls)
+    return cls
+
+
+def write_code(cls: type, config: Any, folder: Path) -> dict[str, str]:
+    """Write the stub and the files it reaches into ``folder``; returns the ``auto_map`` entries."""
+    base = native_class(cls)
+    base_config = base.config_class
+    names = sorted({layer["method"]["name"] for layer in config.linearize["layers"].values()})
+    source = Path(__file__).parent
+    origin = {name: cls.methods[name].config.__module__.rpartition(".")[2] for name in names}
+    entries = ", ".join(f'"{name}": {name.upper()}' for name in names)
+    lines = [
+        '"""Loads this checkpoint in plain transformers; generated by linearize, beside copies of its inference code."""',
+        "",
+        f"from {base_config.__module__} import {base_config.__name__}",
+        f"from {base.__module__} import {base.__name__}",
+        "",
+        "from .model import LinearConfig, LinearModel",
+        *(f"from .{origin[name]} import {name.upper()}" for name in names),
+        "",
+        "",
+        f"class Linear{base_config.__name__}(LinearConfig, {base_config.__name__}):",
+        f'    model_type = "{PREFIX}{base_config.model_type}"',
+        "",
+        "",
+        f"class Linear{base.__name__}(LinearModel, {base.__name__}):",
+        f"    config_class = Linear{base_config.__name__}",
+        f"    methods = {{{entries}}}",
+        "",
+    ]
+    text = "\n".join(lines)
+    (folder / f"{STUB}.py").write_text(text)
+    waiting, done = [text], set()
+    while waiting:
+        for name in re.findall(r"^\s*from \.(\w+) import", waiting.pop(), re.MULTILINE):
+            if name not in done:
+                done.add(name)
+                code = (source / f"{name}.py").read_text()
+                (folder / f"{name}.py").write_text(code)
+                waiting.append(code)
+    return {
+        "AutoConfig": f"{STUB}.Linear{base_config.__name__}",
+        "AutoModelForCausalLM": f"{STUB}.Linear{base.__name__}",
+    }

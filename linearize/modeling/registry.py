@@ -1,0 +1,6 @@
+"""Every method by its recipe word. A new method is one file in this folder and one name here."""
+
+from .lolcats import LOLCATS
+from .window import SOFTMAX, WINDOW
+
+METHODS = {method.name: method for method in (LOLCATS, WINDOW, SOFTMAX)}

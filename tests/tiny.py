@@ -1,0 +1,82 @@
+"""Tiny random models of every family the suite tests, with all weights randomised: fresh norms of one hide order errors."""
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+COMMON = dict(
+    vocab_size=97,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=512,
+    pad_token_id=0,
+    bos_token_id=1,
+    eos_token_id=2,
+)
+HEAD_DIM = dict(head_dim=16)
+FAMILIES: dict[str, dict] = {
+    "llama": COMMON | HEAD_DIM | dict(attention_bias=True),
+    "mistral": COMMON | HEAD_DIM | dict(sliding_window=None),
+    "qwen2": COMMON,
+    "qwen3": COMMON | HEAD_DIM,
+    "gemma2": COMMON
+    | HEAD_DIM
+    | dict(sliding_window=6, query_pre_attn_scalar=12, attn_logit_softcapping=5.0),
+    "gemma3_text": COMMON
+    | HEAD_DIM
+    | dict(
+        sliding_window=6,
+        query_pre_attn_scalar=12,
+        layer_types=["sliding_attention", "full_attention", "full_attention"],
+    ),
+    "phi3": COMMON,
+    "olmo2": COMMON,
+    "smollm3": COMMON | dict(no_rope_layers=[1, 0, 1]),
+    "gpt_neox": COMMON | dict(rotary_pct=0.5, hidden_act="gelu"),
+    "gpt2": dict(
+        vocab_size=97,
+        n_embd=32,
+        n_layer=3,
+        n_head=4,
+        n_positions=512,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    ),
+    "mixtral": COMMON | HEAD_DIM | dict(num_local_experts=4, num_experts_per_tok=2, sliding_window=None),
+}
+UNSUPPORTED: dict[str, dict] = {
+    "bloom": dict(vocab_size=97, hidden_size=32, n_layer=2, n_head=4),
+    "gptj": dict(vocab_size=97, n_embd=32, n_layer=2, n_head=4, rotary_dim=4, n_positions=64),
+}
+
+
+def randomise(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
+    """Every parameter redrawn: matrices wide enough that attention is peaked, norms near one, biases near zero."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64).to(parameter.dtype)
+            if parameter.ndim == 1:
+                parameter.copy_(0.2 * noise + (1.0 if parameter.mean().abs() > 0.5 else 0.0))
+            else:
+                parameter.copy_(noise * 1.5 / parameter.shape[-1] ** 0.5)
+    return model
+
+
+def tiny(
+    family: str = "llama", *, dtype: torch.dtype = torch.float32, seed: int = 0, **overrides
+) -> PreTrainedModel:
+    """A random model of a few thousand parameters, in evaluation mode."""
+    fields = (FAMILIES | UNSUPPORTED)[family] | overrides
+    config = AutoConfig.for_model(family, **fields)
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    return randomise(model, seed).eval()
+
+
+def ids(batch: int = 2, length: int = 40, *, vocab: int = 97, seed: int = 1) -> torch.Tensor:
+    """Random token ids [batch, length] without special tokens."""
+    return torch.randint(3, vocab, (batch, length), generator=torch.Generator().manual_seed(seed))
