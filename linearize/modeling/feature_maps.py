@@ -24,7 +24,7 @@ MIN_FEATURE = 1e-12  # keeps phi_q . phi_k > 0
 
 
 class FeatureMap(nn.Module):
-    """phi(x) [B, T, heads, F] of x [B, T, heads, K] or of x [B, T, G, K], whose head g then serves heads/G maps."""
+    """phi(x) [B, T, heads, F] of x [B, T, heads, K], or of x [B, T, G, K], each serving heads/G maps."""
 
     halves: ClassVar[int] = 1
 
@@ -48,7 +48,7 @@ class FeatureMap(nn.Module):
             raise ConversionError(f"feature_dim: {feature_dim}; this feature map needs {width}; try {remedy}")
         if init == "identity" and feature_dim > cls.halves * key_dim:
             raise ConversionError(
-                f"feature_dim: {feature_dim} is wider than the identity start of a {key_dim}-wide head can fill; "
+                f"feature_dim: {feature_dim} is wider than an identity start on {key_dim} channels can fill; "
                 f"use at most {cls.halves * key_dim}, or feature_init=kaiming"
             )
 
@@ -78,7 +78,8 @@ class FeatureMap(nn.Module):
         raise NotImplementedError
 
     def extra_repr(self) -> str:
-        return f"heads={self.heads}, key_dim={self.weight.shape[1]}, feature_dim={self.feature_dim}, init={self.init}"
+        key_dim = self.weight.shape[1]
+        return f"heads={self.heads}, key_dim={key_dim}, feature_dim={self.feature_dim}, init={self.init}"
 
 
 @full_precision

@@ -1,21 +1,26 @@
-"""Softmax window and linear remainder under one normaliser, in plain torch: quadratic (the meaning), chunked (O(T)), recurrent (decode).
+"""Softmax window and linear remainder under one normaliser: quadratic (meaning), chunked (O(T)), recurrent.
 
-Legend: B batch, T time, H query heads, G kv heads, R = H/G, K key dim, V value dim, F feature dim, W window, C tile, N tiles.
-Query head h reads kv head h // R. For query i, S(i) are its window keys, P(i) the other keys j <= i, and with s_ij = scale q_i.k_j:
+Legend: B batch, T time, H query heads, G kv heads, R = H/G, K key dim, V value dim, F feature dim, W window,
+C tile, N tiles. Query head h reads kv head h // R. For query i, S(i) are its window keys, P(i) the other keys
+j <= i, and with s_ij = scale q_i.k_j:
 
     c_i = max_{S(i)} s_ij
-    y_i = [g sum_{S(i)} exp(s_ij - c_i) v_j + b sum_{P(i)} (phi_q_i . phi_k_j) v_j] / [the same with v = 1]
+    num = g sum_{S(i)} exp(s_ij - c_i) v_j + b sum_{P(i)} (phi_q_i . phi_k_j) v_j
+    den = g sum_{S(i)} exp(s_ij - c_i)     + b sum_{P(i)} (phi_q_i . phi_k_j)
+    y_i = num / den
 
-(arXiv 2410.10254, eq. 7, with the maximum of the authors' code.) c_i is part of the function, not a stabiliser: the linear term is
-not rescaled by it, and gradient flows through it (on ties, to the key that ``torch.max`` names). Windows hold the query itself:
+(arXiv 2410.10254, eq. 7, with the maximum of the authors' code.) c_i is part of the function, not a
+stabiliser: the linear term is not rescaled by it, and gradient flows through it (on ties, to the key that
+``torch.max`` names). Windows hold the query itself:
 
     sliding    j > i - W                          W keys
     terraced   floor(i/W) - floor(j/W) <= 1       the query's own block of W and the whole block before it
 
-Layouts: q [B, T, H, K]; k [B, T, G, K]; v [B, T, G, V]; phi_q [B, T, H, F]; phi_k [B, T, H, F], or [B, T, G, F] where the group shares
-its map; factors g, b [H]. A state is (S [B, Hs, F, V], z [B, Hs, F]) with Hs the heads of phi_k: the sums of phi_k v^T and of
-phi_k over keys before index 0. Index 0 stands on the window grid, and those earlier keys are linear for every query.
-Everything is computed in fp32, or fp64 where the inputs are, whatever autocast says; y comes back in the dtype of v.
+Layouts: q [B, T, H, K]; k [B, T, G, K]; v [B, T, G, V]; phi_q [B, T, H, F]; phi_k [B, T, H, F], or [B, T,
+G, F] where the group shares its map; factors g, b [H]. A state is (S [B, Hs, F, V], z [B, Hs, F]) with Hs
+the heads of phi_k: the sums of phi_k v^T and of phi_k over keys before index 0. Index 0 stands on the
+window grid, and those earlier keys are linear for every query. Everything is computed in fp32, or fp64
+where the inputs are, whatever autocast says; y comes back in the dtype of v.
 """
 
 import functools
@@ -53,7 +58,7 @@ def accumulator(*tensors: Tensor) -> torch.dtype:
 
 
 def in_window(query: Tensor, key: Tensor, window: int, kind: WindowKind) -> Tensor:
-    """Whether each key lies in each query's window, by their positions (broadcast); later keys are not excluded."""
+    """Whether each key lies in each query's window, by positions (broadcast); later keys are not excluded."""
     if kind == "sliding":
         return key > query - window
     if kind == "terraced":
@@ -64,7 +69,7 @@ def in_window(query: Tensor, key: Tensor, window: int, kind: WindowKind) -> Tens
 def window_mask(
     length: int, window: int | None, kind: WindowKind, device: torch.device | None = None
 ) -> tuple[Tensor, Tensor]:
-    """(window, linear): two boolean masks [T, T], row = query, that part the causal keys; without a window all are linear."""
+    """(window, linear): two boolean masks [T, T], row = query, that part the causal keys."""
     position = torch.arange(length, device=device)
     causal = position <= position[:, None]
     if not window:
@@ -105,8 +110,8 @@ def joint_quadratic(
 ) -> Tensor:
     """y [B, T, H, V]: the module's formula written out with T x T masks. Layouts: module docstring.
 
-    window_factor is g [H], after the sigmoid; linear_factor is b [H], None for 1. Without a window (None or 0) the layer is linear
-    attention over all causal keys, num / (den + 1e-12), and neither factor applies.
+    window_factor is g [H], after the sigmoid; linear_factor is b [H], None for 1. Without a window (None or
+    0) the layer is linear attention over all causal keys, num / (den + 1e-12), and neither factor applies.
     """
     heads, dtype, out_dtype = q.shape[2], accumulator(q, k, v, phi_q, phi_k), v.dtype
     q, k, v, phi_q, phi_k = (x.to(dtype) for x in (q, k, v, phi_q, phi_k))
@@ -139,41 +144,24 @@ def window_quadratic(
     window_kind: WindowKind = "sliding",
     softcap: float | None = None,
     sinks: int = 0,
-    sink_k: Tensor | None = None,
-    sink_v: Tensor | None = None,
-    sink_valid: Tensor | None = None,
 ) -> Tensor:
-    """y [B, T, H, V]: softmax over the window alone, with dense masks.
-
-    The first ``sinks`` indices stay visible to all later queries. Sinks from before index 0 come as sink_k [B, s, G, K],
-    sink_v [B, s, G, V] and sink_valid [B, s] (None: all valid), and are visible to every query.
-    """
+    """y [B, T, H, V]: softmax over the window and the first ``sinks`` indices alone, with dense masks."""
     dtype, out_dtype = accumulator(q, k, v), v.dtype
     q, k, v = (x.to(dtype) for x in (q, k, v))
     visible, rest = window_mask(q.shape[1], window, window_kind, q.device)
-    visible = (visible | (rest & (torch.arange(q.shape[1], device=q.device) < sinks)))[None]  # [1, T, T]
-    if sink_k is not None and sink_v is not None:
-        first = _sink_mask(sink_k, sink_valid)[:, None].expand(-1, q.shape[1], -1)  # [B, T, s]
-        visible = torch.cat((first, visible.expand(first.shape[0], -1, -1)), dim=-1)
-        k, v = torch.cat((sink_k.to(dtype), k), dim=1), torch.cat((sink_v.to(dtype), v), dim=1)
-    scores = _scores(q, k, scale, softcap).masked_fill(~visible[:, None], -torch.inf)
+    visible = visible | (rest & (torch.arange(q.shape[1], device=q.device) < sinks))
+    scores = _scores(q, k, scale, softcap).masked_fill(~visible, -torch.inf)
     y = torch.einsum("bhij,bjhv->bihv", torch.softmax(scores, dim=-1), _per_head(v, q.shape[2]))
     return y.to(out_dtype)
 
 
-def _sink_mask(sink_k: Tensor, sink_valid: Tensor | None) -> Tensor:
-    """Which of the given sinks exist, [B, s]."""
-    if sink_valid is not None:
-        return sink_valid
-    return torch.ones(sink_k.shape[:2], dtype=torch.bool, device=sink_k.device)
-
-
 # Tiles: a query tile meets its own and the previous tile of keys, and a state of everything older.
-# Tiles are [B, G, N, r, C, D]: the r heads of a group stand beside each other, so that one product serves them with k and v unrepeated.
+# Tiles are [B, G, N, r, C, D]: the r heads of a group stand together, so that one product serves them all
+# and k and v need no repeating.
 
 
 def _tile_length(length: int, window: int | None, kind: WindowKind) -> int:
-    """C, such that the window of a query reaches no further back than the previous tile; one tile where all fits."""
+    """C, such that no window reaches further back than the previous tile; one tile where all fits."""
     if not window:
         tile = MIN_TILE
     elif kind == "sliding":
@@ -191,6 +179,11 @@ def _tiles(x: Tensor, tile: int, groups: int, dtype: torch.dtype) -> Tensor:
     return x.to(dtype, memory_format=torch.contiguous_format).contiguous()
 
 
+def _feature_tiles(phi_q: Tensor, tile: int, groups: int, shared: int, dtype: torch.dtype) -> Tensor:
+    """phi_q [B, T, H, F] as [B, G, N, r, R/r*C, F]: the rows that meet one of a group's r key maps together."""
+    return _tiles(phi_q, tile, groups, dtype).unflatten(3, (shared, -1)).flatten(4, 5)
+
+
 def _untile(y: Tensor, length: int, dtype: torch.dtype) -> Tensor:
     """y [B, G, N, R, C, V] as [B, T, H, V]."""
     batch, groups, count, per_group, tile, dim = y.shape
@@ -199,7 +192,7 @@ def _untile(y: Tensor, length: int, dtype: torch.dtype) -> Tensor:
 
 
 def _near(x: Tensor, stop: int | None = None) -> Tensor:
-    """The previous tile (zeros before the first) and the own one: [B, G, N, C, D] as [B, G, N, 2C, D]; the first ``stop`` rows."""
+    """The previous tile (zeros before the first), then the own one, up to row ``stop``: [B, G, N, 2C, D]."""
     count, tile = x.shape[2], x.shape[3]
     if count == 1:
         return x[..., :stop, :]
@@ -218,7 +211,10 @@ def _near_positions(count: int, tile: int, device: torch.device) -> tuple[Tensor
 
 
 def _probabilities(q: Tensor, k: Tensor, visible: Tensor, scale: float, softcap: float | None) -> Tensor:
-    """Softmax [B, G, N, R*C, n] of q [B, G, N, R, C, K] over the visible ones of k [B, G, N, n, K]; visible [B|1, 1, N, C, n]."""
+    """Softmax [B, G, N, R*C, n] over the visible near keys.
+
+    q [B, G, N, R, C, K], k [B, G, N, n, K], visible [B|1, 1, N, C, n].
+    """
     rows = (q * scale).flatten(3, 4)
     scores = rows @ k.transpose(-1, -2)
     if softcap is not None:
@@ -236,16 +232,17 @@ def _with_ones(v: Tensor) -> Tensor:
 def _linear_part(phi_q: Tensor, phi_k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
     """Numerator and denominator [B, G, N, R*C, V+1] of the kept near keys.
 
-    phi_q [B, G, N, r, R/r*C, F]; phi_k [B, G, N, n, r*F]; v [B, G, N, n, V+1]; keep, broadcast to [B, 1, N, 1, R/r, C, n].
+    phi_q [B, G, N, r, R/r*C, F], phi_k [B, G, N, n, r*F], v [B, G, N, n, V+1]; keep broadcasts to
+    [B, 1, N, 1, R/r, C, n].
     """
     shared = phi_q.shape[3]
-    keys = phi_k.unflatten(-1, (shared, -1)).permute(0, 1, 2, 3 + 1, 3 + 2, 3)  # [B, G, N, r, F, n]
+    keys = phi_k.unflatten(-1, (shared, -1)).permute(0, 1, 2, 4, 5, 3)  # [B, G, N, r, F, n]
     weights = (phi_q @ keys).unflatten(4, (-1, keep.shape[-2]))
     return weights.masked_fill(~keep, 0.0).flatten(3, 5) @ v
 
 
 def _from_state(phi_q: Tensor, state: Tensor) -> Tensor:
-    """Numerator and denominator [B, G, N, R*C, V+1] of phi_q [B, G, N, r, R/r*C, F] against a state [B, G, N, r, F, V+1]."""
+    """Sums [B, G, N, R*C, V+1] of phi_q [B, G, N, r, R/r*C, F] against states [B, G, N, r, F, V+1]."""
     return (phi_q @ state).flatten(3, 4)
 
 
@@ -266,8 +263,9 @@ def _join(
 ) -> Tensor:
     """y [B, G, N, R, C, V] from the window's probabilities and the linear sums, over one denominator.
 
-    The largest probability of a row is exp(c - LSE), so numerator and denominator times it are g P v + b pmax linear:
-    the formula of the module with nothing that can overflow, and gradient through c as part of the softmax's own.
+    The largest probability of a row is exp(c - LSE): numerator and denominator times it are g P v + b pmax
+    linear, the formula of the module with nothing that can overflow and gradient through c as part of the
+    softmax's own.
     """
     if probabilities is None:
         assert linear is not None
@@ -281,9 +279,7 @@ def _join(
     if linear_factor is not None:
         share = share * linear_factor.to(joint.dtype).view(shape)
     joint = window_factor.to(joint.dtype).view(shape) * joint + share * linear.unflatten(3, q.shape[3:5])
-    num, den = joint.split(
-        (joint.shape[-1] - 1, 1), dim=-1
-    )  # not two slices: their gradients would each fill a zero tensor
+    num, den = joint.split((joint.shape[-1] - 1, 1), dim=-1)  # the gradient of slices would fill zeros
     return num / den
 
 
@@ -305,8 +301,8 @@ def joint_chunked(
 ) -> Tensor:
     """y [B, T, H, V]: ``joint_quadratic`` in time and memory linear in T, forward and backward.
 
-    A tile of C queries meets the near keys (previous and own tile) pair by pair and the state of the older tiles as a sum.
-    Memory beyond the inputs: 2C scores and about F V / C state entries a token and head.
+    A tile of C queries meets the near keys (previous and own tile) pair by pair and all older tiles as one
+    sum. Memory beyond the inputs: 2C scores and about F V / C state entries a token and head.
     """
     length, groups, dtype = q.shape[1], k.shape[2], accumulator(q, k, v, phi_q, phi_k)
     shared = phi_k.shape[2] // groups  # feature maps a group: R, or 1 where it shares one
@@ -314,12 +310,9 @@ def joint_chunked(
     q, k, values = (_tiles(x, tile, groups, dtype) for x in (q, k, v))
     count = q.shape[2]
     k, values = k[:, :, :, 0], _with_ones(values[:, :, :, 0])  # [B, G, N, C, K], [B, G, N, C, V+1]
-    phi_q = (
-        _tiles(phi_q, tile, groups, dtype).unflatten(3, (shared, -1)).flatten(4, 5)
-    )  # [B, G, N, r, R/r*C, F]
-    phi_k = _tiles(phi_k.reshape(*phi_k.shape[:2], groups, -1), tile, groups, dtype)[
-        :, :, :, 0
-    ]  # [B, G, N, C, r*F]
+    phi_q = _feature_tiles(phi_q, tile, groups, shared, dtype)
+    phi_k = phi_k.reshape(*phi_k.shape[:2], groups, -1)  # the features of a group side by side
+    phi_k = _tiles(phi_k, tile, groups, dtype)[:, :, :, 0]  # [B, G, N, C, r*F]
 
     query, key = _near_positions(count, tile, q.device)
     near_values = _near(values)
@@ -351,7 +344,7 @@ def _near_linear(near: int, window: int | None, kind: WindowKind) -> int:
 
 
 def _older_states(phi_k: Tensor, values: Tensor, shared: int, state: State | None) -> Tensor | None:
-    """For each tile the sums [B, G, N, r, F, V+1] over all tiles before its previous one, and over ``state``."""
+    """For each tile the sums [B, G, N, r, F, V+1] over all tiles before its previous one, and ``state``."""
     count = phi_k.shape[2]
     start = None if state is None else _join_state(state, phi_k.shape[1], values.dtype)
     if count <= 2:
@@ -374,36 +367,25 @@ def window_chunked(
     window_kind: WindowKind = "sliding",
     softcap: float | None = None,
     sinks: int = 0,
-    sink_k: Tensor | None = None,
-    sink_v: Tensor | None = None,
-    sink_valid: Tensor | None = None,
 ) -> Tensor:
-    """y [B, T, H, V]: ``window_quadratic`` in time and memory linear in T; sinks are further near keys of every tile."""
+    """y [B, T, H, V]: ``window_quadratic`` in time linear in T; sinks are further near keys of every tile."""
     length, groups, dtype, out_dtype = q.shape[1], k.shape[2], accumulator(q, k, v), v.dtype
     tile = _tile_length(length, window, window_kind)
-    extra = []  # (k, v, visible) of keys shown to every tile
     query, key = _near_positions(-(-length // tile), tile, q.device)
-    visible = (in_window(query, key, window, window_kind) & (key <= query) & (key >= 0))[
-        None
-    ]  # [1, N, C, 2C]
-    if sinks:
-        first = torch.arange(min(sinks, length), device=q.device)
-        seen = (first <= query) & ~in_window(query, first, window, window_kind)
-        extra.append((k[:, :sinks], v[:, :sinks], seen[None]))
-    if sink_k is not None and sink_v is not None:
-        extra.append((sink_k, sink_v, _sink_mask(sink_k, sink_valid)[:, None, None]))
+    inside = in_window(query, key, window, window_kind)
+    visible = inside & (key <= query) & (key >= 0)  # [N, C, 2C]
+    first_k, first_v = (x[:, :sinks, :, None].permute(0, 2, 3, 1, 4).to(dtype) for x in (k, v))
     q, k, v = (_tiles(x, tile, groups, dtype) for x in (q, k, v))
     k, v = _near(k[:, :, :, 0]), _near(v[:, :, :, 0])
-    for more_k, more_v, seen in extra:
-        more_k, more_v = (
-            x.to(dtype).transpose(1, 2)[:, :, None].expand(-1, -1, k.shape[2], -1, -1)
-            for x in (more_k, more_v)
+    if sinks:
+        first = torch.arange(first_k.shape[3], device=q.device)
+        seen = (first <= query) & ~in_window(query, first, window, window_kind)
+        visible = torch.cat((seen, visible), dim=-1)
+        k, v = (
+            torch.cat((x.expand(-1, -1, near.shape[2], -1, -1), near), dim=3)
+            for x, near in ((first_k, k), (first_v, v))
         )
-        k, v = torch.cat((more_k, k), dim=3), torch.cat((more_v, v), dim=3)
-        rows = max(seen.shape[0], visible.shape[0])
-        shape = (rows, *visible.shape[1:3])
-        visible = torch.cat((seen.expand(*shape, -1), visible.expand(*shape, -1)), dim=-1)
-    y = _probabilities(q, k, visible[:, None], scale, softcap) @ v
+    y = _probabilities(q, k, visible[None, None], scale, softcap) @ v
     return _untile(y.unflatten(3, q.shape[3:5]), length, out_dtype)
 
 
@@ -447,9 +429,10 @@ def joint_recurrent(
 ) -> Tensor:
     """y [B, Tq, H, V] of a few queries against n slots in any order, by the same predicate on positions.
 
-    q [B, Tq, H, K], phi_q [B, Tq, H, F], query_positions [B, Tq]; k [B, n, G, K], v [B, n, G, V], key_positions [B, n], negative for
-    an empty slot (whose contents must be finite). Slots outside a query's window are linear; phi_k [B, n, H|G, F] may be None when no slot can
-    be. ``state`` sums the keys that have left the slots.
+    q [B, Tq, H, K], phi_q [B, Tq, H, F], query_positions [B, Tq]; k [B, n, G, K], v [B, n, G, V],
+    key_positions [B, n], negative for an empty slot (whose contents must be finite). Slots outside a
+    query's window are linear; phi_k [B, n, H|G, F] may be None when no slot can be. ``state`` sums the keys
+    that have left the slots.
     """
     length, groups = q.shape[1], k.shape[2]
     dtype = accumulator(q, k, v, phi_q)
@@ -459,14 +442,13 @@ def joint_recurrent(
     probabilities = _probabilities(queries, keys, visible, scale, softcap) if window else None
 
     linear = None
-    if phi_k is not None or state is not None:
-        shared = (phi_k.shape[2] if phi_k is not None else state[1].shape[1]) // groups
-        phi_q = _tiles(phi_q, length, groups, dtype).unflatten(3, (shared, -1)).flatten(4, 5)
     if phi_k is not None:
+        phi = _feature_tiles(phi_q, length, groups, phi_k.shape[2] // groups, dtype)
         features = _slots(phi_k.reshape(*phi_k.shape[:2], groups, -1), dtype)
-        linear = _linear_part(phi_q, features, values, rest[:, :, :, None, None])
+        linear = _linear_part(phi, features, values, rest[:, :, :, None, None])
     if state is not None:
-        sums = _from_state(phi_q, _join_state(state, groups, dtype))
+        phi = _feature_tiles(phi_q, length, groups, state[1].shape[1] // groups, dtype)
+        sums = _from_state(phi, _join_state(state, groups, dtype))
         linear = sums if linear is None else linear + sums
     if probabilities is None and linear is None:
         raise ValueError("without a window, phi_k or a state is needed")
@@ -489,7 +471,7 @@ def window_recurrent(
     softcap: float | None = None,
     sinks: int = 0,
 ) -> Tensor:
-    """y [B, Tq, H, V] of a few queries against n slots in any order (``joint_recurrent``); positions below ``sinks`` stay visible."""
+    """y [B, Tq, H, V] against slots as in ``joint_recurrent``; positions below ``sinks`` stay visible."""
     length, dtype = q.shape[1], accumulator(q, k, v)
     queries = _tiles(q, length, k.shape[2], dtype)
     visible, _ = _slot_masks(key_positions, query_positions, window, window_kind, sinks)
@@ -499,7 +481,7 @@ def window_recurrent(
 
 @full_precision
 def fold(kv: Tensor, z: Tensor, phi_k: Tensor, v: Tensor, keep: Tensor) -> State:
-    """The state (S [B, Hs, F, V], z [B, Hs, F]) with the kept keys added, in the precision of the state (fp32 at least).
+    """The state (S [B, Hs, F, V], z [B, Hs, F]) with the kept keys added, in its precision (fp32 or more).
 
     phi_k [B, n, Hs, F] (Hs = H or G), v [B, n, G, V], keep [B, n] bool; what is not kept may hold anything.
     """
