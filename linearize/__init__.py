@@ -72,7 +72,7 @@ def __dir__() -> list[str]:
 
 
 class _Package(ModuleType):
-    """Importing the module ``linearize.convert`` would hide the function of the same name; here the function stays."""
+    """Importing the module ``linearize.convert`` must not hide the function of the same name."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name not in _HOME or not isinstance(value, ModuleType):

@@ -25,8 +25,11 @@ def located(line: str, place: str | None, overridden: Sequence[str]) -> str:
 
 
 def complaint(error: ValidationError, model: type[BaseModel], given: Any, prefix: str = "") -> str:
-    """One thing wrong in ``given``, the tree that ``model`` refused: an unknown key, which explains other errors, or
-    else the deepest, since a failed union also complains at the key above."""
+    """One thing wrong in ``given``, the tree that ``model`` refused.
+
+    An unknown key comes first, because it explains other errors; then the deepest, since a union that fails
+    also complains at the key above.
+    """
     details = error.errors(include_url=False)
     first = min(details, key=lambda e: (e["type"] != "extra_forbidden", -len(_path(e, given))))
     path = _path(first, given)
@@ -55,7 +58,11 @@ def _path(error: ErrorDetails, given: Any) -> tuple[str | int, ...]:
 
 
 def _reason(
-    error: ErrorDetails, same: list[ErrorDetails], path: tuple[str | int, ...], model: type[BaseModel], given: Any
+    error: ErrorDetails,
+    same: list[ErrorDetails],
+    path: tuple[str | int, ...],
+    model: type[BaseModel],
+    given: Any,
 ) -> str:
     kind, context = error["type"], error.get("ctx", {})
     if kind == "extra_forbidden":

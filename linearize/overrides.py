@@ -1,4 +1,4 @@
-"""Plain trees of dicts and lists: read from YAML, changed by dotted ``key.sub=value`` words, compared key by key."""
+"""Plain trees of dicts and lists: read from YAML, changed by ``key.sub=value`` words, flattened."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -49,7 +49,9 @@ def parse_override(word: str) -> tuple[str, Any]:
     try:
         return key, yaml.load(text, Loader=_Loader)
     except yaml.YAMLError:
-        raise RecipeError(f"{key}: {text!r} is not a YAML value; put it in quotes, such as {key}='\"a: b\"'") from None
+        raise RecipeError(
+            f"{key}: {text!r} is not a YAML value; put it in quotes, such as {key}='\"a: b\"'"
+        ) from None
 
 
 def set_dotted(tree: dict[str, Any], key: str, value: Any) -> None:

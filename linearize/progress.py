@@ -1,4 +1,4 @@
-"""What a long step tells whoever watches: one small record, passed to a callback. The library never prints."""
+"""What a long step tells whoever watches: one small record, passed to a callback."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Progress:
-    """``done`` of ``total`` units of ``phase`` are behind us; ``metrics`` are the newest readings (loss, ...)."""
+    """``done`` of ``total`` units of ``phase`` are behind us; ``metrics`` are the newest readings."""
 
     phase: str
     done: int

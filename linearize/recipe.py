@@ -99,7 +99,7 @@ class RecallSource(Section):
 
 
 class TextSource(Section):
-    """Local ``.txt``, ``.jsonl`` or ``.parquet`` files, or a folder of them; ``.gz`` and ``.xz`` are read as they are."""
+    """Local ``.txt``, ``.jsonl`` or ``.parquet`` files, ``.gz`` and ``.xz`` too, or a folder of them."""
 
     kind: Literal["text"] = "text"
     weight: PositiveRate = 1.0
@@ -194,7 +194,7 @@ class Lora(Section):
 
 
 class Finetune(Stage):
-    """Stage 2: LoRA on next-token loss, on the KL from the teacher, or on a weighted sum; merged at the end."""
+    """Stage 2: LoRA on next-token loss, the KL from the teacher, or a weighted sum; merged at the end."""
 
     learning_rate: PositiveRate = 1e-4
     warmup_steps: Count = 20
@@ -212,7 +212,7 @@ class Finetune(Stage):
 
 
 class Control(Section):
-    """A student with a sliding window only, given the same LoRA tokens: what the linear branch has to beat."""
+    """A window-only student, given the same LoRA tokens: what the linear branch has to beat."""
 
     enabled: bool = False
     window: Positive | None = None
@@ -233,7 +233,7 @@ class Evaluate(Section):
 
 
 class Recipe(Section):
-    """The whole run. Build one with ``from_file``, ``from_dict`` or ``resolve``; change it with ``override``."""
+    """The whole run. Made by ``resolve``, ``from_file`` or ``from_dict``; changed by ``override``."""
 
     teacher: Teacher = Teacher()
     method: Any = Field(default=DEFAULT_METHOD, validate_default=True)
@@ -264,12 +264,14 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _parts_fit(self) -> "Recipe":
         if isinstance(self.layers, list) and (not self.layers or len(set(self.layers)) != len(self.layers)):
-            raise ValueError(f"layers: {self.layers} is not a list of distinct layer numbers, such as [0, 1, 2]")
+            raise ValueError(
+                f"layers: {self.layers} is not a list of distinct layer numbers, such as [0, 1, 2]"
+            )
         window = getattr(self.method, "window", None)
         if window is not None and window >= self.data.seq_len:
             raise ValueError(
-                f"method.window: {window} covers the whole of data.seq_len={self.data.seq_len}, which leaves nothing "
-                f"to linearize; try method.window={max(1, self.data.seq_len // 8)}"
+                f"method.window: {window} covers all of data.seq_len={self.data.seq_len}, which leaves "
+                f"nothing to linearize; try method.window={max(1, self.data.seq_len // 8)}"
             )
         return self
 
@@ -280,7 +282,7 @@ class Recipe(Section):
     def from_dict(
         cls, given: Mapping[str, Any], *, place: str | None = None, overridden: Sequence[str] = ()
     ) -> "Recipe":
-        """The validated recipe. Keys that ``given`` leaves out take the method's recommended values, then the defaults.
+        """The validated recipe. Keys left out take the method's recommended values, then the defaults.
 
         ``place`` (a file name) leads the line of an error, except for the dotted keys in ``overridden``.
         """
@@ -295,17 +297,22 @@ class Recipe(Section):
         return recipe
 
     @classmethod
-    def from_file(cls, path: str | Path, *, method: str | None = None, overrides: Sequence[str] = ()) -> "Recipe":
+    def from_file(
+        cls, path: str | Path, *, method: str | None = None, overrides: Sequence[str] = ()
+    ) -> "Recipe":
         """The recipe of a YAML file; ``method`` replaces the file's, ``overrides`` have the last word."""
         return _assemble(read_yaml(path), method, overrides, place=str(path))
 
     @classmethod
     def resolve(
-        cls, model_or_recipe: str | Path | None = None, method: str | None = None, overrides: Sequence[str] = ()
+        cls,
+        model_or_recipe: str | Path | None = None,
+        method: str | None = None,
+        overrides: Sequence[str] = (),
     ) -> "Recipe":
-        """The recipe that a word means: a recipe file, a shipped recipe's name, or a model to use with the defaults.
+        """The recipe that a word means: a recipe file, a shipped recipe's name, or a model.
 
-        A model is a folder, a bundled name or a Hub id. No word at all means the quickstart recipe.
+        A model (a folder, a bundled name, a Hub id) takes the defaults. No word means the quickstart recipe.
         """
         word = QUICKSTART if model_or_recipe is None else str(model_or_recipe)
         shipped = shipped_recipes()
@@ -340,7 +347,7 @@ class Recipe(Section):
 
 
 def build_method(given: Any) -> Any:
-    """The config dataclass for ``"lolcats"``, for ``{"name": "lolcats", "window": 32}``, or the dataclass itself."""
+    """The config for ``"lolcats"``, for ``{"name": "lolcats", "window": 32}``, or for a config."""
     from .modeling.mixer import MethodConfig
     from .modeling.registry import METHODS
 
@@ -392,7 +399,7 @@ def _assemble(
 
 
 def shipped_recipes() -> dict[str, Path]:
-    """Name -> file of the recipes that come with the package: ``quickstart``, ``smollm2-135m/lolcats``, ..."""
+    """Name -> file of the package's own recipes: ``quickstart``, ``smollm2-135m/lolcats``, ..."""
     package = Path(str(importlib.resources.files("linearize")))
     # A wheel carries the folder inside the package; in a checkout it stands beside it.
     folders = [folder for folder in (package / "recipes", package.parent / "recipes") if folder.is_dir()]

@@ -1,0 +1,364 @@
+"""The command line: each verb parses its words, calls the library, prints; heavy imports live inside verbs.
+
+Results go to stdout, progress and logs to stderr; ``--json`` ends stdout with one JSON object. A user's
+mistake is one line and exit code 2, an interruption is 130.
+"""
+
+import errno
+import json
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from .modeling.errors import LinearizeError
+
+WORDS = "[MODEL|RECIPE] [key.sub=value]..."
+
+
+class _Verbs(TyperGroup):
+    """Turns what a user can mend into one line on stderr and exit code 2."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except LinearizeError as error:
+            _fail(str(error))
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+                raise
+            place = f"{error.filename}: " if error.filename else ""
+            remedy = (
+                "free some space, then repeat the command"
+                if error.errno in (errno.ENOSPC, errno.EDQUOT)
+                else ("choose another folder with output=... or --output")
+            )
+            _fail(f"{place}{(error.strerror or 'cannot be written').lower()}; {remedy}")
+        except KeyboardInterrupt:
+            typer.echo("interrupted; the same command goes on from the last step that was saved", err=True)
+            raise typer.Exit(130) from None
+
+
+def _fail(line: str) -> None:
+    typer.echo(f"error: {' '.join(line.split())}", err=True)
+    raise typer.Exit(2) from None
+
+
+app = typer.Typer(
+    cls=_Verbs,
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    help="Convert pretrained causal language models to linear attention, and show what was kept.",
+)
+
+Words = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar=WORDS,
+        show_default=False,
+        help="A Hub id, a folder, a bundled model, a recipe file or a shipped recipe's name; then overrides.",
+    ),
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[key.sub=value]...", show_default=False, help="Recipe overrides."),
+]
+Method = Annotated[
+    str | None, typer.Option(help="The method, with its defaults; see `linearize list methods`.")
+]
+Output = Annotated[Path, typer.Option(help="The folder to write; it must not hold anything yet.")]
+Checkpoint = Annotated[Path, typer.Argument(help="A saved student's folder.", show_default=False)]
+AsJson = Annotated[bool, typer.Option("--json", help="End stdout with one JSON object instead of tables.")]
+
+
+@app.callback()
+def _root(
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log what happens, to stderr.")] = False,
+) -> None:
+    from rich.logging import RichHandler
+
+    handler = RichHandler(console=_stderr(), show_path=False, show_level=verbose, show_time=verbose)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler], force=True)
+    logging.getLogger("linearize").setLevel(logging.DEBUG if verbose else logging.INFO)
+    # Warnings of libraries are for developers: shown with --verbose.
+    logging.captureWarnings(True)
+    logging.getLogger("py.warnings").setLevel(logging.WARNING if verbose else logging.ERROR)
+
+
+@app.command("run")
+def run_(
+    words: Words = None,
+    method: Method = None,
+    output: Annotated[Path | None, typer.Option(help="The run's folder; the same as output=...")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Convert, train, measure and save, by a recipe; nothing given: the embedded model, in minutes.
+
+    A second call of the same command goes on where the first was stopped.
+    """
+    model, overrides = _split(words)
+    if output is not None:
+        overrides.append(f"output={json.dumps(str(output))}")
+    recipe = _recipe(model, method, overrides)
+
+    from .run import run
+
+    with _watching() as watch:
+        made = run(recipe, progress=watch)
+    _print_results(made.results, as_json)
+    if as_json:
+        _print_json((made.folder / "results.json").read_text(encoding="utf-8"))
+        return
+    console = _stdout()
+    if made.continuation:
+        console.print("Prompt:", style="bold")
+        console.print(made.prompt, markup=False, highlight=False)
+        console.print("\nThe student goes on:", style="bold")
+        console.print(made.continuation, markup=False, highlight=False)
+    total = sum(made.timings.values())
+    spent = ", ".join(f"{phase} {seconds:.0f} s" for phase, seconds in made.timings.items() if seconds >= 1)
+    typer.echo(f"\nTime: {total:.0f} s ({spent})")
+    typer.echo(f"Tables and numbers: {made.folder / 'table.md'}, {made.folder / 'results.json'}")
+    typer.echo(f"Student: {made.checkpoint}")
+    typer.echo(f'  linearize generate {made.checkpoint} "Once upon a time"')
+    typer.echo(f'  AutoModelForCausalLM.from_pretrained("{made.checkpoint}", trust_remote_code=True)')
+
+
+@app.command()
+def show(words: Words = None, method: Method = None, as_json: AsJson = False) -> None:
+    """Print the resolved recipe with every default, and check it; no model is loaded."""
+    model, overrides = _split(words)
+    recipe = _recipe(model, method, overrides)
+    if as_json:
+        _print_json(json.dumps(recipe.to_dict()))
+    else:
+        typer.echo(recipe.to_yaml(), nl=False)
+
+
+lists = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="What there is to choose from.")
+app.add_typer(lists, name="list")
+
+
+@lists.command()
+def methods() -> None:
+    """Methods that can replace softmax attention."""
+    from .modeling.registry import METHODS
+
+    _print_rows((name, method.summary) for name, method in METHODS.items())
+
+
+@lists.command()
+def recipes() -> None:
+    """Recipes that come with the package."""
+    from .recipe import shipped_recipes
+
+    _print_rows((name, _first_comment(path)) for name, path in shipped_recipes().items())
+
+
+@lists.command()
+def families() -> None:
+    """Model families that are tested; others are tried, and refused with the reason where they do not fit."""
+    from .convert import FAMILIES
+
+    for name in FAMILIES:
+        typer.echo(name)
+
+
+@app.command("convert")
+def convert_(output: Output, words: Words = None, method: Method = None, as_json: AsJson = False) -> None:
+    """Write a converted, untrained model."""
+    model, overrides = _split(words)
+    recipe = _recipe(model, method, overrides)
+
+    from .checkpoint import save
+    from .convert import convert, describe
+    from .teacher import load_teacher
+
+    loaded, tokenizer = load_teacher(recipe.teacher)
+    convert(loaded, recipe.method, recipe.layers, recipe.convert_sliding)
+    save(loaded, tokenizer, output, extra={"recipe.yaml": recipe.to_yaml()})
+    if as_json:
+        _print_json(json.dumps({"checkpoint": str(output)}))
+        return
+    _print_rows((f"layer {layer.index}", layer.method, layer.note) for layer in describe(loaded))
+    typer.echo(f"Converted, untrained: {output}")
+
+
+@app.command("unconvert")
+def unconvert_(checkpoint: Checkpoint, output: Output) -> None:
+    """Write the plain transformers model back; the weights of the mixers are left out."""
+    from .checkpoint import load, save
+    from .convert import unconvert
+
+    model, tokenizer = load(checkpoint)
+    save(unconvert(model), tokenizer, output)
+    typer.echo(f"Plain model: {output}")
+
+
+@app.command("eval")
+def eval_(checkpoint: Checkpoint, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Measure a saved student beside its teacher, by the recipe that was saved with it."""
+    from .run import evaluate_checkpoint
+
+    with _watching() as watch:
+        results = evaluate_checkpoint(checkpoint, overrides or [], progress=watch)
+    _print_results(results, as_json)
+    if as_json:
+        _print_json(json.dumps(results.to_dict()))
+
+
+@app.command("generate")
+def generate_(
+    checkpoint: Annotated[str, typer.Argument(help="A saved student, or any model that can be a teacher.")],
+    prompt: Annotated[str, typer.Argument(help="The text to continue.")],
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to write.")] = 60,
+    sample: Annotated[
+        bool, typer.Option("--sample", help="Sample instead of taking the likeliest token.")
+    ] = False,
+    temperature: Annotated[float, typer.Option(help="With --sample.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="With --sample.")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Continue a prompt."""
+    from .generate import generate
+    from .run import load
+
+    model, tokenizer = load(checkpoint)
+    sampling = {"do_sample": True, "temperature": temperature, "seed": seed} if sample else {}
+    text = generate(model, tokenizer, prompt, max_new_tokens, **sampling)
+    if as_json:
+        _print_json(json.dumps({"prompt": prompt, "continuation": text}))
+    else:
+        typer.echo(text)
+
+
+@app.command("push")
+def push_(
+    checkpoint: Checkpoint,
+    repo_id: Annotated[str, typer.Argument(help="owner/name on the Hugging Face Hub.")],
+    private: Annotated[bool, typer.Option("--private", help="Create the repository as private.")] = False,
+    revision: Annotated[str | None, typer.Option(help="A branch, created where it does not exist.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be uploaded.")] = False,
+) -> None:
+    """Upload a saved student, with a card that says what it is and what was measured."""
+    from .hub import push
+
+    made = push(checkpoint, repo_id, private=private, revision=revision, dry_run=dry_run)
+    for name in made.files:
+        typer.echo(name)
+    typer.echo(f"{'Would go to' if dry_run else 'Pushed to'} {made.url}")
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    from . import __version__
+
+    typer.echo(__version__)
+
+
+def _split(words: list[str] | None) -> tuple[str | None, list[str]]:
+    """The model or recipe, if the first word is one, and the overrides."""
+    words = list(words or [])
+    model = words.pop(0) if words and "=" not in words[0] else None
+    return model, words
+
+
+def _recipe(model: str | None, method: str | None, overrides: list[str]) -> Any:
+    from .recipe import Recipe
+
+    return Recipe.resolve(model, method, overrides)
+
+
+def _first_comment(path: Path) -> str:
+    first = path.read_text(encoding="utf-8").partition("\n")[0]
+    return first.removeprefix("#").strip() if first.startswith("#") else ""
+
+
+def _stdout() -> Any:
+    from rich.console import Console
+
+    return Console(file=sys.stdout)
+
+
+_console: Any = None
+
+
+def _stderr() -> Any:
+    """One console for logs and bars, so that a line of the log does not tear a bar."""
+    from rich.console import Console
+
+    global _console
+    if _console is None or _console.file is not sys.stderr:
+        _console = Console(file=sys.stderr)
+    return _console
+
+
+@contextmanager
+def _watching() -> Iterator[Any]:
+    """A callback that draws one bar per phase: done, tokens a second, the loss, the time left."""
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    bars: dict[str, Any] = {}
+    display = Progress(
+        TextColumn("{task.description:<18}"),
+        BarColumn(bar_width=24),
+        TextColumn("{task.percentage:>3.0f} %"),
+        TextColumn("{task.fields[pace]:>14}"),
+        TextColumn("{task.fields[loss]:>12}"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=_stderr(),
+    )
+
+    def watch(at: Any) -> None:
+        if at.phase not in bars:
+            bars[at.phase] = display.add_task(at.phase, total=at.total, completed=at.done, pace="", loss="")
+        task = display.tasks[bars[at.phase]]
+        speed = task.finished_speed or task.speed
+        display.update(
+            bars[at.phase],
+            total=at.total,
+            completed=at.done,
+            pace=f"{speed:,.0f} {at.unit}/s" if speed else "",
+            loss=f"loss {at.metrics['loss']:.4f}" if "loss" in at.metrics else "",
+        )
+
+    with display:
+        yield watch
+
+
+def _print_results(results: Any, as_json: bool) -> None:
+    if as_json:
+        return
+    from rich.table import Table
+
+    from .report import tables
+
+    console = _stdout()
+    for made in tables(results):
+        table = Table(
+            *made.header, title=made.title, caption=made.note, title_justify="left", caption_justify="left"
+        )
+        for row in made.rows:
+            table.add_row(*row)
+        console.print(table)
+
+
+def _print_json(text: str) -> None:
+    typer.echo(json.dumps(json.loads(text)))
+
+
+def _print_rows(rows: Any) -> None:
+    rows = [tuple(str(cell) for cell in row) for row in rows]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        typer.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())

@@ -1,0 +1,93 @@
+"""Publishing a saved student on the Hugging Face Hub, with a card: what it is and what was measured."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub import HfApi, ModelCard, ModelCardData
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+from .checkpoint import is_checkpoint
+from .modeling.errors import HubError, RecipeError
+from .recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Pushed:
+    """Where the student is (or would be) and the files that went there."""
+
+    url: str
+    files: list[str]
+
+
+def push(
+    folder: str | Path,
+    repo_id: str,
+    *,
+    private: bool = False,
+    revision: str | None = None,
+    dry_run: bool = False,
+) -> Pushed:
+    """Upload a checkpoint folder and its card; ``dry_run`` says what would go and touches no network."""
+    folder = Path(folder)
+    if not is_checkpoint(folder):
+        raise HubError(f"{folder}: not a saved student; give the `student` folder of a run")
+    files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    made = Pushed(f"https://huggingface.co/{repo_id}", sorted({*files, "README.md"}))
+    if dry_run:
+        return made
+    api = HfApi()
+    try:
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        if revision is not None:
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        if "README.md" not in files:
+            text = str(card(folder)).encode()
+            api.upload_file(
+                path_or_fileobj=text, path_in_repo="README.md", repo_id=repo_id, revision=revision
+            )
+        api.upload_folder(repo_id=repo_id, folder_path=folder, revision=revision)
+    except (HFValidationError, ValueError) as error:
+        raise HubError(f"{repo_id}: not a repository id ({_line(error)}); write owner/name") from None
+    except (HfHubHTTPError, OSError) as error:
+        raise HubError(
+            f"{repo_id}: the upload failed ({_line(error)}); `hf auth login`, then push again"
+        ) from None
+    return made
+
+
+def card(folder: Path) -> ModelCard:
+    """The model card: teacher and method, how to load it, and its run's tables where there are any."""
+    try:
+        recipe = Recipe.from_file(folder / "recipe.yaml")
+    except RecipeError:
+        recipe = None
+    table = folder.parent / "table.md"
+    measured = table.read_text(encoding="utf-8") if table.is_file() else "Nothing was measured.\n"
+    name = recipe.teacher.name if recipe else "its teacher"
+    method = recipe.method.name if recipe else "linear attention"
+    data = ModelCardData(
+        base_model=name if recipe and "/" in name else None,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["linearize", "linear-attention", method],
+    )
+    text = f"""---
+{data.to_yaml()}
+---
+# {name}, with linear attention
+
+Attention layers of `{name}` replaced by `{method}` and taught to imitate the original.
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("THIS_REPOSITORY", trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained("THIS_REPOSITORY")
+```
+
+{measured}"""
+    return ModelCard(text)
+
+
+def _line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:120]

@@ -1,0 +1,305 @@
+"""The road of a run: teacher, convert, data, transfer, finetune, save, control, evaluate; what is done stays.
+
+<output>/
+  recipe.yaml           resolved, every default included; a run of another recipe is refused here
+  data/                 the tokens, sampled or read once
+  transfer/ finetune/   metrics.jsonl, checkpoints while they run, then the weights (see train/resume.py)
+  student/              the checkpoint: what is measured, and what may be published
+  control/              finetune/ and student/ of the window-only student, where the recipe asks for one
+  timings.json          seconds per phase, over all the calls that it took
+  results.json table.md what was measured, with its origin; written last
+"""
+
+import contextlib
+import datetime
+import json
+import os
+import platform
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from . import __version__, checkpoint, report
+from .convert import convert
+from .data import Corpus, build
+from .evaluate import Results, evaluate
+from .generate import generate
+from .modeling.attention import attention_mode
+from .modeling.errors import LinearizeError, RecipeError
+from .progress import Progress, Watch
+from .recipe import Recipe, Teacher, build_method
+from .teacher import load_teacher
+from .train.finetune import finetune
+from .train.transfer import transfer
+
+PROMPT_TOKENS = 48
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """Where the run is, what it measured, a continuation by the student, and the seconds of each phase."""
+
+    folder: Path
+    checkpoint: Path
+    results: Results
+    prompt: str
+    continuation: str
+    timings: dict[str, float]
+
+
+def run(recipe: Recipe, *, progress: Watch | None = None) -> RunResult:
+    """Do what the recipe says, or the rest of it when its folder holds a part."""
+    folder = folder_of(recipe)
+    _refuse_other_run(folder, recipe)
+    if (folder / "results.json").exists():
+        return _finished(folder)
+    device, precision = device_of(recipe), precision_of(recipe)
+    clock = _Clock(folder)
+
+    with clock("teacher"):
+        model, tokenizer = load_teacher(recipe.teacher, device)
+    with clock("convert"):  # before the data, so that a model that cannot be converted is refused at once
+        convert(model, recipe.method, recipe.layers, recipe.convert_sliding)
+    with (
+        clock("data"),
+        _claimed(folder, recipe),
+        attention_mode("softmax"),
+    ):  # in softmax mode it is the teacher
+        corpus = build(
+            recipe.data,
+            tokenizer,
+            teacher=model,
+            cache_dir=folder / "data",
+            seed=recipe.seed,
+            device=device,
+            progress=progress,
+        )
+
+    teach = _Lesson(recipe, tokenizer, corpus, device, precision)
+    teach(model, folder, clock, progress)
+    if recipe.control.enabled:
+        model, _ = load_teacher(recipe.teacher, device)
+        convert(model, control_method(recipe), recipe.layers, recipe.convert_sliding)
+        teach(model, folder / "control", clock.under("control"), _under("control", progress))
+
+    with clock("evaluate"):
+        names = {"student": folder / "student", "window control": folder / "control" / "student"}
+        students = {
+            name: checkpoint.load(path, device=device)[0] for name, path in names.items() if path.exists()
+        }
+        teacher, tokenizer = load_teacher(recipe.teacher, device)
+        results = evaluate(students, teacher, tokenizer, corpus, recipe.evaluate, recipe.seed, progress)
+        prompt, text = _continuation(students["student"], tokenizer, corpus, recipe)
+    return _finish(folder, recipe, results, prompt, text, clock.seconds)
+
+
+@dataclass(frozen=True)
+class _Lesson:
+    """Both training stages and the saving of a converted model: the same for student and control."""
+
+    recipe: Recipe
+    tokenizer: Any
+    corpus: Corpus
+    device: str
+    precision: str
+
+    def __call__(self, model: Any, folder: Path, clock: "_Clock", progress: Watch | None) -> None:
+        recipe, saved = self.recipe, folder / "student"
+        if saved.exists():  # saved under its name only when it was whole
+            return
+        how = {"seed": recipe.seed, "device": self.device, "precision": self.precision, "progress": progress}
+        with clock("transfer"):
+            transfer(model, self.corpus, recipe.transfer, folder=folder / "transfer", **how)
+        with clock("finetune"):
+            model, _ = finetune(model, self.corpus, recipe.finetune, folder=folder / "finetune", **how)
+        with clock("save"):
+            checkpoint.save(model, self.tokenizer, saved, extra={"recipe.yaml": recipe.to_yaml()})
+
+
+def load(name: str | Path, *, device: str = "cpu") -> tuple[Any, Any]:
+    """Model and tokenizer of a saved student, or of a teacher: a folder, a bundled name or a Hub id."""
+    if checkpoint.is_checkpoint(name):
+        return checkpoint.load(name, device=device)
+    return load_teacher(Teacher(name=str(name)), device)
+
+
+def evaluate_checkpoint(
+    folder: str | Path, overrides: Sequence[str] = (), *, progress: Watch | None = None
+) -> Results:
+    """The measurements of a saved student beside its teacher, by the recipe that was saved with it.
+
+    ``overrides`` change it: ``data.held_out=[{kind: text, path: my.txt}]`` for other text, say.
+    """
+    folder = Path(folder)
+    student, _ = checkpoint.load(folder)
+    recipe = Recipe.from_file(folder / "recipe.yaml", overrides=overrides)
+    device = device_of(recipe)
+    teacher, tokenizer = load_teacher(recipe.teacher, device)
+    cache = folder.parent / "data"
+    corpus = build(
+        recipe.data,
+        tokenizer,
+        teacher=teacher,
+        cache_dir=cache if cache.is_dir() else None,
+        seed=recipe.seed,
+        device=device,
+        progress=progress,
+    )
+    students = {"student": student.to(device)}
+    return evaluate(students, teacher, tokenizer, corpus, recipe.evaluate, recipe.seed, progress)
+
+
+def folder_of(recipe: Recipe) -> Path:
+    """The run's folder: ``output``, or ``runs/<teacher>-<method>``."""
+    if recipe.output is not None:
+        return Path(recipe.output).expanduser()
+    return Path("runs") / f"{Path(recipe.teacher.name).name.lower()}-{recipe.method.name}"
+
+
+def control_method(recipe: Recipe) -> Any:
+    """The control's method: a sliding window as long as the student's, and nothing behind it."""
+    window = recipe.control.window or getattr(recipe.method, "window", None)
+    fields = {"name": "window", "sinks": recipe.control.sinks}
+    return build_method(fields | ({"window": window} if window else {}))
+
+
+def device_of(recipe: Recipe) -> str:
+    """``cuda`` where there is one, unless the recipe says otherwise."""
+    found = "cuda" if torch.cuda.is_available() else "cpu"
+    if recipe.device == "cuda" and found == "cpu":
+        raise RecipeError(
+            "device: 'cuda', but torch finds no GPU here; use device=cpu or a CUDA build of torch"
+        )
+    return found if recipe.device == "auto" else recipe.device
+
+
+def precision_of(recipe: Recipe) -> str:
+    """``auto`` is bf16 on a GPU and fp32 on a CPU, where half precision is slow."""
+    if recipe.precision != "auto":
+        return recipe.precision
+    return "bf16" if device_of(recipe) == "cuda" else "fp32"
+
+
+def _refuse_other_run(folder: Path, recipe: Recipe) -> None:
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return
+    written = folder / "recipe.yaml"
+    if not written.exists():
+        raise RecipeError(f"output: {folder} exists and is not a run; choose another folder with output=...")
+    if changed := Recipe.from_file(written).differences(recipe):
+        keys = ", ".join(changed[:5]) + (f" and {len(changed) - 5} more" if len(changed) > 5 else "")
+        raise RecipeError(
+            f"output: {folder} holds a run of another recipe ({keys} differ); "
+            "choose another folder with output=..., or remove this one"
+        )
+
+
+@contextlib.contextmanager
+def _claimed(folder: Path, recipe: Recipe) -> Iterator[None]:
+    """The folder with its recipe; gone again when the data cannot be had and nothing had been done before."""
+    fresh = not folder.exists()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(folder / "recipe.yaml", recipe.to_yaml())
+        yield
+    except (LinearizeError, OSError):
+        if fresh:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def _continuation(student: Any, tokenizer: Any, corpus: Corpus, recipe: Recipe) -> tuple[str, str]:
+    prompt = recipe.evaluate.prompt or tokenizer.decode(corpus.held_out_tokens[:PROMPT_TOKENS])
+    if not recipe.evaluate.generate_tokens:
+        return prompt, ""
+    sampling = {"do_sample": True, "temperature": 0.8, "top_p": 0.95, "seed": recipe.seed}
+    return prompt, generate(student, tokenizer, prompt, recipe.evaluate.generate_tokens, **sampling)
+
+
+def _finish(
+    folder: Path, recipe: Recipe, results: Results, prompt: str, text: str, seconds: dict[str, float]
+) -> RunResult:
+    made = RunResult(folder, folder / "student", results, prompt, text, seconds)
+    record = {
+        "origin": origin(),
+        "recipe": recipe.to_dict(),
+        "timings": seconds,
+        "prompt": prompt,
+        "continuation": text,
+        "results": results.to_dict(),
+    }
+    write_text(folder / "table.md", report.markdown(results))
+    write_text(folder / "results.json", json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+    return made
+
+
+def _finished(folder: Path) -> RunResult:
+    record = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    results = Results.from_dict(record["results"])
+    return RunResult(
+        folder, folder / "student", results, record["prompt"], record["continuation"], record["timings"]
+    )
+
+
+def origin() -> dict[str, Any]:
+    """Where numbers come from: date, machine, versions."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "machine": {"system": platform.platform(), "cpus": os.cpu_count(), "gpu": gpu},
+        "versions": {
+            "linearize": __version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+    }
+
+
+def write_text(path: Path, text: str) -> None:
+    """The file whole or not at all."""
+    beside = path.with_name(f"{path.name}.tmp")
+    try:
+        beside.write_text(text, encoding="utf-8")
+        os.replace(beside, path)
+    except OSError:
+        beside.unlink(missing_ok=True)
+        raise
+
+
+def _under(name: str, progress: Watch | None) -> Watch | None:
+    def watch(at: Progress) -> None:
+        assert progress is not None
+        progress(replace(at, phase=f"{name} {at.phase}"))
+
+    return watch if progress is not None else None
+
+
+class _Clock:
+    """Adds up the seconds of each phase, over every call of a resumed run."""
+
+    def __init__(self, folder: Path, prefix: str = "", seconds: dict[str, float] | None = None):
+        self.folder, self.prefix = folder, prefix
+        self.path = folder / "timings.json"
+        if seconds is None:
+            seconds = json.loads(self.path.read_text()) if self.path.exists() else {}
+        self.seconds = seconds
+
+    def under(self, name: str) -> "_Clock":
+        return _Clock(self.folder, f"{name} ", self.seconds)
+
+    @contextlib.contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        started, phase = time.perf_counter(), self.prefix + phase
+        try:
+            yield
+        finally:
+            self.seconds[phase] = round(self.seconds.get(phase, 0.0) + time.perf_counter() - started, 3)
+            if (self.folder / "recipe.yaml").exists():
+                write_text(self.path, json.dumps(self.seconds, indent=1) + "\n")
