@@ -31,7 +31,7 @@ class Rows:
 
 
 class Regression:
-    """Two weight vectors of different scales, each its own group; loss = mean squared error over kept rows."""
+    """Two weight vectors of different scales, each its own group; the mean squared error over kept rows."""
 
     name = "transfer"
 
@@ -63,7 +63,14 @@ class Regression:
 
 def recipe(**changes):
     """Ten steps of 4 sequences of 4 tokens."""
-    given = dict(tokens=160, batch_size=4, learning_rate=0.1, warmup_steps=2, save_every=4, clip=None)
+    given = {
+        "tokens": 160,
+        "batch_size": 4,
+        "learning_rate": 0.1,
+        "warmup_steps": 2,
+        "save_every": 4,
+        "clip": None,
+    }
     return Transfer(**(given | changes))
 
 
@@ -109,7 +116,7 @@ def test_accumulated_batches_equal_one_large_batch(tmp_path, masked):
             parts = [super(Joined, self).batch(3 * index + i, batch_size=4, stage=stage) for i in range(3)]
             return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
 
-    config = dict(tokens=480, clip=1.0)
+    config = {"tokens": 480, "clip": 1.0}
     several, _ = fit(tmp_path / "a", config=recipe(accumulate=3, **config), corpus=Rows(masked=masked))
     joined, _ = fit(tmp_path / "b", config=recipe(batch_size=12, **config), corpus=Joined(masked=masked))
     assert len(several.seen) == 30
@@ -207,7 +214,7 @@ def test_another_recipe_or_corpus_is_refused_by_key(tmp_path, finished):
             fit(tmp_path, corpus=Rows(poison=6))
     other = Rows()
     other.fingerprint = "other rows"
-    with pytest.raises(TrainingError, match="transfer.learning_rate was 0.1, now 0.2") as error:
+    with pytest.raises(TrainingError, match=r"transfer\.learning_rate was 0.1, now 0.2") as error:
         fit(tmp_path, config=recipe(learning_rate=0.2), corpus=other)
     assert 'corpus was "rows", now "other rows"' in str(error.value)
     assert "\n" not in str(error.value)
