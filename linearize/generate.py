@@ -3,14 +3,13 @@
 from typing import Any
 
 import torch
-from torch import nn
 
 from .modeling.errors import EvaluationError
 
 
 @torch.no_grad()
 def generate(
-    model: nn.Module,
+    model: Any,
     tokenizer: Any,
     prompt: str,
     max_new_tokens: int = 60,
@@ -21,8 +20,8 @@ def generate(
 ) -> str:
     """The text that `model` writes after `prompt`, without the prompt; greedy unless `do_sample`.
 
-    `seed` makes sampling repeatable and leaves the global generators as they were; `options` (temperature, top_p,
-    num_beams, ...) go to `model.generate()`.
+    `seed` makes sampling repeatable and leaves the global generators as they were; `options` (temperature,
+    top_p, num_beams, ...) go to `model.generate()`.
     """
     if not isinstance(prompt, str):
         raise EvaluationError(f"prompt: {type(prompt).__name__} is not text; give a string")
@@ -31,8 +30,10 @@ def generate(
     device = next(model.parameters()).device
     ids = tokenizer(prompt, return_tensors="pt").input_ids.long().to(device)
     if ids.shape[1] == 0:
-        raise EvaluationError("prompt: it has no tokens, so there is nothing to continue; give at least one word")
-    # Without a pad token transformers warns and takes the end-of-sequence token; one row needs no padding at all.
+        raise EvaluationError(
+            "prompt: it has no tokens, so there is nothing to continue; give at least one word"
+        )
+    # Without a pad token transformers warns and takes the end of sequence; one row needs no padding at all.
     options.setdefault("pad_token_id", _pad_token(model, tokenizer))
     was_training = model.training
     model.eval()
@@ -52,8 +53,8 @@ def generate(
         if limit is None or ids.shape[1] + max_new_tokens <= limit:
             raise
         raise EvaluationError(
-            f"prompt: {ids.shape[1]} tokens and {max_new_tokens} new ones pass the model's table of {limit} positions; "
-            "shorten the prompt or lower max_new_tokens"
+            f"prompt: {ids.shape[1]} tokens and {max_new_tokens} new ones pass the model's table of {limit} "
+            "positions; shorten the prompt or lower max_new_tokens"
         ) from error
     finally:
         model.train(was_training)
@@ -62,7 +63,7 @@ def generate(
     return tokenizer.decode(written[0], skip_special_tokens=True)[start:]
 
 
-def _pad_token(model: nn.Module, tokenizer: Any) -> int | None:
+def _pad_token(model: Any, tokenizer: Any) -> int | None:
     for token in (tokenizer.pad_token_id, tokenizer.eos_token_id, model.config.eos_token_id):
         if token is not None:
             return token[0] if isinstance(token, list) else token

@@ -10,7 +10,7 @@ import linearize.teachers
 from linearize.generate import generate
 from linearize.modeling.errors import EvaluationError
 
-BOOKS = Path(list(linearize.teachers.__path__)[0]) / "books-5m"
+BOOKS = Path(next(iter(linearize.teachers.__path__))) / "books-5m"
 PROMPT = "The old house stood at the end of the"
 
 
@@ -45,7 +45,8 @@ def test_greedy_is_what_full_forwards_choose(model, tokenizer):
 def test_sampling_repeats_with_its_seed_and_leaves_the_global_generator(model, tokenizer):
     before = torch.get_rng_state()
     once, again, other = (
-        generate(model, tokenizer, PROMPT, 12, do_sample=True, seed=seed, temperature=1.5) for seed in (1, 1, 2)
+        generate(model, tokenizer, PROMPT, 12, do_sample=True, seed=seed, temperature=1.5)
+        for seed in (1, 1, 2)
     )
     assert once == again != other
     assert torch.equal(before, torch.get_rng_state())
@@ -71,7 +72,13 @@ def test_mistakes_are_named(model, tokenizer, prompt, count, text):
 
 def test_a_table_of_positions_that_ends_is_named(tokenizer):
     config = GPT2Config(
-        vocab_size=len(tokenizer), n_positions=16, n_embd=16, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0
+        vocab_size=len(tokenizer),
+        n_positions=16,
+        n_embd=16,
+        n_layer=1,
+        n_head=2,
+        bos_token_id=0,
+        eos_token_id=0,
     )
     with pytest.raises(EvaluationError, match="table of 16 positions"):
         generate(GPT2LMHeadModel(config).eval(), tokenizer, PROMPT, 30, min_new_tokens=30)

@@ -39,7 +39,10 @@ def test_bootstrap_of_a_mean_matches_the_normal_interval():
     low, high = bootstrap(samples, lambda totals: totals[:, 0] / 400)
     half = 1.96 * samples.std(correction=0).item() / 20
     mean = samples.mean().item()
-    assert (low, high) == (pytest.approx(mean - half, abs=0.1 * half), pytest.approx(mean + half, abs=0.1 * half))
+    assert (low, high) == (
+        pytest.approx(mean - half, abs=0.1 * half),
+        pytest.approx(mean + half, abs=0.1 * half),
+    )
 
 
 def test_bootstrap_is_a_function_of_its_seed():

@@ -1,7 +1,7 @@
-"""How far a student has drifted from its teacher, token by token and by position: perplexity, KL, top-1 agreement.
+"""How far a student has drifted from its teacher, by position: perplexity, KL, top-1 agreement.
 
-Teacher and students read the same windows in the same run, so every comparison is paired. Only the tokenizer's
-columns of the vocabulary enter the softmaxes: a head padded to a round width changes nothing, whatever it holds.
+Teacher and students read the same windows in the same run, so every comparison is paired. Only the columns of
+the tokenizer enter the softmaxes: a head padded to a round width changes nothing, whatever it holds.
 """
 
 from collections.abc import Callable, Iterator
@@ -36,9 +36,9 @@ class Bucket:
 
 @dataclass(frozen=True)
 class Likelihood:
-    """One model on one length: totals, buckets, 95 % bootstrap intervals over windows, and the sums of each window.
+    """One model on one length: totals, buckets, 95 % bootstrap intervals over windows, sums of each window.
 
-    `kl` is KL(teacher || model) in nats per token, `top1` the share of positions whose arg-max is the teacher's.
+    `kl` is KL(teacher || model) in nats per token, `top1` the share of positions with the teacher's arg-max.
     `intervals` holds ppl, kl, top1 and ppl_difference (model - teacher, paired by window).
     """
 
@@ -80,10 +80,10 @@ def compare(
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Likelihood]:
-    """Likelihood of each model, "teacher" first, on windows [N, T + 1]: T tokens are read, each predicts the next.
+    """Likelihood of each model, the teacher first, on windows [N, T + 1] of token ids.
 
-    `vocab_size` is len(tokenizer); columns from there on are padding. The softmax is taken `token_chunk` tokens at
-    a time in fp32 (fp64 for fp64 models) and summed in fp64. `progress` hears (windows done, windows).
+    `vocab_size` is len(tokenizer); columns from there on are padding. The softmax takes `token_chunk` tokens
+    at a time in fp32 (fp64 for fp64 models) and summed in fp64. `progress` hears (windows done, windows).
     """
     _check(students, windows, vocab_size)
     names = [TEACHER, *students]
@@ -111,7 +111,7 @@ def compare(
 
 
 def difference(first: Likelihood, second: Likelihood, *, seed: int = 0) -> tuple[float, Interval]:
-    """KL of `first` minus KL of `second`, per token, with its paired interval: below zero, `first` is closer."""
+    """KL of `first` minus that of `second`, and its paired interval; below zero, `first` is closer."""
     if (first.tokens, first.sequences) != (second.tokens, second.sequences):
         raise ValueError("difference: the two models were not measured on the same windows")
     pairs = torch.tensor([first.window_kl, second.window_kl], dtype=torch.double).T
@@ -120,7 +120,7 @@ def difference(first: Likelihood, second: Likelihood, *, seed: int = 0) -> tuple
 
 
 def _token_sums(reference: Tensor, logits: Tensor, targets: Tensor) -> Tensor:
-    """[rows, 3] on the CPU: negative log-likelihood, KL(reference || logits) and agreements, summed over tokens."""
+    """[rows, 3] on the CPU, summed over tokens: negative log-likelihood, KL from the reference, agreements."""
     targets = targets.to(logits.device)
     scores, truth = _log_softmax(logits), _log_softmax(reference.to(logits.device))
     nll = -scores.gather(-1, targets[..., None]).double().sum((1, 2))
@@ -198,13 +198,15 @@ def _exp(value: float) -> float:
 
 def _check(students: dict[str, nn.Module], windows: Tensor, vocab_size: int) -> None:
     if TEACHER in students:
-        raise EvaluationError(f"students: {TEACHER!r} is the teacher's own name; call the student something else")
+        raise EvaluationError(
+            f"students: {TEACHER!r} is the teacher's own name; call the student something else"
+        )
     if windows.dim() != 2 or windows.shape[0] < 1 or windows.shape[1] < 2:
         raise EvaluationError(
-            f"windows: shape {tuple(windows.shape)}; expected [windows, tokens + 1] with at least one window of two tokens"
+            f"windows: shape {tuple(windows.shape)}; expected [windows, tokens + 1], none of them 0"
         )
     if windows.max() >= vocab_size or windows.min() < 0:
         raise EvaluationError(
-            f"windows: token ids {windows.min().item()} to {windows.max().item()}, the tokenizer has {vocab_size}; "
-            "tokenize the text with the tokenizer of the teacher"
+            f"windows: token ids {windows.min().item()} to {windows.max().item()}, the tokenizer has "
+            f"{vocab_size}; tokenize the text with the tokenizer of the teacher"
         )

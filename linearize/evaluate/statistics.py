@@ -31,12 +31,17 @@ def wilson(correct: int, samples: int, z: float = Z95) -> Interval:
 
 
 def bootstrap(
-    samples: Tensor, statistic: Callable[[Tensor], Tensor], *, draws: int = DRAWS, level: float = 0.95, seed: int = 0
+    samples: Tensor,
+    statistic: Callable[[Tensor], Tensor],
+    *,
+    draws: int = DRAWS,
+    level: float = 0.95,
+    seed: int = 0,
 ) -> Interval:
     """Percentile interval of a statistic of column totals, drawing rows of `samples` [N, C] with replacement.
 
     `statistic` takes the totals of every draw at once, [draws, C] -> [draws]. Quantities that belong to one
-    sample stand in one row, so they are drawn together: a difference of two columns is the *paired* bootstrap.
+    sample stand in one row and are drawn together: a difference of two columns is the *paired* bootstrap.
     """
     samples = samples.double().cpu()
     count = samples.shape[0]
@@ -44,7 +49,9 @@ def bootstrap(
         raise ValueError("bootstrap: no samples; expected at least one row")
     generator = torch.Generator().manual_seed(seed)
     picks = torch.randint(count, (draws, count), generator=generator)
-    times = torch.zeros(draws, count, dtype=torch.double).scatter_add_(1, picks, torch.ones((), dtype=torch.double).expand_as(picks))
+    times = torch.zeros(draws, count, dtype=torch.double).scatter_add_(
+        1, picks, torch.ones((), dtype=torch.double).expand_as(picks)
+    )
     values = statistic(times @ samples)
     tail = (1 - level) / 2
     low, high = torch.quantile(values, torch.tensor([tail, 1 - tail], dtype=torch.double)).tolist()
@@ -56,7 +63,9 @@ def paired_bootstrap(
 ) -> Interval:
     """Interval of mean(first - second), both [N] and measured on the same N samples."""
     if first.shape != second.shape:
-        raise ValueError(f"paired_bootstrap: {tuple(first.shape)} against {tuple(second.shape)}; expected pairs")
+        raise ValueError(
+            f"paired_bootstrap: {tuple(first.shape)} against {tuple(second.shape)}; expected pairs"
+        )
     difference = (first.double() - second.double())[:, None]
     count = difference.shape[0]
     return bootstrap(difference, lambda totals: totals[:, 0] / count, draws=draws, level=level, seed=seed)

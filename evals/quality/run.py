@@ -1,0 +1,218 @@
+"""Students of a teacher under the protocol of the marks: one JSON line each, and a table beside the marks.
+
+    python evals/quality/run.py --teacher DIR --data DIR --out evals/quality/results.jsonl
+
+The data folder holds books-train.txt.xz and books-eval.txt.xz. The recipes beside this file are run in turn
+through `linearize.run`; further words `key=value` change both. Fidelity is measured on the first windows of T + 1
+tokens of the evaluation text, tokenised whole. A line is appended as soon as its student is measured.
+"""
+
+import argparse
+import hashlib
+import json
+import lzma
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from linearize.evaluate import Results, digest_of_windows
+from linearize.evaluate.likelihood import TEACHER
+from linearize.modeling.errors import LinearizeError
+from linearize.progress import Progress
+from linearize.recipe import Recipe
+from linearize.report import markdown
+from linearize.run import run
+from linearize.teacher import load_teacher
+
+HERE = Path(__file__).parent
+RECIPES = (HERE / "lolcats-books-19m.yaml", HERE / "window-books-19m.yaml")
+TRAIN, EVAL = "books-train.txt.xz", "books-eval.txt.xz"
+
+
+def main(words: list[str] | None = None) -> None:
+    options = arguments(words)
+    torch.backends.cuda.matmul.allow_tf32 = options.tf32
+    marks = json.loads(options.marks.read_text())
+    hashes = {
+        **sha256_of(options.teacher.iterdir()),
+        **sha256_of(options.data / name for name in (TRAIN, EVAL)),
+    }
+    lines = []
+    for file in options.recipe:
+        lines.append(measure(file, options, hashes))
+        with options.out.open("a") as out:
+            out.write(json.dumps(lines[-1]) + "\n")
+    print(beside_marks(lines, marks))
+    for line in lines:
+        print(f"## {line['method']}\n\n{markdown(Results.from_dict(line['results']))}")
+
+
+def arguments(words: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--teacher", type=Path, required=True, help="folder of the teacher")
+    parser.add_argument("--data", type=Path, required=True, help=f"folder with {TRAIN} and {EVAL}")
+    parser.add_argument("--out", type=Path, required=True, help="JSON lines, appended")
+    parser.add_argument(
+        "--recipe", type=Path, nargs="+", default=RECIPES, help="default: both beside this file"
+    )
+    parser.add_argument("--marks", type=Path, default=HERE / "marks.json")
+    parser.add_argument("--work", type=Path, default=Path("runs/quality"), help="where the runs are kept")
+    parser.add_argument("--commit", help="commit of the code, where there is no git")
+    parser.add_argument("--tf32", action="store_true", help="let matrix products of fp32 use TF32")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe keys to change")
+    return parser.parse_intermixed_args(words)
+
+
+def measure(file: Path, options: argparse.Namespace, hashes: dict[str, str]) -> dict[str, Any]:
+    """Run one recipe; its line."""
+    folders = [
+        f"teacher.name={options.teacher}",
+        f"data.sources.0.path={options.data / TRAIN}",
+        f"data.held_out.0.path={options.data / EVAL}",
+        f"output={options.work / file.stem}",
+    ]
+    recipe = Recipe.from_file(file, overrides=[*folders, *options.overrides])
+    started = time.perf_counter()
+    done = run(recipe, progress=Reporter(file.stem))
+    seconds = time.perf_counter() - started
+    check_windows(done.results, recipe, options.data / EVAL)
+    text = recipe.to_yaml()
+    return {
+        "method": recipe.method.name,
+        "recipe_file": file.name,
+        "recipe": text,
+        "recipe_sha256": hashlib.sha256(text.encode()).hexdigest(),
+        "sha256": hashes,
+        "tokens": {"transfer": recipe.transfer.tokens, "finetune": recipe.finetune.tokens},
+        "seconds": {
+            "all": round(seconds, 1),
+            **{key: round(value, 1) for key, value in done.timings.items()},
+        },
+        "commit": options.commit or commit(),
+        "device": torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else platform.processor() or "cpu",
+        "tf32": options.tf32,
+        "versions": {
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("torch", "transformers", "peft", "accelerate", "tokenizers")},
+        },
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "results": done.results.to_dict(),
+    }
+
+
+def check_windows(results: Results, recipe: Recipe, text: Path) -> None:
+    """Refuse results whose windows are not the first ones of the text, tokenised whole."""
+    _, tokenizer = load_teacher(recipe.teacher)
+    ids = torch.tensor(tokenizer(lzma.decompress(text.read_bytes()).decode(), verbose=False).input_ids)
+    for length, digest in results.windows.items():
+        count = min(recipe.evaluate.sequences, len(ids) // (length + 1))
+        windows = ids[: count * (length + 1)].view(count, length + 1)
+        if digest_of_windows(windows) != digest:
+            raise LinearizeError(
+                f"{text}: windows of {length} are not the text's first {count}, tokenised whole"
+            )
+
+
+def beside_marks(lines: list[dict[str, Any]], marks: dict[str, Any]) -> str:
+    """A Markdown table: what was measured, each row followed by its mark."""
+    measured = {TEACHER: figures(lines[0], TEACHER)} if lines else {}
+    measured |= {line["method"]: figures(line, student(line)) for line in lines}
+    lengths = sorted({length for row in measured.values() for length in row["ppl"]}, key=int)
+    asked = sorted(
+        {(task, n) for row in measured.values() for task in row["recall"] for n in row["recall"][task]},
+        key=lambda key: (key[0], int(key[1])),
+    )
+    header = [
+        "student",
+        *(f"{name} {n}" for n in lengths for name in ("PPL", "KL", "top-1")),
+        *(f"{task} {n}" for task, n in asked),
+    ]
+    rows = [header, ["---"] * len(header)]
+    for name, row in measured.items():
+        for label, source in ((name, row), (f"{name}, mark", marks["rows"].get(name))):
+            if source is None:
+                continue
+            cells = [
+                form.format(source[key][n]) if n in source[key] else "-"
+                for n in lengths
+                for key, form in (("ppl", "{:.2f}"), ("kl", "{:.3f}"), ("top1", "{:.3f}"))
+            ]
+            cells += [f"{source['recall'].get(task, {}).get(n, '-')}" for task, n in asked]
+            rows.append([label, *cells])
+    table = "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    return f"{table}\n\nMarks: {marks['source']}.\n"
+
+
+def figures(line: dict[str, Any], model: str) -> dict[str, dict]:
+    """The figures of one model in the layout of marks.json."""
+    results = line["results"]
+    by_length = {length: by_model[model] for length, by_model in results["likelihood"].items()}
+    recall: dict[str, dict] = {}
+    for cell in results["recall"]:
+        if cell["model"] == model:
+            recall.setdefault(cell["task"], {})[str(cell["length"])] = cell["correct"] / cell["samples"]
+    return {key: {n: row[key] for n, row in by_length.items()} for key in ("ppl", "kl", "top1")} | {
+        "recall": recall
+    }
+
+
+def student(line: dict[str, Any]) -> str:
+    return next(name for name in line["results"]["models"] if name != TEACHER)
+
+
+def sha256_of(files: Iterable[Path]) -> dict[str, str]:
+    return {
+        file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(files) if file.is_file()
+    }
+
+
+def commit() -> str:
+    """The commit of the code, with a plus sign when the tree differs from it."""
+    git = ["git", "-C", str(HERE)]
+    try:
+        head = subprocess.run(
+            [*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        changed = subprocess.run(
+            [*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return head + ("+" if changed.stdout.strip() else "")
+
+
+class Reporter:
+    """Progress on stderr, a line every few seconds and at the end of each phase."""
+
+    def __init__(self, name: str, every: float = 10.0):
+        self.name, self.every, self.last, self.start = name, every, 0.0, time.perf_counter()
+
+    def __call__(self, at: Progress) -> None:
+        now = time.perf_counter()
+        if now - self.last < self.every and at.done < at.total:
+            return
+        self.last = now
+        readings = " ".join(
+            f"{key} {value:.4g}" for key, value in at.metrics.items() if isinstance(value, float)
+        )
+        print(
+            f"{now - self.start:6.1f} s {self.name} {at.phase} {at.done:,}/{at.total:,} {at.unit} {readings}",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()

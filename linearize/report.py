@@ -1,0 +1,161 @@
+"""The tables of a run: fidelity, recall and memory of teacher and students, with intervals and counts.
+
+`tables` gives them as text cells, which the command line prints with rich; `markdown` is the same for files.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from .evaluate import TEACHER, Results
+from .evaluate.statistics import Interval
+
+MEMORY_LENS = (1024, 8192, 32768)
+
+
+@dataclass(frozen=True)
+class Table:
+    """A title, one line on how it was measured, the names of the columns, and the cells row by row."""
+
+    title: str
+    note: str
+    header: list[str]
+    rows: list[list[str]]
+
+
+def tables(
+    results: Results, *, memory_lens: Sequence[int] = MEMORY_LENS, buckets: bool = False
+) -> list[Table]:
+    """Fidelity, recall and memory; with `buckets`, fidelity by position too. Nothing measured, no table."""
+    made = [fidelity(results), *(positions(results) if buckets else ()), recall(results)]
+    return [table for table in [*made, memory(results, memory_lens)] if table.rows]
+
+
+def markdown(results: Results, *, memory_lens: Sequence[int] = MEMORY_LENS, buckets: bool = True) -> str:
+    """The tables as Markdown."""
+    return "\n".join(
+        as_markdown(table) for table in tables(results, memory_lens=memory_lens, buckets=buckets)
+    )
+
+
+def as_markdown(table: Table, level: int = 2) -> str:
+    """One table as Markdown, under a heading."""
+    lines = [table.header, ["---"] * len(table.header), *table.rows]
+    body = "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+    return f"{'#' * level} {table.title}\n\n{table.note}\n\n{body}\n"
+
+
+def fidelity(results: Results) -> Table:
+    """One row per length and model: perplexity, its difference from the teacher's, KL, top-1 agreement."""
+    rows = []
+    for length, by_model in results.likelihood.items():
+        for name, measured in by_model.items():
+            inner = measured.intervals
+            own = name == TEACHER
+            rows.append(
+                [
+                    f"{length:,}",
+                    name,
+                    f"{measured.ppl:.2f} {_between(inner['ppl'], '.2f')}",
+                    "" if own else _between(inner["ppl_difference"], "+.2f"),
+                    "0" if own else f"{measured.kl:.3f} {_between(inner['kl'], '.3f')}",
+                    "1" if own else f"{measured.top1:.3f} {_between(inner['top1'], '.3f')}",
+                    f"{measured.sequences} x {length:,}",
+                ]
+            )
+    note = (
+        f"Text: {results.source}. KL(teacher || model) in nats per token; "
+        "top-1: share of positions with the teacher's arg-max; [95 % bootstrap over windows, paired]."
+    )
+    header = ["length", "model", "perplexity", "minus teacher's", "KL", "top-1", "tokens"]
+    return Table("Fidelity", note, header, rows)
+
+
+def positions(results: Results) -> Iterable[Table]:
+    """Per length, one row per position bucket: perplexity of every model, KL and top-1 of every student."""
+    for length, by_model in results.likelihood.items():
+        students = [name for name in by_model if name != TEACHER]
+        header = [
+            "position",
+            *(f"perplexity, {name}" for name in by_model),
+            *(f"KL, {name}" for name in students),
+            *(f"top-1, {name}" for name in students),
+            "tokens",
+        ]
+        rows = []
+        for index, bucket in enumerate(by_model[TEACHER].buckets):
+            at = {name: measured.buckets[index] for name, measured in by_model.items()}
+            rows.append(
+                [
+                    f"{bucket.start:,} to {bucket.end - 1:,}",
+                    *(f"{at[name].ppl:.2f}" for name in by_model),
+                    *(f"{at[name].kl:.3f}" for name in students),
+                    *(f"{at[name].top1:.3f}" for name in students),
+                    f"{bucket.tokens:,}",
+                ]
+            )
+        yield Table(f"Fidelity by position, length {length:,}", f"Text: {results.source}.", header, rows)
+
+
+def recall(results: Results) -> Table:
+    """One row per task and length, one column per model."""
+    cells: dict[tuple[str, int], dict[str, str]] = {}
+    counts: dict[tuple[str, int], int] = {}
+    for cell in results.recall:
+        key = (cell.task, cell.length)
+        between = _between((100 * cell.low, 100 * cell.high), ".0f")
+        cells.setdefault(key, {})[cell.model] = f"{100 * cell.share:.0f} % {between}"
+        counts[key] = cell.samples
+    rows = [
+        [
+            task,
+            f"{length:,}",
+            *(by_model.get(name, "not run") for name in results.models),
+            str(counts[task, length]),
+        ]
+        for (task, length), by_model in cells.items()
+    ]
+    note = (
+        f"Prompts with every answer token right [95 % Wilson]; the same for all models (seed {results.seed})."
+    )
+    return Table("Recall", note, ["task", "length", *results.models, "prompts"], rows)
+
+
+def memory(results: Results, lengths: Sequence[int] = MEMORY_LENS) -> Table:
+    """One row per model: bytes that one sequence of each length keeps for the next token."""
+    base = results.memory.get(TEACHER)
+    rows = []
+    for name, used in results.memory.items():
+        cells = []
+        for length in lengths:
+            share = ""
+            if base is not None and name != TEACHER:
+                share = f" ({100 * used.bytes_at(length) / base.bytes_at(length):.0f} %)"
+            cells.append(bytes_text(used.bytes_at(length)) + share)
+        rows.append([name, bytes_text(used.state), bytes_text(used.per_token), *cells])
+    header = [
+        "model",
+        "constant state",
+        "KV cache per token",
+        *(f"at {_thousands(length)}" for length in lengths),
+    ]
+    note = "Bytes per sequence: states of converted layers plus the KV cache of layers that keep softmax."
+    return Table("Memory", note, header, rows)
+
+
+def bytes_text(count: int) -> str:
+    """1536 -> "1.5 KiB"."""
+    size = float(count)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024 or unit == "GiB":
+            break
+        size /= 1024
+    return f"{size:.0f} {unit}" if unit == "B" or size >= 100 else f"{size:.1f} {unit}"
+
+
+def _thousands(length: int) -> str:
+    return f"{length // 1024}K" if length % 1024 == 0 else f"{length:,}"
+
+
+def _between(interval: Interval, form: str) -> str:
+    low, high = interval
+    return f"[{low:{form}}, {high:{form}}]"
