@@ -1,0 +1,173 @@
+"""Write and read a saved student: an ordinary Hugging Face folder, complete or absent, never half of one."""
+
+import contextlib
+import json
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import SafetensorError
+from transformers import AutoTokenizer, PreTrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from .modeling.errors import CheckpointError
+from .modeling.model import PREFIX, check_format, linear_model_class
+from .modeling.registry import METHODS
+
+CONFIG = "config.json"
+
+
+def is_checkpoint(folder: str | Path) -> bool:
+    """Whether this folder holds a saved student (or claims to)."""
+    try:
+        config = json.loads((Path(folder) / CONFIG).read_text())
+    except (OSError, ValueError):
+        return False
+    return str(config.get("model_type", "")).startswith(PREFIX)
+
+
+def save(
+    model: Any,
+    tokenizer: Any,
+    folder: str | Path,
+    *,
+    extra: Mapping[str, str | Mapping[str, Any]] | None = None,
+    max_shard_size: str = "5GB",
+) -> Path:
+    """Write a converted model, its tokenizer and the code that loads it; returns the folder.
+
+    ``extra`` maps file names to text or to JSON content written beside the weights. The folder appears complete, by a
+    rename, or not at all. Raises :class:`CheckpointError` when it exists and is not empty, or cannot be written.
+    """
+    if not getattr(model.config, "linearize", None):
+        raise CheckpointError(f"{type(model).__name__}: is not a converted model; use convert first")
+    with replacing(Path(folder)) as target:
+        model.save_pretrained(target, max_shard_size=max_shard_size)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(target)
+        for name, content in (extra or {}).items():
+            text = content if isinstance(content, str) else json.dumps(content, indent=2) + "\n"
+            (target / name).write_text(text)
+    return Path(folder)
+
+
+@contextlib.contextmanager
+def replacing(folder: Path) -> Iterator[Path]:
+    """A temporary folder beside ``folder`` that takes its name when the block ends well and is removed otherwise."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise CheckpointError(f"{folder}: exists already and is not empty; choose another folder or remove it")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        target = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    except OSError as error:
+        raise CheckpointError(f"{folder}: cannot be written ({error.strerror}); choose another place") from error
+    try:
+        yield target
+        for path in target.rglob("*"):
+            _sync(path)
+        _sync(target)
+        target.chmod(0o755)  # mkdtemp makes it private
+        if folder.exists():
+            folder.rmdir()
+        target.rename(folder)
+        _sync(folder.parent)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise CheckpointError(f"{folder}: could not be written ({reason}); nothing was left behind") from error
+    finally:
+        shutil.rmtree(target, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def load(
+    name: str | Path, *, dtype: str | torch.dtype = "auto", device: str | torch.device | None = None, **kwargs: Any
+) -> tuple[Any, Any]:
+    """A saved student and its tokenizer, in evaluation mode, from a folder or a Hub id; runs no code from it.
+
+    ``dtype`` is that of the model's own weights (``"auto"``: as saved); mixers keep theirs. Further keywords go to
+    transformers' ``from_pretrained``. Raises :class:`CheckpointError` for a folder that is not a student, a newer
+    format, a damaged file, and any missing or unexpected weight.
+    """
+    fields = _read_config(name)
+    family = str(fields.get("model_type", ""))
+    if not family.startswith(PREFIX):
+        raise CheckpointError(f"{name}: model_type {family!r} is not a saved student; convert it first")
+    check_format(fields.get("linearize"))
+    cls = _class_of(name, fields, family.removeprefix(PREFIX))
+    try:
+        with quiet_transformers():
+            model, info = cls.from_pretrained(name, dtype=dtype, output_loading_info=True, **kwargs)
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise CheckpointError(f"{name}: weights cannot be read ({_line(error)}); save or download it again") from error
+    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if info[problem]:
+            example = sorted(map(str, info[problem]))[0]
+            raise CheckpointError(
+                f"{name}: {len(info[problem])} {problem.replace('_', ' ')}, {example} for one; "
+                "the weights do not belong to this configuration; save or download it again"
+            )
+    if device is not None:
+        model.to(device)
+    return model.eval(), _tokenizer(name)
+
+
+def _read_config(name: str | Path) -> dict[str, Any]:
+    if Path(name).is_dir() and not (Path(name) / CONFIG).is_file():
+        raise CheckpointError(f"{name}: has no {CONFIG}, so it is not a saved model; give another folder")
+    try:
+        return PreTrainedConfig.get_config_dict(str(name))[0]
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{name}: cannot be read ({_line(error)}); give a folder or a Hub id") from error
+
+
+def _class_of(name: str | Path, fields: Mapping[str, Any], family: str) -> Any:
+    """The causal-LM class of a saved student, from the names in its configuration."""
+    architecture = (fields.get("architectures") or ["?"])[0]
+    base = getattr(transformers, str(architecture).removeprefix("Linear"), None)
+    if family not in CONFIG_MAPPING or base is None:
+        raise CheckpointError(
+            f"{name}: family {family!r} ({architecture}) is unknown to transformers {transformers.__version__}; upgrade it"
+        )
+    return linear_model_class(base, tuple(METHODS.items()))
+
+
+def _tokenizer(name: str | Path) -> Any:
+    folder = Path(name)
+    if folder.is_dir() and not any((folder / f).exists() for f in ("tokenizer.json", "tokenizer_config.json")):
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{name}: the tokenizer cannot be read ({_line(error)})") from error
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """No warnings and bars from transformers while we read what it reports ourselves."""
+    logger = logging.getLogger("transformers")
+    level, bars = logger.level, transformers.logging.is_progress_bar_enabled()
+    logger.setLevel(logging.ERROR)
+    transformers.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        if bars:
+            transformers.logging.enable_progress_bar()
+
+
+def _line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0][:200]
