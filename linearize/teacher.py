@@ -91,7 +91,7 @@ def load_teacher(
 def _files(source: Path | str, revision: str | None) -> set[str] | None:
     """Names of the files of a folder or a Hub repository; None where only the Hub's cache can be asked."""
     if isinstance(source, Path):
-        return {p.relative_to(source).as_posix() for p in source.rglob("*") if p.is_file()}
+        return {path.name for path in source.iterdir() if path.is_file()}
     from huggingface_hub import HfApi, errors, try_to_load_from_cache
 
     near = difflib.get_close_matches(source, BUNDLED, n=1)
