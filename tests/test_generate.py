@@ -1,32 +1,36 @@
 """Generation: greedy text is what full forwards would choose, and mistakes are named."""
 
-from pathlib import Path
-
 import pytest
 import torch
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-import linearize.teachers
+from linearize.convert import convert
 from linearize.generate import generate
+from linearize.modeling.attention import attention_mode
 from linearize.modeling.errors import EvaluationError
+from linearize.modeling.registry import METHODS
+from linearize.teacher import BUNDLED
 
-BOOKS = Path(next(iter(linearize.teachers.__path__))) / "books-5m"
 PROMPT = "The old house stood at the end of the"
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return AutoTokenizer.from_pretrained(BOOKS)
+    return AutoTokenizer.from_pretrained(BUNDLED["books-5m"])
 
 
-@pytest.fixture(scope="module")
-def model(tokenizer):
+def llama(tokenizer):
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2,
         num_attention_heads=2, num_key_value_heads=1, initializer_range=0.3, bos_token_id=0, eos_token_id=0,
     )  # fmt: skip
     return LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer):
+    return llama(tokenizer)
 
 
 def by_full_forwards(model, tokenizer, prompt, count):
@@ -40,6 +44,19 @@ def by_full_forwards(model, tokenizer, prompt, count):
 
 def test_greedy_is_what_full_forwards_choose(model, tokenizer):
     assert generate(model, tokenizer, PROMPT, 12) == by_full_forwards(model, tokenizer, PROMPT, 12)
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("mode", ["linear", "softmax"])
+def test_greedy_of_a_converted_model_is_what_full_forwards_choose(model, tokenizer, name, mode):
+    config = METHODS[name].config
+    small = {"window": 4} if "window" in config.__dataclass_fields__ else {}
+    student = convert(llama(tokenizer), config(**small))
+    with attention_mode(mode):
+        text = generate(student, tokenizer, PROMPT, 12)
+        assert text == by_full_forwards(student, tokenizer, PROMPT, 12)
+    if mode == "softmax":
+        assert text == generate(model, tokenizer, PROMPT, 12)
 
 
 def test_sampling_repeats_with_its_seed_and_leaves_the_global_generator(model, tokenizer):

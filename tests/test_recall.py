@@ -1,20 +1,18 @@
 """Recall: an answer counts when greedy decoding gives it, however prompts are batched."""
 
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-import linearize.teachers
 from linearize.evaluate import likelihood, recall
 from linearize.evaluate.recall import digest, measure, prompts, score
 from linearize.evaluate.statistics import wilson
 from linearize.modeling.errors import DataError, EvaluationError
 from linearize.tasks import TASKS
+from linearize.teacher import BUNDLED
 
-BOOKS = Path(next(iter(linearize.teachers.__path__))) / "books-5m"
 VOCAB = 61
 
 
@@ -29,7 +27,7 @@ def llama(vocab: int, seed: int = 0) -> LlamaForCausalLM:
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return AutoTokenizer.from_pretrained(BOOKS)
+    return AutoTokenizer.from_pretrained(BUNDLED["books-5m"])
 
 
 @pytest.fixture(scope="module")

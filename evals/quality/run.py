@@ -3,7 +3,7 @@
     python evals/quality/run.py --teacher DIR --data DIR --out evals/quality/results.jsonl
 
 The data folder holds books-train.txt.xz and books-eval.txt.xz. The recipes beside this file are run in turn
-through `linearize.run`; further words `key=value` change both. Fidelity is measured on the first windows of T + 1
+through `linearize.run`; words `key=value` change both. Fidelity is measured on the first windows of T + 1
 tokens of the evaluation text, tokenised whole. A line is appended as soon as its student is measured.
 """
 

@@ -120,7 +120,7 @@ def difference(first: Likelihood, second: Likelihood, *, seed: int = 0) -> tuple
 
 
 def _token_sums(reference: Tensor, logits: Tensor, targets: Tensor) -> Tensor:
-    """[rows, 3] on the CPU, summed over tokens: negative log-likelihood, KL from the reference, agreements."""
+    """[rows, 3] on the CPU, summed over tokens: negative log-likelihood, KL of the reference, agreements."""
     targets = targets.to(logits.device)
     scores, truth = _log_softmax(logits), _log_softmax(reference.to(logits.device))
     nll = -scores.gather(-1, targets[..., None]).double().sum((1, 2))

@@ -1,0 +1,124 @@
+"""One evaluation of converted models: what is measured, beside whom, on what; and what it refuses."""
+
+import json
+from dataclasses import dataclass
+
+import pytest
+import torch
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from linearize.convert import convert
+from linearize.evaluate import Results, evaluate
+from linearize.modeling.errors import EvaluationError
+from linearize.modeling.registry import METHODS
+from linearize.recipe import Evaluate
+from linearize.report import markdown
+from linearize.teacher import BUNDLED
+
+CONFIG = Evaluate(seq_lens=[96, 160], sequences=3, batch_size=2, recall_lens=[160], recall_samples=4)
+
+
+@dataclass
+class Text:
+    """Held-out tokens of a text that was never written."""
+
+    held_out_tokens: torch.Tensor
+    label: str = "a counted text"
+
+    def held_out(self, length, sequences):
+        count = min(sequences, len(self.held_out_tokens) // (length + 1))
+        return self.held_out_tokens[: count * (length + 1)].view(count, length + 1)
+
+
+def llama(vocab: int) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=vocab, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, max_position_embeddings=256, initializer_range=0.2, attention_dropout=0.5,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(BUNDLED["books-5m"])
+
+
+@pytest.fixture(scope="module")
+def text():
+    return Text(torch.randint(10, 8000, (2000,), generator=torch.Generator().manual_seed(0)))
+
+
+@pytest.fixture(scope="module")
+def students(tokenizer):
+    made = {}
+    for name, method in METHODS.items():
+        small = {"window": 8} if "window" in method.config.__dataclass_fields__ else {}
+        made[name] = convert(llama(len(tokenizer)), method.config(**small))
+    return made
+
+
+@pytest.fixture(scope="module")
+def results(students, tokenizer, text):
+    return evaluate(students, llama(len(tokenizer)), tokenizer, text, CONFIG, seed=3)
+
+
+def test_every_model_is_measured_everywhere(results, students):
+    names = ["teacher", *students]
+    assert results.models == names
+    assert results.source == "a counted text"
+    assert {length: list(by_model) for length, by_model in results.likelihood.items()} == {
+        96: names,
+        160: names,
+    }
+    assert [(c.task, c.length, c.model) for c in results.recall] == [
+        (task, 160, name) for task in ("passkey", "number_in_text") for name in names
+    ]
+    assert results.likelihood[96]["teacher"].tokens == 3 * 96
+
+
+def test_softmax_is_the_teacher_and_a_window_is_not(results):
+    by_model = results.likelihood[160]
+    same, window = by_model["softmax"], by_model["window"]
+    assert same.kl == 0
+    assert same.top1 == 1
+    assert same.window_nll == by_model["teacher"].window_nll
+    assert window.kl > 1e-4
+    assert window.buckets[0].kl < window.kl  # the first positions still see nearly everything
+
+
+def test_memory_of_converted_layers_does_not_grow(results):
+    teacher, window, kept = (results.memory[name] for name in ("teacher", "window", "softmax"))
+    assert (teacher.state, teacher.per_token) == (0, 2 * 1 * (16 + 16) * 4)
+    assert window.per_token == 0
+    assert window.bytes_at(100_000) == window.state > 0
+    assert kept.bytes_at(1000) == teacher.bytes_at(1000)
+
+
+def test_results_are_a_function_of_their_seed(results, students, tokenizer, text):
+    again = evaluate(students, llama(len(tokenizer)), tokenizer, text, CONFIG, seed=3)
+    assert again == results
+    other = evaluate({}, llama(len(tokenizer)), tokenizer, text, CONFIG, seed=4)
+    assert {cell.digest for cell in other.recall}.isdisjoint(cell.digest for cell in results.recall)
+
+
+def test_results_survive_json(results):
+    again = Results.from_dict(json.loads(json.dumps(results.to_dict(), allow_nan=False)))
+    assert again == results
+    assert markdown(again) == markdown(results)
+
+
+def test_progress_counts_up_to_its_total(students, tokenizer, text):
+    seen = []
+    teacher = llama(len(tokenizer)).train()
+    evaluate({"window": students["window"]}, teacher, tokenizer, text, CONFIG, progress=seen.append)
+    assert teacher.training
+    done = [at.done for at in seen]
+    assert done == sorted(done)
+    assert {at.total for at in seen} == {done[-1]}
+    assert {at.phase for at in seen} == {"evaluate"}
+
+
+def test_lengths_beyond_the_teacher_are_refused(tokenizer, text):
+    with pytest.raises(EvaluationError, match="seq_lens: 512 is longer than the teacher's context of 256"):
+        evaluate({}, llama(len(tokenizer)), tokenizer, text, Evaluate(seq_lens=[512]))
