@@ -18,7 +18,22 @@ from typer.core import TyperGroup
 
 from .modeling.errors import LinearizeError
 
-WORDS = "[MODEL|RECIPE] [key.sub=value]..."
+
+# Converted in the tests, with tiny random models. A constant, so that the list is printed without loading torch.
+FAMILIES = (
+    "gemma2",
+    "gemma3_text",
+    "gpt2",
+    "gpt_neox",
+    "llama",
+    "mistral",
+    "mixtral",
+    "olmo2",
+    "phi3",
+    "qwen2",
+    "qwen3",
+    "smollm3",
+)
 
 
 class _Verbs(TyperGroup):
@@ -61,14 +76,14 @@ app = typer.Typer(
 Words = Annotated[
     list[str] | None,
     typer.Argument(
-        metavar=WORDS,
+        metavar="[MODEL|RECIPE] [key.sub=value]",
         show_default=False,
         help="A Hub id, a folder, a bundled model, a recipe file or a shipped recipe's name; then overrides.",
     ),
 ]
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[key.sub=value]...", show_default=False, help="Recipe overrides."),
+    typer.Argument(metavar="[key.sub=value]", show_default=False, help="Recipe overrides."),
 ]
 Method = Annotated[
     str | None, typer.Option(help="The method, with its defaults; see `linearize list methods`.")
@@ -165,8 +180,6 @@ def recipes() -> None:
 @lists.command()
 def families() -> None:
     """Model families that are tested; others are tried, and refused with the reason where they do not fit."""
-    from .convert import FAMILIES
-
     for name in FAMILIES:
         typer.echo(name)
 
@@ -182,23 +195,32 @@ def convert_(output: Output, words: Words = None, method: Method = None, as_json
     from .teacher import load_teacher
 
     loaded, tokenizer = load_teacher(recipe.teacher)
-    convert(loaded, recipe.method, recipe.layers, recipe.convert_sliding)
+    convert(loaded, recipe.method, recipe.layers, convert_sliding=recipe.convert_sliding)
     save(loaded, tokenizer, output, extra={"recipe.yaml": recipe.to_yaml()})
     if as_json:
         _print_json(json.dumps({"checkpoint": str(output)}))
         return
-    _print_rows((f"layer {layer.index}", layer.method, layer.note) for layer in describe(loaded))
+    _print_rows(
+        (
+            f"layer {layer.index}",
+            layer.method,
+            f"{layer.parameters:,} new parameters, {layer.state_bytes:,} bytes of state",
+        )
+        for layer in describe(loaded)
+    )
     typer.echo(f"Converted, untrained: {output}")
 
 
 @app.command("unconvert")
 def unconvert_(checkpoint: Checkpoint, output: Output) -> None:
     """Write the plain transformers model back; the weights of the mixers are left out."""
-    from .checkpoint import load, save
+    from .checkpoint import load, replacing
     from .convert import unconvert
 
     model, tokenizer = load(checkpoint)
-    save(unconvert(model), tokenizer, output)
+    with replacing(output) as folder:
+        unconvert(model).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
     typer.echo(f"Plain model: {output}")
 
 

@@ -15,6 +15,7 @@ import datetime
 import json
 import os
 import platform
+import re
 import shutil
 import time
 from collections.abc import Iterator, Sequence
@@ -24,6 +25,7 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub import try_to_load_from_cache
 
 from . import __version__, checkpoint, report
 from .convert import convert
@@ -31,7 +33,7 @@ from .data import Corpus, build
 from .evaluate import Results, evaluate
 from .generate import generate
 from .modeling.attention import attention_mode
-from .modeling.errors import LinearizeError, RecipeError
+from .modeling.errors import LinearizeError, RecipeError, TeacherError
 from .progress import Progress, Watch
 from .recipe import Recipe, Teacher, build_method
 from .teacher import load_teacher
@@ -39,6 +41,7 @@ from .train.finetune import finetune
 from .train.transfer import transfer
 
 PROMPT_TOKENS = 48
+HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,7 @@ def run(recipe: Recipe, *, progress: Watch | None = None) -> RunResult:
     with clock("teacher"):
         model, tokenizer = load_teacher(recipe.teacher, device)
     with clock("convert"):  # before the data, so that a model that cannot be converted is refused at once
-        convert(model, recipe.method, recipe.layers, recipe.convert_sliding)
+        convert(model, recipe.method, recipe.layers, convert_sliding=recipe.convert_sliding)
     with (
         clock("data"),
         _claimed(folder, recipe),
@@ -85,7 +88,7 @@ def run(recipe: Recipe, *, progress: Watch | None = None) -> RunResult:
     teach(model, folder, clock, progress)
     if recipe.control.enabled:
         model, _ = load_teacher(recipe.teacher, device)
-        convert(model, control_method(recipe), recipe.layers, recipe.convert_sliding)
+        convert(model, control_method(recipe), recipe.layers, convert_sliding=recipe.convert_sliding)
         teach(model, folder / "control", clock.under("control"), _under("control", progress))
 
     with clock("evaluate"):
@@ -126,7 +129,14 @@ def load(name: str | Path, *, device: str = "cpu") -> tuple[Any, Any]:
     """Model and tokenizer of a saved student, or of a teacher: a folder, a bundled name or a Hub id."""
     if checkpoint.is_checkpoint(name):
         return checkpoint.load(name, device=device)
-    return load_teacher(Teacher(name=str(name)), device)
+    try:
+        return load_teacher(Teacher(name=str(name)), device)
+    except TeacherError:
+        # A student on the Hub: load_teacher has fetched its configuration and declined.
+        config = try_to_load_from_cache(str(name), "config.json") if HUB_ID.fullmatch(str(name)) else None
+        if not isinstance(config, str) or not checkpoint.is_checkpoint(Path(config).parent):
+            raise
+        return checkpoint.load(name, device=device)
 
 
 def evaluate_checkpoint(

@@ -1,0 +1,206 @@
+"""Recipes: what a word means, what is refused and how, what a method recommends."""
+
+import dataclasses
+
+import pytest
+import yaml
+
+from linearize.modeling.errors import LinearizeError, RecipeError
+from linearize.modeling.registry import METHODS
+from linearize.recipe import QUICKSTART, Recipe, build_method, shipped_recipes
+
+
+@pytest.mark.parametrize("name", [None, "books-5m", "org/model", *shipped_recipes()])
+def test_what_is_written_reads_back_equal(name, tmp_path):
+    recipe = Recipe.resolve(name)
+    path = tmp_path / "recipe.yaml"
+    path.write_text(recipe.to_yaml())
+    assert Recipe.from_file(path) == recipe
+    assert Recipe.from_file(path).differences(recipe) == []
+
+
+@pytest.mark.parametrize("name", shipped_recipes())
+def test_a_shipped_recipe_says_only_what_differs_from_the_defaults(name):
+    given = yaml.safe_load(shipped_recipes()[name].read_text())
+    resolved = Recipe.resolve(name)
+    default = Recipe.resolve("x/y", method=resolved.method.name)
+    same = {"method.name", "transfer.mse_factor", "finetune.next_token"}  # said for the reader
+    for section in ("transfer", "finetune", "evaluate", "control"):
+        for key, value in given.get(section, {}).items():
+            if f"{section}.{key}" not in same:
+                assert getattr(getattr(default, section), key) != value, f"{section}.{key}"
+
+
+def test_nothing_means_the_quickstart_and_a_model_means_the_defaults():
+    assert Recipe.resolve() == Recipe.resolve(QUICKSTART)
+    assert Recipe.resolve().teacher.name == "books-5m"
+    assert Recipe.resolve().layers == [0, 1, 2]
+    assert Recipe.resolve("some/model") == Recipe.from_dict({"teacher": {"name": "some/model"}})
+    assert Recipe.resolve("some/model").layers == "all"
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_has_defaults_that_resolve(name):
+    recipe = Recipe.resolve("some/model", method=name)
+    assert recipe.method == METHODS[name].config()
+    assert Recipe.from_dict(recipe.to_dict()) == recipe
+
+
+def test_the_method_option_replaces_the_method_of_the_file(tmp_path):
+    path = tmp_path / "my.yaml"
+    path.write_text("method: {name: lolcats, window_kind: sliding}\nseed: 3\n")
+    recipe = Recipe.resolve(path, method="window")
+    assert recipe.method == METHODS["window"].config()
+    assert recipe.seed == 3
+
+
+def test_numbers_may_be_written_as_people_write_them():
+    words = [
+        "transfer.learning_rate=1e-2",
+        "transfer.tokens=5e6",
+        "finetune.tokens=20_000",
+        "teacher.revision=123",
+    ]
+    recipe = Recipe.resolve("some/model", overrides=words)
+    assert recipe.transfer.learning_rate == 0.01
+    assert recipe.transfer.tokens == 5_000_000
+    assert recipe.finetune.tokens == 20_000
+    assert recipe.teacher.revision == "123"
+
+
+def test_overrides_are_yaml_and_the_last_one_wins():
+    words = ["layers=[0,2]", "method.window=16", "method.window=32", "data.sources.0.weight=2", "output=null"]
+    recipe = Recipe.resolve(overrides=words)
+    assert recipe.layers == [0, 2]
+    assert recipe.method.window == 32
+    assert recipe.data.sources[0].weight == 2
+    assert recipe.output is None
+    assert recipe.override(["seed=7"]).seed == 7
+    assert recipe.override(["seed=7"]).method.window == 32
+
+
+def test_the_default_sources_can_be_overridden_one_by_one():
+    recipe = Recipe.resolve("some/model", overrides=["data.sources.0.tokens=64"])
+    assert recipe.data.sources[0].tokens == 64
+    assert len(recipe.data.sources) == 2
+
+
+@pytest.fixture
+def recommending(monkeypatch):
+    config = METHODS["lolcats"].config
+    wishes = {"transfer.learning_rate": 0.5, "finetune.lora.rank": 4}
+    monkeypatch.setattr(config, "recommended", wishes)
+
+
+@pytest.mark.usefixtures("recommending")
+def test_a_method_recommends_and_the_user_decides():
+    free = Recipe.resolve("some/model", method="lolcats")
+    assert (free.transfer.learning_rate, free.finetune.lora.rank) == (0.5, 4)
+    mine = Recipe.resolve("some/model", method="lolcats", overrides=["transfer.learning_rate=0.1"])
+    assert (mine.transfer.learning_rate, mine.finetune.lora.rank) == (0.1, 4)
+    assert mine.override(["seed=1"]).transfer.learning_rate == 0.1
+    whole = Recipe.from_dict({"finetune": {"lora": {"rank": 16}}, "transfer": {}})
+    assert (whole.transfer.learning_rate, whole.finetune.lora.rank) == (0.5, 16)
+
+
+def test_differences_name_keys_and_leave_the_output_out():
+    one = Recipe.resolve()
+    other = one.override(["method.window=16", "data.sources.1.weight=3", "output=elsewhere"])
+    assert one.differences(other) == ["method.window", "data.sources.1.weight"]
+
+
+def test_a_recipe_cannot_be_changed_in_place():
+    recipe = Recipe.resolve()
+    with pytest.raises(Exception, match="frozen"):
+        recipe.seed = 1
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        recipe.method.window = 1
+
+
+REFUSED = {
+    "method.widow=3": "method.widow: unknown key; did you mean 'window'?",
+    "method=lolcat": "method.name: 'lolcat' is unknown; did you mean 'lolcats'?",
+    "method=3": "method.name: 3 is unknown; choose from",
+    "method.window=0": "window: 0",
+    "method.window=[1]": "method.window: [1] should be a whole number",
+    "method.window=600": "method.window: 600 covers all of data.seq_len=512, which leaves nothing to linearize; "
+    "try method.window=64",
+    "window=3": "window: unknown key; did you mean 'control.window'?",
+    "transfer.tokens=many": "transfer.tokens: 'many' should be a whole number",
+    "transfer.tokens=1.5": "transfer.tokens: 1.5 should be a whole number",
+    "transfer.tokens=true": "transfer.tokens: True should be a whole number",
+    "transfer.batch_size=0": "transfer.batch_size: 0 should be greater than or equal to 1",
+    "transfer.clip=.inf": "transfer.clip: inf should be a finite number",
+    "transfer.loss=relativ": "transfer.loss: 'relativ' is unknown; did you mean 'relative'?",
+    "transfer=3": "transfer: 3 should hold keys and values",
+    "finetune.kl=0": "finetune.next_token: 0, and so is kl",
+    "finetune.lora.targets=3": "finetune.lora.targets: 3 is unknown; choose from 'attention' or a list",
+    "layers=some": "layers: 'some' is unknown; choose from 'all' or a list",
+    "layers=[1,1]": "layers: [1, 1] is not a list of distinct layer numbers",
+    "layers=[]": "layers: [] is not a list of distinct layer numbers",
+    "layers=[0,a]": "layers.1: 'a' should be a whole number",
+    "data.sources=[]": "data.sources: [] should have at least one entry",
+    "data.sources=[{weight: 1}]": "data.sources.0: 'kind' is missing; choose from 'self', 'recall'",
+    "data.sources=[{kind: text}]": "data.sources.0.path: missing",
+    "data.sources=[{kind: chat}]": "data.sources.0.path: give exactly one of path and dataset",
+    "data.sources.0.tokns=3": "data.sources.0.tokns: unknown key; did you mean 'tokens'?",
+    "data.sources.0.kind=foo": "data.sources.0: kind 'foo' is unknown; choose from 'self', 'recall'",
+    "data.sources.7.weight=1": "data.sources.7: no such entry; data.sources has 2, counted from 0",
+    "data.held_out=[{kind: self}]": "data.held_out: a 'self' source is not text",
+    "data.seq_len=1": "data.seq_len: 1 should be greater than or equal to 2",
+    "evaluate.recall_tasks=[paskey]": "evaluate.recall_tasks.0: 'paskey' is unknown; did you mean 'passkey'?",
+    "device=gpu": "device: 'gpu' is unknown; did you mean 'cpu'?",
+    "seed.x=1": "seed: {'x': 1} should be a whole number",
+    "nonsense": "'nonsense': not an override; write key=value",
+    "a..b=1": "'a..b=1': not an override",
+    "seed=[": "seed: '[' is not a YAML value",
+    "transfer={tokens: 1, tokens: 2}": "is not a YAML value",
+}
+
+
+@pytest.mark.parametrize("word", REFUSED)
+def test_a_wrong_word_is_refused_in_one_line(word):
+    with pytest.raises(RecipeError) as error:
+        Recipe.resolve(overrides=[word])
+    line = str(error.value)
+    assert REFUSED[word] in line
+    assert "\n" not in line
+
+
+BROKEN_FILES = {
+    "method: {name: lolcats, widow: 3}": "my.yaml: method.widow: unknown key; did you mean 'window'?",
+    "seed: 1\nseed: 2": "my.yaml: line 2: the key 'seed' is written twice",
+    "seed: [": "my.yaml: line ",
+    "- 1": "my.yaml: holds no keys and values",
+    "teachr: {name: x}": "my.yaml: teachr: unknown key; did you mean 'teacher'?",
+    "seed: !!python/object:os.system {}": "my.yaml: line 1:",
+}
+
+
+@pytest.mark.parametrize("text", BROKEN_FILES)
+def test_a_wrong_file_is_named_in_the_line(text, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my.yaml").write_text(text)
+    with pytest.raises(RecipeError) as error:
+        Recipe.resolve("my.yaml")
+    assert str(error.value).startswith(BROKEN_FILES[text])
+    assert "\n" not in str(error.value)
+
+
+def test_an_override_is_not_blamed_on_the_file(tmp_path):
+    (tmp_path / "my.yaml").write_text("seed: 1\n")
+    with pytest.raises(RecipeError, match=r"^method\.widow: unknown key"):
+        Recipe.resolve(tmp_path / "my.yaml", overrides=["method.widow=1"])
+
+
+def test_a_recipe_file_that_is_not_there_gets_a_hint():
+    with pytest.raises(
+        RecipeError, match=r"quickstrt\.yaml: no such recipe file; did you mean 'quickstart'\?"
+    ):
+        Recipe.resolve("quickstrt.yaml")
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_unknown_fields_of_any_method_are_refused(name):
+    with pytest.raises(LinearizeError, match=r"method\.nosuch: unknown key"):
+        build_method({"name": name, "nosuch": 1})
