@@ -180,7 +180,7 @@ def _tiles(x: Tensor, tile: int, groups: int, dtype: torch.dtype) -> Tensor:
 
 
 def _feature_tiles(phi_q: Tensor, tile: int, groups: int, shared: int, dtype: torch.dtype) -> Tensor:
-    """phi_q [B, T, H, F] as [B, G, N, r, R/r*C, F]: the rows that meet one of a group's r key maps together."""
+    """phi_q [B, T, H, F] as [B, G, N, r, R/r*C, F]: the rows that meet one key map stand together."""
     return _tiles(phi_q, tile, groups, dtype).unflatten(3, (shared, -1)).flatten(4, 5)
 
 
