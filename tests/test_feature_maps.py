@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn.functional import elu
 
 from linearize.modeling.errors import ConversionError
-from linearize.modeling.feature_maps import FEATURE_MAPS, feature_map
+from linearize.modeling.feature_maps import FEATURE_MAPS
 
 HEADS, KEY_DIM, WIDTH = 4, 6, 8
 
@@ -103,19 +103,24 @@ def test_reset_brings_the_start_back(name):
 @pytest.mark.parametrize(
     ("name", "width", "init", "message"),
     [
-        ("hedgehog", 7, "identity", "feature_dim: 7; this feature map needs an even width, .*; try 6"),
-        ("exp", 1, "kaiming", "feature_dim: 1; .*; try 2"),
-        ("elu", 0, "identity", "feature_dim: 0; this feature map needs a positive width; try 1"),
-        ("hedgehog", 14, "identity", "feature_dim: 14 is wider .*; use at most 12, or feature_init=kaiming"),
-        ("t2r", 7, "identity", "feature_dim: 7 is wider .*; use at most 6, or feature_init=kaiming"),
-        ("t2r", 6, "zeros", "feature_init: 'zeros' is unknown; choose from identity, kaiming"),
+        ("hedgehog", 7, "identity", "method.feature_dim: 7; this feature map needs an even width, .*; try 6"),
+        ("exp", 1, "kaiming", "method.feature_dim: 1; .*; try 2"),
+        ("elu", 0, "identity", "method.feature_dim: 0; this feature map needs a positive width; try 1"),
+        (
+            "hedgehog",
+            14,
+            "identity",
+            "method.feature_dim: 14 is wider .*; use at most 12, or method.feature_init=kaiming",
+        ),
+        (
+            "t2r",
+            7,
+            "identity",
+            "method.feature_dim: 7 is wider .*; use at most 6, or method.feature_init=kaiming",
+        ),
+        ("t2r", 6, "zeros", "method.feature_init: 'zeros' is unknown; choose from identity, kaiming"),
     ],
 )
 def test_an_impossible_width_is_refused_with_a_remedy(name, width, init, message):
     with pytest.raises(ConversionError, match=message):
         FEATURE_MAPS[name](HEADS, KEY_DIM, width, init)
-
-
-def test_an_unknown_map_is_refused_with_the_choices():
-    with pytest.raises(ConversionError, match="'relu' is unknown; choose from hedgehog, .*t2r"):
-        feature_map("relu")

@@ -41,15 +41,15 @@ class FeatureMap(nn.Module):
     def check(cls, key_dim: int, feature_dim: int, init: str = "identity") -> None:
         """Raise ConversionError where the map cannot have this width or start."""
         if init not in ("identity", "kaiming"):
-            raise ConversionError(f"feature_init: {init!r} is unknown; choose from identity, kaiming")
+            raise ConversionError(f"method.feature_init: {init!r} is unknown; choose from identity, kaiming")
         if feature_dim < cls.halves or feature_dim % cls.halves:
             remedy = max(cls.halves, feature_dim - feature_dim % cls.halves)
             width = "a positive width" if cls.halves == 1 else "an even width, for its two halves"
-            raise ConversionError(f"feature_dim: {feature_dim}; this feature map needs {width}; try {remedy}")
+            raise ConversionError(f"method.feature_dim: {feature_dim}; this feature map needs {width}; try {remedy}")
         if init == "identity" and feature_dim > cls.halves * key_dim:
             raise ConversionError(
-                f"feature_dim: {feature_dim} is wider than an identity start on {key_dim} channels can fill; "
-                f"use at most {cls.halves * key_dim}, or feature_init=kaiming"
+                f"method.feature_dim: {feature_dim} is wider than an identity start on {key_dim} channels can fill; "
+                f"use at most {cls.halves * key_dim}, or method.feature_init=kaiming"
             )
 
     @torch.no_grad()
@@ -144,10 +144,3 @@ FEATURE_MAPS: dict[str, type[FeatureMap]] = {
     "elu": Elu,
     "exp": Exp,
 }
-
-
-def feature_map(name: str) -> type[FeatureMap]:
-    """The map of this name; an unknown one is an error with the choices."""
-    if name not in FEATURE_MAPS:
-        raise ConversionError(f"feature_map: {name!r} is unknown; choose from {', '.join(FEATURE_MAPS)}")
-    return FEATURE_MAPS[name]
