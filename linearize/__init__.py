@@ -20,8 +20,9 @@ if TYPE_CHECKING:
     from .evaluate import evaluate
     from .generate import generate
     from .hub import push
+    from .loading import load
     from .recipe import Recipe
-    from .run import load, run
+    from .run import run
     from .train.finetune import finetune
     from .train.transfer import transfer
 
@@ -50,7 +51,7 @@ _HOME = {
     "evaluate": "evaluate",
     "finetune": "train.finetune",
     "generate": "generate",
-    "load": "run",
+    "load": "loading",
     "push": "hub",
     "run": "run",
     "save": "checkpoint",

@@ -18,7 +18,6 @@ from typer.core import TyperGroup
 
 from .modeling.errors import LinearizeError
 
-
 # Converted in the tests, with tiny random models. A constant, so that the list is printed without loading torch.
 FAMILIES = (
     "gemma2",
@@ -250,7 +249,7 @@ def generate_(
 ) -> None:
     """Continue a prompt."""
     from .generate import generate
-    from .run import load
+    from .loading import load
 
     model, tokenizer = load(checkpoint)
     sampling = {"do_sample": True, "temperature": temperature, "seed": seed} if sample else {}

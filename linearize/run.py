@@ -15,7 +15,6 @@ import datetime
 import json
 import os
 import platform
-import re
 import shutil
 import time
 from collections.abc import Iterator, Sequence
@@ -25,7 +24,6 @@ from typing import Any
 
 import torch
 import transformers
-from huggingface_hub import try_to_load_from_cache
 
 from . import __version__, checkpoint, report
 from .convert import convert
@@ -33,15 +31,15 @@ from .data import Corpus, build
 from .evaluate import Results, evaluate
 from .generate import generate
 from .modeling.attention import attention_mode
-from .modeling.errors import LinearizeError, RecipeError, TeacherError
+from .modeling.errors import LinearizeError, RecipeError
+from .modeling.mixer import MethodConfig
 from .progress import Progress, Watch
-from .recipe import Recipe, Teacher, build_method
+from .recipe import Recipe, build_method
 from .teacher import load_teacher
 from .train.finetune import finetune
 from .train.transfer import transfer
 
 PROMPT_TOKENS = 48
-HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 
 @dataclass(frozen=True)
@@ -62,13 +60,13 @@ def run(recipe: Recipe, *, progress: Watch | None = None) -> RunResult:
     _refuse_other_run(folder, recipe)
     if (folder / "results.json").exists():
         return _finished(folder)
-    device, precision = device_of(recipe), precision_of(recipe)
+    device = device_of(recipe)
     clock = _Clock(folder)
 
-    with clock("teacher"):
-        model, tokenizer = load_teacher(recipe.teacher, device)
-    with clock("convert"):  # before the data, so that a model that cannot be converted is refused at once
-        convert(model, recipe.method, recipe.layers, convert_sliding=recipe.convert_sliding)
+    with clock(
+        "convert"
+    ):  # before the data, so that what cannot be converted is refused before anything is written
+        model, tokenizer = _converted(recipe, recipe.method, device)
     with (
         clock("data"),
         _claimed(folder, recipe),
@@ -83,60 +81,56 @@ def run(recipe: Recipe, *, progress: Watch | None = None) -> RunResult:
             device=device,
             progress=progress,
         )
+    _teach(model, tokenizer, corpus, recipe, folder, clock, progress)
 
-    teach = _Lesson(recipe, tokenizer, corpus, device, precision)
-    teach(model, folder, clock, progress)
     if recipe.control.enabled:
-        model, _ = load_teacher(recipe.teacher, device)
-        convert(model, control_method(recipe), recipe.layers, convert_sliding=recipe.convert_sliding)
-        teach(model, folder / "control", clock.under("control"), _under("control", progress))
+        model, _ = _converted(recipe, control_method(recipe), device)
+        below = folder / "control"
+        _teach(model, tokenizer, corpus, recipe, below, clock.under("control"), _under("control", progress))
 
     with clock("evaluate"):
-        names = {"student": folder / "student", "window control": folder / "control" / "student"}
-        students = {
-            name: checkpoint.load(path, device=device)[0] for name, path in names.items() if path.exists()
-        }
+        saved = {"student": folder / "student", "window control": folder / "control" / "student"}
+        students = {k: checkpoint.load(at, device=device)[0] for k, at in saved.items() if at.exists()}
         teacher, tokenizer = load_teacher(recipe.teacher, device)
         results = evaluate(students, teacher, tokenizer, corpus, recipe.evaluate, recipe.seed, progress)
         prompt, text = _continuation(students["student"], tokenizer, corpus, recipe)
     return _finish(folder, recipe, results, prompt, text, clock.seconds)
 
 
-@dataclass(frozen=True)
-class _Lesson:
-    """Both training stages and the saving of a converted model: the same for student and control."""
-
-    recipe: Recipe
-    tokenizer: Any
-    corpus: Corpus
-    device: str
-    precision: str
-
-    def __call__(self, model: Any, folder: Path, clock: "_Clock", progress: Watch | None) -> None:
-        recipe, saved = self.recipe, folder / "student"
-        if saved.exists():  # saved under its name only when it was whole
-            return
-        how = {"seed": recipe.seed, "device": self.device, "precision": self.precision, "progress": progress}
-        with clock("transfer"):
-            transfer(model, self.corpus, recipe.transfer, folder=folder / "transfer", **how)
-        with clock("finetune"):
-            model, _ = finetune(model, self.corpus, recipe.finetune, folder=folder / "finetune", **how)
-        with clock("save"):
-            checkpoint.save(model, self.tokenizer, saved, extra={"recipe.yaml": recipe.to_yaml()})
+def _converted(recipe: Recipe, method: MethodConfig, device: str) -> tuple[Any, Any]:
+    """A teacher of our own with untrained mixers, and the tokenizer."""
+    model, tokenizer = load_teacher(recipe.teacher, device)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.seed)
+        convert(model, method, recipe.layers, convert_sliding=recipe.convert_sliding)
+    return model.to(device), tokenizer
 
 
-def load(name: str | Path, *, device: str = "cpu") -> tuple[Any, Any]:
-    """Model and tokenizer of a saved student, or of a teacher: a folder, a bundled name or a Hub id."""
-    if checkpoint.is_checkpoint(name):
-        return checkpoint.load(name, device=device)
-    try:
-        return load_teacher(Teacher(name=str(name)), device)
-    except TeacherError:
-        # A student on the Hub: load_teacher has fetched its configuration and declined.
-        config = try_to_load_from_cache(str(name), "config.json") if HUB_ID.fullmatch(str(name)) else None
-        if not isinstance(config, str) or not checkpoint.is_checkpoint(Path(config).parent):
-            raise
-        return checkpoint.load(name, device=device)
+def _teach(
+    model: Any,
+    tokenizer: Any,
+    corpus: Corpus,
+    recipe: Recipe,
+    folder: Path,
+    clock: "_Clock",
+    progress: Watch | None,
+) -> None:
+    """Both training stages, and the checkpoint ``folder/student``; the student and the control have the same."""
+    if (folder / "student").exists():  # it takes its name only when it is whole
+        return
+    how = {
+        "seed": recipe.seed,
+        "device": device_of(recipe),
+        "precision": precision_of(recipe),
+        "progress": progress,
+    }
+    with clock("transfer"):
+        transfer(model, corpus, recipe.transfer, folder=folder / "transfer", **how)
+    with clock("finetune"):
+        at, vocab = folder / "finetune", len(tokenizer)
+        model, _ = finetune(model, corpus, recipe.finetune, folder=at, vocab_size=vocab, **how)
+    with clock("save"):
+        checkpoint.save(model, tokenizer, folder / "student", extra={"recipe.yaml": recipe.to_yaml()})
 
 
 def evaluate_checkpoint(
@@ -172,7 +166,7 @@ def folder_of(recipe: Recipe) -> Path:
     return Path("runs") / f"{Path(recipe.teacher.name).name.lower()}-{recipe.method.name}"
 
 
-def control_method(recipe: Recipe) -> Any:
+def control_method(recipe: Recipe) -> MethodConfig:
     """The control's method: a sliding window as long as the student's, and nothing behind it."""
     window = recipe.control.window or getattr(recipe.method, "window", None)
     fields = {"name": "window", "sinks": recipe.control.sinks}

@@ -1,0 +1,78 @@
+"""The README: its commands exist, its recipe words are valid, its names are the public ones."""
+
+import ast
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+import linearize
+from linearize.cli import app
+from linearize.modeling.registry import METHODS
+from linearize.recipe import Recipe
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.DOTALL)
+COMMANDS = [
+    shlex.split(line, comments=True)
+    for kind, block in BLOCKS
+    if kind == "bash"
+    for line in block.splitlines()
+]
+PYTHON = [block for kind, block in BLOCKS if kind == "python"]
+
+
+@pytest.mark.parametrize("words", [c for c in COMMANDS if c[0] == "linearize"], ids=" ".join)
+def test_every_verb_exists_and_every_recipe_word_is_valid(words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my-recipe.yaml").write_text("teacher: {name: books-5m}\n")
+    verb, *rest = words[1:]
+    if verb == "run":
+        made = CliRunner().invoke(app, ["show", *rest])
+    elif verb in ("show", "list"):
+        made = CliRunner().invoke(app, [verb, *rest])
+    else:
+        made = CliRunner().invoke(app, [verb, "--help"])
+        Recipe.resolve(overrides=[word for word in rest if "=" in word])
+    assert made.exit_code == 0, made.output
+
+
+@pytest.mark.parametrize("words", [c for c in COMMANDS if c[0] == "make"], ids=" ".join)
+def test_every_make_target_exists(words):
+    assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
+
+
+@pytest.mark.parametrize("block", PYTHON)
+def test_python_blocks_use_public_names(block):
+    used = {
+        node.attr
+        for node in ast.walk(ast.parse(block))
+        if isinstance(node, ast.Attribute) and getattr(node.value, "id", "") == "linearize"
+    }
+    assert used <= set(linearize.__all__)
+
+
+def test_the_table_of_names_is_the_public_interface():
+    table = README.partition("| name | gives |")[2].partition("## ")[0]
+    rows = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
+    named = {name for row in rows for name in re.findall(r"`(\w+)`", row)}
+    assert named == set(linearize.__all__) - {"__version__"}
+
+
+def test_every_public_name_is_there_even_after_its_module_was_imported():
+    import linearize.convert
+    import linearize.evaluate
+    import linearize.run
+
+    for name in linearize.__all__:
+        assert name == "__version__" or callable(getattr(linearize, name)), name
+    with pytest.raises(AttributeError, match="no attribute 'nosuch'"):
+        linearize.nosuch  # noqa: B018
+
+
+def test_every_method_is_in_the_table():
+    table = README.partition("## Methods")[2].partition("## ")[0]
+    assert set(re.findall(r"^\| `(\w+)`", table, re.MULTILINE)) == set(METHODS)

@@ -1,0 +1,166 @@
+"""The road of a run on a tiny teacher: what it leaves, that it goes on, what it refuses."""
+
+import itertools
+import json
+import sys
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+import linearize
+from linearize.modeling.errors import LinearizeError, RecipeError
+from linearize.recipe import Recipe
+from linearize.run import control_method, folder_of, run
+from linearize.teacher import BUNDLED
+from tests.tiny import tiny
+
+ROAD = sys.modules["linearize.run"]  # linearize.run itself is the function
+WORDS = [
+    "method.window=8",
+    "layers=[0,1]",
+    "data.seq_len=128",
+    "data.sources=[{kind: self, tokens: 4000}, {kind: recall, weight: 0.2}]",
+    "transfer.tokens=512",
+    "transfer.batch_size=2",
+    "finetune.tokens=512",
+    "finetune.batch_size=2",
+    "finetune.kl=1",
+    "control.enabled=true",
+    "evaluate.seq_lens=[64]",
+    "evaluate.sequences=2",
+    "evaluate.recall_lens=[128]",
+    "evaluate.recall_samples=2",
+    "evaluate.generate_tokens=4",
+    "device=cpu",
+]
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    """A folder with a random llama that reads with the bundled tokenizer."""
+    folder = tmp_path_factory.mktemp("tiny-teacher")
+    tokenizer = AutoTokenizer.from_pretrained(BUNDLED["books-5m"])
+    special = dict(
+        pad_token_id=None, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id
+    )
+    tiny("llama", vocab_size=len(tokenizer), **special).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def recipe(teacher, tmp_path_factory):
+    output = tmp_path_factory.mktemp("runs") / "whole"
+    return Recipe.resolve(teacher, "lolcats", [*WORDS, f"output={output}"])
+
+
+@pytest.fixture(scope="module")
+def made(recipe):
+    seen = []
+    return run(recipe, progress=seen.append), seen
+
+
+def test_a_run_leaves_what_its_folder_promises(made, recipe):
+    result, _ = made
+    left = {path.name for path in result.folder.iterdir()}
+    assert {
+        "recipe.yaml",
+        "data",
+        "transfer",
+        "finetune",
+        "student",
+        "control",
+        "results.json",
+        "table.md",
+    } <= left
+    assert not [name for name in left if name.endswith(".tmp")]
+    assert Recipe.from_file(result.folder / "recipe.yaml") == recipe
+    assert Recipe.from_file(result.checkpoint / "recipe.yaml") == recipe
+    record = json.loads((result.folder / "results.json").read_text())
+    assert record["origin"]["versions"]["torch"] == torch.__version__
+    assert result.continuation == record["continuation"]
+
+
+def test_teacher_student_and_control_are_measured(made):
+    result, _ = made
+    assert result.results.models == ["teacher", "student", "window control"]
+    assert "| 64 | window control |" in (result.folder / "table.md").read_text()
+
+
+def test_every_long_phase_reports_to_its_end(made):
+    _, seen = made
+    last = {at.phase: at for at in seen}
+    assert {"transfer", "finetune", "control finetune", "evaluate"} <= set(last)
+    assert all(at.done == at.total for at in last.values())
+    assert all(a.done <= b.done for a, b in itertools.pairwise(seen) if a.phase == b.phase)
+
+
+def test_the_student_was_trained_and_the_kept_layer_was_not_converted(made, teacher):
+    result, _ = made
+    student, _ = linearize.load(result.checkpoint)
+    original, _ = linearize.load(teacher)
+    assert list(student.mixers()) == [0, 1]
+    weights = student.state_dict()
+    changed = [name for name, value in original.state_dict().items() if not torch.equal(value, weights[name])]
+    assert changed
+    assert all("self_attn" in name for name in changed)
+
+
+def test_a_finished_run_is_not_done_again(made, recipe, monkeypatch):
+    def never(*_args, **_kwargs):
+        raise AssertionError("loaded again")
+
+    monkeypatch.setattr(ROAD, "load_teacher", never)
+    again = run(recipe)
+    assert again == made[0]
+
+
+@pytest.mark.parametrize("step", ["finetune", "evaluate"])
+def test_a_run_goes_on_after_the_last_finished_step(step, teacher, tmp_path, monkeypatch, made, recipe):
+    whole = recipe.override([f"output={tmp_path / 'run'}"])
+
+    def stop(*_args, **_kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ROAD, step, stop)
+        with pytest.raises(KeyboardInterrupt):
+            run(whole)
+    done = (tmp_path / "run" / "transfer" / "done.json").stat().st_mtime_ns
+    result = run(whole)
+    assert (tmp_path / "run" / "transfer" / "done.json").stat().st_mtime_ns == done
+    assert result.results.to_dict() == made[0].results.to_dict()
+    assert result.continuation == made[0].continuation
+
+
+def test_another_recipe_is_refused_by_key_and_nothing_is_touched(made, recipe):
+    folder = made[0].folder
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    with pytest.raises(RecipeError, match=r"another recipe \(method\.window, finetune\.tokens differ\)"):
+        run(recipe.override(["method.window=16", "finetune.tokens=1024"]))
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+
+
+def test_a_run_that_cannot_begin_leaves_no_folder(recipe, tmp_path):
+    for words in (
+        ["teacher.name=nowhere"],
+        ["layers=[7]"],
+        ["data.sources=[{kind: text, path: nowhere.txt}]"],
+    ):
+        with pytest.raises(LinearizeError):
+            run(recipe.override([*words, f"output={tmp_path / 'run'}"]))
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_the_folder_is_named_after_teacher_and_method():
+    assert str(folder_of(Recipe.resolve("org/Some-Model"))) == "runs/some-model-lolcats"
+    assert str(folder_of(Recipe.resolve("org/Some-Model", overrides=["output=x/y"]))) == "x/y"
+
+
+@pytest.mark.parametrize(
+    ("words", "window"),
+    [(["method.window=48"], 48), (["control.window=16"], 16), (["method.window=null"], 64)],
+)
+def test_the_control_has_the_window_of_the_student_unless_told(words, window):
+    assert control_method(Recipe.resolve("x/y", overrides=words)).window == window
