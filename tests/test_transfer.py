@@ -138,12 +138,13 @@ def test_the_error_of_every_layer_falls_and_the_rest_stays(tmp_path):
     model = student()
     before = {name: p.clone() for name, p in model.named_parameters()}
     asked = {name: p.requires_grad for name, p in model.named_parameters()}
+    first = gradients(model, Text().batch(0, batch_size=32, stage="transfer"))[0]["relative_error"]
     model.train()
     fitted = transfer(model, Text(), recipe(), folder=tmp_path)
     lines = list(read(tmp_path / "metrics.jsonl"))
     assert fitted.steps == len(lines) == 60
-    for first, last in zip(lines[0]["relative_error"], lines[-1]["relative_error"], strict=True):
-        assert last < 0.95 * first
+    after = gradients(model, Text().batch(0, batch_size=32, stage="transfer"))[0]["relative_error"]
+    assert (after < 0.97 * first).all(), (first, after)
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, before[name]) == (".mixer." not in name), name
         assert parameter.requires_grad == asked[name]
