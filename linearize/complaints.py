@@ -44,7 +44,7 @@ def complaint(error: ValidationError, model: type[BaseModel], given: Any, prefix
 def _path(error: ErrorDetails, given: Any) -> tuple[str | int, ...]:
     """The keys that the user wrote. pydantic also names the members of unions, which nobody wrote."""
     path: list[str | int] = []
-    node = given
+    node: Any = given
     for part in error["loc"]:
         inside = (isinstance(node, Mapping) and part in node) or (
             isinstance(node, list) and isinstance(part, int) and part < len(node)
@@ -79,7 +79,7 @@ def _reason(
     if kind == "union_tag_invalid":
         return f"kind {context['tag']!r} is unknown; choose from {context['expected_tags']}"
     if kind == "value_error" and isinstance(error["input"], Mapping | BaseModel):
-        return str(error["ctx"]["error"])
+        return str(context["error"])
     if kind == "literal_error":
         listed = any(e["type"] == "list_type" for e in same)
         expected = str(context["expected"]).replace(" or ", ", ")

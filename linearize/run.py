@@ -11,6 +11,7 @@
 """
 
 import contextlib
+import copy
 import datetime
 import json
 import os
@@ -99,6 +100,7 @@ def run(recipe: Recipe, *, progress: Watch | None = None) -> RunResult:
 
 def _converted(recipe: Recipe, method: MethodConfig, device: str) -> tuple[Any, Any]:
     """A teacher of our own with untrained mixers, and the tokenizer."""
+    model: Any
     model, tokenizer = load_teacher(recipe.teacher, device)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
@@ -288,15 +290,15 @@ def _under(name: str, progress: Watch | None) -> Watch | None:
 class _Clock:
     """Adds up the seconds of each phase, over every call of a resumed run."""
 
-    def __init__(self, folder: Path, prefix: str = "", seconds: dict[str, float] | None = None):
-        self.folder, self.prefix = folder, prefix
-        self.path = folder / "timings.json"
-        if seconds is None:
-            seconds = json.loads(self.path.read_text()) if self.path.exists() else {}
-        self.seconds = seconds
+    def __init__(self, folder: Path):
+        self.folder, self.path, self.prefix = folder, folder / "timings.json", ""
+        self.seconds: dict[str, float] = json.loads(self.path.read_text()) if self.path.exists() else {}
 
     def under(self, name: str) -> "_Clock":
-        return _Clock(self.folder, f"{name} ", self.seconds)
+        """The same clock, for phases whose names begin with ``name``."""
+        other = copy.copy(self)
+        other.prefix = f"{name} "
+        return other
 
     @contextlib.contextmanager
     def __call__(self, phase: str) -> Iterator[None]:

@@ -14,8 +14,8 @@ from transformers import T5ForConditionalGeneration as T5
 from typer.testing import CliRunner
 
 from linearize.cli import app
-from tests.test_run import WORDS, teacher  # noqa: F401  a fixture
-from tests.tiny import UNSUPPORTED, tiny
+from test_run import WORDS, teacher  # noqa: F401  a fixture
+from tiny import UNSUPPORTED, tiny
 
 SMALL = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=97)
 

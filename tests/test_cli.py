@@ -72,7 +72,7 @@ def test_lists_name_what_there_is(what, names):
 
 def test_families_are_those_that_the_suite_converts():
     from linearize.cli import FAMILIES
-    from tests.tiny import FAMILIES as TESTED
+    from tiny import FAMILIES as TESTED
 
     assert set(FAMILIES) == set(TESTED)
 

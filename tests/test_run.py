@@ -13,7 +13,7 @@ from linearize.modeling.errors import LinearizeError, RecipeError
 from linearize.recipe import Recipe
 from linearize.run import control_method, folder_of, run
 from linearize.teacher import BUNDLED
-from tests.tiny import tiny
+from tiny import tiny
 
 ROAD = sys.modules["linearize.run"]  # linearize.run itself is the function
 WORDS = [
