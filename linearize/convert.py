@@ -4,9 +4,10 @@ No architecture is known by name. A probe run on the meta device sees what every
 interface; a family that breaks a rule is refused with the reason.
 """
 
+import contextlib
 import copy
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -16,11 +17,12 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from .modeling.attention import SOURCE, own_class, rotate
+from .modeling.attention import SOURCE, rotate
 from .modeling.errors import ConversionError
 from .modeling.mixer import Geometry, MethodConfig, MixerInput
 from .modeling.model import FORMAT, convert_, layer_spec, unconvert_
 from .modeling.registry import METHODS
+from .modeling.window import SoftmaxConfig
 
 log = logging.getLogger(__name__)
 PROBE = f"linearize_probe_{SOURCE}"
@@ -38,7 +40,6 @@ class Probed:
     module: str
     geometry: Geometry
     sliding_window: int | None
-    keywords: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -74,13 +75,13 @@ AttentionInterface.register(PROBE, _probe_attention)
 AttentionMaskInterface.register(PROBE, lambda **request: None)
 
 
-def _run_probe(model: Any, recorder: Recorder, device: str) -> None:
+def _run_probe(model: Any, recorder: Recorder) -> None:
     """One short forward in which every attention call goes to ``recorder(module, q, k, v, **kw) -> y [B, T, H, V]``."""
     before = model.config._attn_implementation
     token = _recorder.set(recorder)
     try:
         model.set_attn_implementation(PROBE)
-        ids = torch.zeros(1, PROBE_TOKENS, dtype=torch.long, device=device)
+        ids = torch.zeros(1, PROBE_TOKENS, dtype=torch.long, device=next(model.parameters()).device)
         with torch.no_grad():
             model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
     finally:
@@ -102,51 +103,75 @@ def probe(model: PreTrainedModel) -> dict[int, Probed]:
         raise ConversionError(
             f"{family}: {type(model).__name__} is not a causal LM; load it with its causal-LM head"
         )
-    config = copy.deepcopy(model.config)
-    config._attn_implementation_internal = "eager"
-    with torch.device("meta"):
-        twin = type(model)(config).to(torch.bfloat16).eval()
-    paths = {id(module): name for name, module in twin.named_modules()}
     found: dict[int, Probed] = {}
+    for subject in (_twin, _itself):
+        found.clear()
+        target = subject(model)
+        paths = {id(module): name for name, module in target.named_modules()}
+        hidden = target.config.get_text_config().hidden_size
 
-    def record(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, **kwargs: Any) -> Tensor:
-        index = getattr(module, "layer_idx", None)
-        if index is None or index in found:
-            raise ConversionError(
-                f"{family}: layer {index} calls attention more than once; this family is not supported"
-            )
-        hidden = config.get_text_config().hidden_size
-        geometry = Geometry(q.shape[1], k.shape[1], q.shape[-1], v.shape[-1], hidden)
-        found[index] = Probed(
-            paths[id(module)], geometry, kwargs.get("sliding_window"), tuple(sorted(kwargs))
-        )
-        for name, meaning in REFUSED_KEYWORDS.items():
-            if kwargs.get(name) is not None:
+        def record(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, **kwargs: Any) -> Tensor:
+            index = getattr(module, "layer_idx", None)
+            if index is None or index in found:
                 raise ConversionError(
-                    f"{family}: layer {index} uses {meaning} ({name}), which no method here honours"
+                    f"{family}: layer {index} calls attention more than once, which is not supported"
                 )
-        return q.new_zeros(q.shape[0], q.shape[2], q.shape[1], v.shape[-1])
+            for name, meaning in REFUSED_KEYWORDS.items():
+                if kwargs.get(name) is not None:
+                    raise ConversionError(
+                        f"{family}: layer {index} uses {meaning} ({name}), which no method honours"
+                    )
+            geometry = Geometry(q.shape[1], k.shape[1], q.shape[-1], v.shape[-1], hidden)
+            found[index] = Probed(paths[id(module)], geometry, kwargs.get("sliding_window"))
+            return _silence(q, v)
 
-    # A family that cannot change its attention implementation warns and ignores the request; nothing is recorded then.
-    previous = logging.getLogger("transformers.modeling_utils").level
-    logging.getLogger("transformers.modeling_utils").setLevel(logging.ERROR)
-    try:
-        _run_probe(twin, record, "meta")
-    except ConversionError:
-        raise
-    except Exception as error:
-        if found or twin.config._attn_implementation == PROBE:
-            raise ConversionError(
-                f"{family}: the probe run failed ({type(error).__name__}: {_line(error)})"
-            ) from error
-    finally:
-        logging.getLogger("transformers.modeling_utils").setLevel(previous)
+        try:
+            with _quiet():
+                _run_probe(target, record)
+            break
+        except ConversionError:
+            raise
+        except Exception as error:  # some blocks cannot run on the meta device; the model itself can
+            log.debug("%s: probe of %s failed: %s", family, subject.__name__, error)
+            if subject is _itself:
+                raise ConversionError(
+                    f"{family}: the probe run failed ({type(error).__name__}: {_line(error)})"
+                ) from error
     if not found:
         raise ConversionError(
             f"{family}: its attention does not go through transformers' attention interface, so it cannot be replaced; "
             "families that can be converted: linearize list families"
         )
     return dict(sorted(found.items()))
+
+
+def _twin(model: Any) -> Any:
+    """The same configuration without weights, on the meta device."""
+    config = copy.deepcopy(model.config)
+    config._attn_implementation_internal = "eager"
+    with torch.device("meta"):
+        return type(model)(config).to(torch.bfloat16).eval()
+
+
+def _itself(model: Any) -> Any:
+    return model
+
+
+def _silence(q: Tensor, v: Tensor) -> Tensor:
+    """A zero attention output [B, T, H, V] for q [B, H, T, K], v [B, G, T, V]."""
+    return q.new_zeros(q.shape[0], q.shape[2], q.shape[1], v.shape[-1])
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """A family that cannot change its attention implementation warns, which the caller says better."""
+    logger = logging.getLogger("transformers.modeling_utils")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _line(error: BaseException) -> str:
@@ -179,15 +204,13 @@ def convert(
         "family": model.config.model_type,
         "layers": {},
     }
-    for index, config in chosen.items():
-        mixer = METHODS[config.name].mixer
-        if mixer is None:
-            continue
+    for index, layer in found.items():
+        config = chosen.get(index, SoftmaxConfig())
         try:
-            config.check(found[index].geometry)
+            config.check(layer.geometry)
         except ConversionError as error:
             raise ConversionError(f"layer {index}: {error}") from error
-        spec["layers"][str(index)] = layer_spec(found[index].module, config, found[index].geometry)
+        spec["layers"][str(index)] = layer_spec(layer.module, layer.sliding_window, layer.geometry, config)
     unrotated = [i for i, c in chosen.items() if getattr(METHODS[c.name].mixer, "wants_unrotated", False)]
     if unrotated:
         check_deferral(model, {i: found[i] for i in unrotated})
@@ -258,12 +281,7 @@ def check_deferral(model: PreTrainedModel, layers: Mapping[int, Probed]) -> None
 
         handles.append(model.get_submodule(layer.module).register_forward_pre_hook(keep, with_kwargs=True))
     try:
-        device = next(model.parameters()).device
-        _run_probe(
-            model,
-            lambda m, q, k, v, **kw: q.new_zeros(*q.transpose(1, 2).shape[:3], v.shape[-1]),
-            str(device),
-        )
+        _run_probe(model, lambda module, q, k, v, **kwargs: _silence(q, v))
     finally:
         for handle in handles:
             handle.remove()
@@ -284,13 +302,17 @@ def _deferral_is_exact(attention: nn.Module, args: tuple, kwargs: dict, rope: An
     for parameter in twin.parameters():
         if parameter.ndim == 1:
             parameter.copy_(torch.rand(parameter.shape, generator=generator) + 0.5)
+    # Random inputs too: a padding token's embedding is zero, and zero stays zero under any rotation.
+    hidden = args[0] if args else kwargs["hidden_states"]
+    hidden = torch.randn(hidden.shape, generator=generator).to(hidden)
+    args, kwargs = ((hidden, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": hidden})
     twin.config = copy.copy(attention.config)
     twin.config._attn_implementation_internal = PROBE
     caught: list[tuple[Tensor, Tensor]] = []
 
     def catch(_module: nn.Module, q: Tensor, k: Tensor, v: Tensor, **_kwargs: Any) -> Tensor:
         caught.append((q, k))
-        return q.new_zeros(*q.transpose(1, 2).shape[:3], v.shape[-1])
+        return _silence(q, v)
 
     try:
         token = _recorder.set(catch)
@@ -308,8 +330,11 @@ def _deferral_is_exact(attention: nn.Module, args: tuple, kwargs: dict, rope: An
 
 def projections(model: Any) -> dict[int, list[str]]:
     """Layer index -> full paths of the linear projections inside its attention (fused ones included), mixers excluded."""
-    plain = getattr(model.config, "linearize", None) is None
-    paths = {i: p.module for i, p in probe(model).items()} if plain else attention_paths(model)
+    spec = getattr(model.config, "linearize", None)
+    if spec is None:
+        paths = {index: layer.module for index, layer in probe(model).items()}
+    else:
+        paths = {int(index): layer["module"] for index, layer in spec["layers"].items()}
     result = {}
     for index, path in paths.items():
         attention = model.get_submodule(path)
@@ -321,39 +346,25 @@ def projections(model: Any) -> dict[int, list[str]]:
     return result
 
 
-def attention_paths(model: Any) -> dict[int, str]:
-    """Layer index -> path of its attention module in a converted model, layers that keep softmax included."""
-    known = {int(i): layer["module"] for i, layer in model.config.linearize["layers"].items()}
-    if not known:
-        return {i: p.module for i, p in probe(_plain_twin(model)).items()}
-    path = next(iter(known.values()))
-    kind = own_class(model.get_submodule(path))
-    return {m.layer_idx: name for name, m in model.named_modules() if isinstance(m, kind)}
-
-
-def _plain_twin(model: Any) -> Any:
-    with torch.device("meta"):
-        return unconvert_(type(model)(copy.deepcopy(model.config)))
-
-
 def describe(model: Any) -> list[LayerReport]:
     """One report for every attention layer of a converted model."""
-    probed = probe(_plain_twin(model))
     mixers = model.mixers()
-    width = next(model.parameters()).element_size()
+    dtype = next(model.parameters()).dtype
     reports = []
-    for index, layer in probed.items():
-        geometry = layer.geometry
-        mixer = mixers.get(index)
+    for index, layer in model.config.linearize["layers"].items():
+        geometry = Geometry(**layer["geometry"])
+        mixer = mixers.get(int(index))
         reports.append(
             LayerReport(
-                index=index,
-                method="softmax" if mixer is None else mixer.config.name,
+                index=int(index),
+                method=layer["method"]["name"],
                 geometry=geometry,
                 parameters=0 if mixer is None else sum(p.numel() for p in mixer.parameters()),
-                state_bytes=0 if mixer is None else state_bytes(mixer, next(model.parameters()).dtype),
-                kv_bytes_per_token=geometry.kv_heads * (geometry.key_dim + geometry.value_dim) * width,
-                kv_tokens=layer.sliding_window if mixer is None else 0,
+                state_bytes=0 if mixer is None else state_bytes(mixer, dtype),
+                kv_bytes_per_token=geometry.kv_heads
+                * (geometry.key_dim + geometry.value_dim)
+                * dtype.itemsize,
+                kv_tokens=layer["sliding_window"] if mixer is None else 0,
             )
         )
     return reports

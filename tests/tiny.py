@@ -1,6 +1,10 @@
 """Tiny random models of every family the suite tests, with all weights randomised: fresh norms of one hide order errors."""
 
 import torch
+from linearize.convert import convert
+from linearize.modeling.lolcats import LolcatsConfig
+from linearize.modeling.mixer import MethodConfig
+from linearize.modeling.registry import METHODS
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 COMMON = dict(
@@ -54,7 +58,7 @@ UNSUPPORTED: dict[str, dict] = {
 
 
 def randomise(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
-    """Every parameter redrawn: matrices wide enough that attention is peaked, norms near one, biases near zero."""
+    """Every parameter redrawn: matrices wide enough for peaked attention, norms near one, biases near zero."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -72,9 +76,42 @@ def tiny(
     """A random model of a few thousand parameters, in evaluation mode."""
     fields = (FAMILIES | UNSUPPORTED)[family] | overrides
     config = AutoConfig.for_model(family, **fields)
+    if family == "mixtral":
+        config._experts_implementation = "eager"  # grouped products have no fp64
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     return randomise(model, seed).eval()
+
+
+def student(
+    family: str = "llama", config: MethodConfig | None = None, *, layers="all", **kwargs
+) -> PreTrainedModel:
+    """A tiny model converted, its mixers randomised too, all of one dtype (fp64 unless told otherwise)."""
+    kwargs.setdefault("dtype", torch.float64)
+    model = convert(tiny(family, **kwargs), config or LolcatsConfig(window=8), layers=layers)
+    for mixer in model.mixers().values():
+        randomise(mixer, seed=7)
+    return model.to(kwargs["dtype"])
+
+
+def variants() -> dict[str, MethodConfig]:
+    """One or more small configurations of every registered method that converts a layer, by a readable name."""
+    small = {
+        "lolcats": [
+            dict(window=8, window_kind="sliding"),
+            dict(window=4, window_kind="terraced", kv_tied_map=True),
+            dict(window=8, window_kind="terraced", affine_factors=True, feature_map="t2r"),
+            dict(window=None, feature_map="elu"),
+        ],
+        "window": [dict(window=8, sinks=3), dict(window=4, window_kind="terraced")],
+    }
+    found = {}
+    for name, method in METHODS.items():
+        if method.mixer is not None:
+            for fields in small.get(name, [{}]):
+                words = [name, *(f"{k}={v}" for k, v in fields.items())]
+                found[" ".join(words)] = method.config(**fields)
+    return found
 
 
 def ids(batch: int = 2, length: int = 40, *, vocab: int = 97, seed: int = 1) -> torch.Tensor:

@@ -74,7 +74,7 @@ class LinearMask:
     """Travels as ``attention_mask`` down to the attention function: padding in O(T), and the stock mask on demand."""
 
     def __init__(self, mode: Mode, base: str, request: dict[str, Any]):
-        self.mode, self.base_name, self.request = mode, base, request
+        self.attention_mode, self.base_name, self.request = mode, base, request
         self._base: dict[str, Any] = {}
         self._rows: dict[bool, Rows | None] = {}
         mask, length = request["attention_mask"], request["q_length"]
@@ -213,7 +213,7 @@ class LinearAttention:
 
 def _mode_of(mask: Any) -> Mode:
     """The mode captured when the forward's mask was made; a caller's own 4-D mask captured none."""
-    return getattr(mask, "mode", None) or MODE.get()
+    return mask.attention_mode if hasattr(mask, "attention_mode") else MODE.get()
 
 
 def attend_base(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Any, **kwargs: Any) -> Any:
@@ -222,7 +222,7 @@ def attend_base(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Any, *
     eager = getattr(sys.modules[own_class(module).__module__], "eager_attention_forward", None)
     function = eager if name == "eager" else ALL_ATTENTION_FUNCTIONS[name]
     kwargs.pop("linear_context", None)
-    return function(module, q, k, v, mask.base() if hasattr(mask, "base") else mask, **kwargs)
+    return function(module, q, k, v, mask.base() if hasattr(mask, "attention_mode") else mask, **kwargs)
 
 
 def rotate(module: nn.Module, q: Tensor, k: Tensor, rope: Any) -> tuple[Tensor, Tensor]:

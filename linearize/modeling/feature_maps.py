@@ -45,7 +45,9 @@ class FeatureMap(nn.Module):
         if feature_dim < cls.halves or feature_dim % cls.halves:
             remedy = max(cls.halves, feature_dim - feature_dim % cls.halves)
             width = "a positive width" if cls.halves == 1 else "an even width, for its two halves"
-            raise ConversionError(f"method.feature_dim: {feature_dim}; this feature map needs {width}; try {remedy}")
+            raise ConversionError(
+                f"method.feature_dim: {feature_dim}; this feature map needs {width}; try {remedy}"
+            )
         if init == "identity" and feature_dim > cls.halves * key_dim:
             raise ConversionError(
                 f"method.feature_dim: {feature_dim} is wider than an identity start on {key_dim} channels can fill; "

@@ -3,7 +3,10 @@
 ``config.linearize`` says everything that a converted model needs to be built again:
 
     {"format": 1, "version": "0.1.0", "family": "llama",
-     "layers": {"0": {"module": "model.layers.0.self_attn", "method": {"name": "lolcats", ...}, "geometry": {...}}}}
+     "layers": {"0": {"module": "model.layers.0.self_attn", "sliding_window": null, "geometry": {"heads": 4, ...},
+                      "method": {"name": "lolcats", ...}}, ...}}
+
+Every attention layer is listed; those whose method is ``softmax`` are the model's own.
 
 This file and its siblings are copied beside the weights, so that plain transformers can load them.
 """
@@ -71,7 +74,7 @@ class LinearModel:
 
     def converted(self) -> dict[int, nn.Module]:
         """Layer index -> attention module that runs a mixer."""
-        layers = self.config.linearize["layers"]
+        layers = converted_layers(self.config.linearize)
         return {int(i): self.get_submodule(layer["module"]) for i, layer in layers.items()}
 
     def set_attn_implementation(self, attn_implementation: Any, *args: Any, **kwargs: Any) -> None:
@@ -125,14 +128,27 @@ def check_format(spec: Any) -> None:
         )
 
 
-def layer_spec(module: str, config: MethodConfig, geometry: Geometry) -> dict[str, Any]:
+def layer_spec(
+    module: str, sliding_window: int | None, geometry: Geometry, config: MethodConfig
+) -> dict[str, Any]:
     """One entry of ``config.linearize["layers"]``."""
-    return {"module": module, "method": {"name": config.name, **asdict(config)}, "geometry": asdict(geometry)}
+    method = {"name": config.name, **asdict(config)}
+    return {
+        "module": module,
+        "sliding_window": sliding_window,
+        "geometry": asdict(geometry),
+        "method": method,
+    }
+
+
+def converted_layers(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries of the layers that have a mixer."""
+    return {i: layer for i, layer in spec["layers"].items() if layer["method"]["name"] != "softmax"}
 
 
 def attach_mixers(model: nn.Module, spec: Mapping[str, Any], methods: Mapping[str, Method]) -> None:
     """Build every layer's mixer from its description and put it into its attention module."""
-    for index, layer in spec["layers"].items():
+    for index, layer in converted_layers(spec).items():
         fields = dict(layer["method"])
         name = fields.pop("name")
         if name not in methods:
@@ -218,7 +234,7 @@ def write_code(cls: type, config: Any, folder: Path) -> dict[str, str]:
     """Write the stub and the files it reaches into ``folder``; returns the ``auto_map`` entries."""
     base = native_class(cls)
     base_config = base.config_class
-    names = sorted({layer["method"]["name"] for layer in config.linearize["layers"].values()})
+    names = sorted({layer["method"]["name"] for layer in converted_layers(config.linearize).values()})
     source = Path(__file__).parent
     origin = {name: cls.methods[name].config.__module__.rpartition(".")[2] for name in names}
     entries = ", ".join(f'"{name}": {name.upper()}' for name in names)
