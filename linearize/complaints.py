@@ -51,7 +51,7 @@ def _path(error: ErrorDetails, given: Any) -> tuple[str | int, ...]:
         )
         if inside:
             path.append(part)
-            node = node[part]
+            node = node[part]  # type: ignore[index]
     if error["type"] == "missing":
         path.append(error["loc"][-1])
     return tuple(path)

@@ -9,13 +9,13 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from test_run import WORDS, teacher  # noqa: F401  a fixture
+from tiny import UNSUPPORTED, tiny
 from transformers import AutoConfig, AutoModelForCausalLM, BertConfig, BertForMaskedLM, T5Config
 from transformers import T5ForConditionalGeneration as T5
 from typer.testing import CliRunner
 
 from linearize.cli import app
-from test_run import WORDS, teacher  # noqa: F401  a fixture
-from tiny import UNSUPPORTED, tiny
 
 SMALL = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=97)
 

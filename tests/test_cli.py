@@ -71,8 +71,9 @@ def test_lists_name_what_there_is(what, names):
 
 
 def test_families_are_those_that_the_suite_converts():
-    from linearize.cli import FAMILIES
     from tiny import FAMILIES as TESTED
+
+    from linearize.cli import FAMILIES
 
     assert set(FAMILIES) == set(TESTED)
 

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from tiny import tiny
 from transformers import AutoTokenizer
 
 import linearize
@@ -13,7 +14,6 @@ from linearize.modeling.errors import LinearizeError, RecipeError
 from linearize.recipe import Recipe
 from linearize.run import control_method, folder_of, run
 from linearize.teacher import BUNDLED
-from tiny import tiny
 
 ROAD = sys.modules["linearize.run"]  # linearize.run itself is the function
 WORDS = [
