@@ -48,7 +48,8 @@ def save(
     if not getattr(model.config, "linearize", None):
         raise CheckpointError(f"{type(model).__name__}: is not a converted model; use convert first")
     with replacing(Path(folder)) as target:
-        model.save_pretrained(target, max_shard_size=max_shard_size)
+        with quiet_transformers():
+            model.save_pretrained(target, max_shard_size=max_shard_size)
         if tokenizer is not None:
             tokenizer.save_pretrained(target)
         for name, content in (extra or {}).items():
@@ -61,12 +62,16 @@ def save(
 def replacing(folder: Path) -> Iterator[Path]:
     """A temporary folder beside ``folder`` that takes its name when the block ends well and is removed otherwise."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise CheckpointError(f"{folder}: exists already and is not empty; choose another folder or remove it")
+        raise CheckpointError(
+            f"{folder}: exists already and is not empty; choose another folder or remove it"
+        )
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         target = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     except OSError as error:
-        raise CheckpointError(f"{folder}: cannot be written ({error.strerror}); choose another place") from error
+        raise CheckpointError(
+            f"{folder}: cannot be written ({error.strerror}); choose another place"
+        ) from error
     try:
         yield target
         for path in target.rglob("*"):
@@ -79,7 +84,9 @@ def replacing(folder: Path) -> Iterator[Path]:
         _sync(folder.parent)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or str(error)
-        raise CheckpointError(f"{folder}: could not be written ({reason}); nothing was left behind") from error
+        raise CheckpointError(
+            f"{folder}: could not be written ({reason}); nothing was left behind"
+        ) from error
     finally:
         shutil.rmtree(target, ignore_errors=True)
 
@@ -93,7 +100,11 @@ def _sync(path: Path) -> None:
 
 
 def load(
-    name: str | Path, *, dtype: str | torch.dtype = "auto", device: str | torch.device | None = None, **kwargs: Any
+    name: str | Path,
+    *,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device | None = None,
+    **kwargs: Any,
 ) -> tuple[Any, Any]:
     """A saved student and its tokenizer, in evaluation mode, from a folder or a Hub id; runs no code from it.
 
@@ -109,12 +120,16 @@ def load(
     cls = _class_of(name, fields, family.removeprefix(PREFIX))
     try:
         with quiet_transformers():
-            model, info = cls.from_pretrained(name, dtype=dtype, output_loading_info=True, **kwargs)
+            model, info = cls.from_pretrained(
+                name, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
+            )
     except (OSError, SafetensorError, RuntimeError) as error:
-        raise CheckpointError(f"{name}: weights cannot be read ({_line(error)}); save or download it again") from error
+        raise CheckpointError(
+            f"{name}: weights cannot be read ({_line(error)}); save or download it again"
+        ) from error
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info[problem]:
-            example = sorted(map(str, info[problem]))[0]
+            example = min(key if isinstance(key, str) else key[0] for key in info[problem])
             raise CheckpointError(
                 f"{name}: {len(info[problem])} {problem.replace('_', ' ')}, {example} for one; "
                 "the weights do not belong to this configuration; save or download it again"
@@ -130,7 +145,9 @@ def _read_config(name: str | Path) -> dict[str, Any]:
     try:
         return PreTrainedConfig.get_config_dict(str(name))[0]
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{name}: cannot be read ({_line(error)}); give a folder or a Hub id") from error
+        raise CheckpointError(
+            f"{name}: cannot be read ({_line(error)}); give a folder or a Hub id"
+        ) from error
 
 
 def _class_of(name: str | Path, fields: Mapping[str, Any], family: str) -> Any:
@@ -146,7 +163,9 @@ def _class_of(name: str | Path, fields: Mapping[str, Any], family: str) -> Any:
 
 def _tokenizer(name: str | Path) -> Any:
     folder = Path(name)
-    if folder.is_dir() and not any((folder / f).exists() for f in ("tokenizer.json", "tokenizer_config.json")):
+    if folder.is_dir() and not any(
+        (folder / f).exists() for f in ("tokenizer.json", "tokenizer_config.json")
+    ):
         return None
     try:
         return AutoTokenizer.from_pretrained(name)

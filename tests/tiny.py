@@ -86,12 +86,12 @@ def tiny(
 def student(
     family: str = "llama", config: MethodConfig | None = None, *, layers="all", **kwargs
 ) -> PreTrainedModel:
-    """A tiny model converted, its mixers randomised too, all of one dtype (fp64 unless told otherwise)."""
-    kwargs.setdefault("dtype", torch.float64)
+    """A tiny model converted, its mixers randomised too; fp64 unless told otherwise, mixers never below fp32."""
+    dtype = kwargs.setdefault("dtype", torch.float64)
     model = convert(tiny(family, **kwargs), config or LolcatsConfig(window=8), layers=layers)
     for mixer in model.mixers().values():
-        randomise(mixer, seed=7)
-    return model.to(kwargs["dtype"])
+        randomise(mixer, seed=7).to(torch.promote_types(dtype, torch.float32))
+    return model
 
 
 def variants() -> dict[str, MethodConfig]:
