@@ -7,6 +7,7 @@ mistake is one line and exit code 2, an interruption is 130.
 import errno
 import json
 import logging
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -98,6 +99,8 @@ def _root(
 ) -> None:
     from rich.logging import RichHandler
 
+    # What transformers has to say is for developers, too; it reads this when it is imported.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "info" if verbose else "error")
     handler = RichHandler(console=_stderr(), show_path=False, show_level=verbose, show_time=verbose)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler], force=True)
     logging.getLogger("linearize").setLevel(logging.DEBUG if verbose else logging.INFO)
@@ -306,7 +309,8 @@ def _first_comment(path: Path) -> str:
 def _stdout() -> Any:
     from rich.console import Console
 
-    return Console(file=sys.stdout)
+    # A pipe or a file has no width of its own; tables are easier to read unbroken.
+    return Console(file=sys.stdout, width=None if sys.stdout.isatty() else 150)
 
 
 _console: Any = None
@@ -324,37 +328,49 @@ def _stderr() -> Any:
 
 @contextmanager
 def _watching() -> Iterator[Any]:
-    """A callback that draws one bar per phase: done, tokens a second, the loss, the time left."""
+    """A callback that draws one bar per phase: done, tokens a second, the loss, the time left.
+
+    Where stderr is not a terminal, each phase is one line when it ends.
+    """
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+    console = _stderr()
     bars: dict[str, Any] = {}
     display = Progress(
         TextColumn("{task.description:<18}"),
         BarColumn(bar_width=24),
         TextColumn("{task.percentage:>3.0f} %"),
-        TextColumn("{task.fields[pace]:>14}"),
+        TextColumn("{task.fields[pace]:>16}"),
         TextColumn("{task.fields[loss]:>12}"),
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
-        console=_stderr(),
+        console=console,
     )
 
     def watch(at: Any) -> None:
         if at.phase not in bars:
+            if console.is_terminal:
+                display.start()
             bars[at.phase] = display.add_task(at.phase, total=at.total, completed=at.done, pace="", loss="")
-        task = display.tasks[bars[at.phase]]
+        bar = bars[at.phase]
+        task = display.tasks[bar]
         speed = task.finished_speed or task.speed
-        display.update(
-            bars[at.phase],
-            total=at.total,
-            completed=at.done,
-            pace=f"{speed:,.0f} {at.unit}/s" if speed else "",
-            loss=f"loss {at.metrics['loss']:.4f}" if "loss" in at.metrics else "",
-        )
+        pace = f"{speed:,.0f} {at.unit}/s" if speed else ""
+        loss = f"loss {at.metrics['loss']:.4f}" if "loss" in at.metrics else ""
+        ended = not task.finished and at.done >= at.total
+        display.update(bar, total=at.total, completed=at.done, pace=pace, loss=loss)
+        if ended and not console.is_terminal:
+            spent = f"{task.elapsed or 0:.0f} s"
+            typer.echo(
+                " ".join(filter(None, [f"{at.phase}:", f"{at.total:,} {at.unit}", spent, loss])), err=True
+            )
 
-    with display:
+    try:
         yield watch
+    finally:
+        if display.live.is_started:
+            display.stop()
 
 
 def _print_results(results: Any, as_json: bool) -> None:
