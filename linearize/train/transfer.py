@@ -150,10 +150,10 @@ def error_and_power(student: Tensor, teacher: Tensor, valid: Tensor | None) -> t
     return (student - teacher).square().sum() / count, power
 
 
-def backward(loss: Tensor) -> None:
+def backward(output: Tensor, gradient: Tensor | None = None) -> None:
     """Outside autocast: each operation's backward runs in the precision of its forward."""
-    with torch.autocast(loss.device.type, enabled=False):
-        loss.backward()
+    with torch.autocast(output.device.type, enabled=False):
+        output.backward(gradient)
 
 
 def inputs_of(batch: Batch) -> dict[str, Tensor]:
