@@ -1,9 +1,15 @@
 """Stage 1 on tiny converted models."""
 
 import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tiny import ids, tiny
 
 from linearize.convert import convert
@@ -190,3 +196,45 @@ def test_packed_documents_learn_as_if_each_stood_in_its_own_row():
     apart, expected, _ = gradients(model, {"input_ids": rows, "attention_mask": mask})
     torch.testing.assert_close(packed, apart)
     torch.testing.assert_close(grads, expected)
+
+
+def learn(folder, **changes):
+    torch.set_num_threads(1)
+    transfer(
+        student(),
+        Text(),
+        recipe(tokens=6 * 128, batch_size=2, save_every=2, **changes),
+        folder=folder,
+        seed=5,
+    )
+
+
+def test_two_processes_learn_what_one_learns_from_the_same_batches(tmp_path):
+    learn(tmp_path / "one", accumulate=2)
+    here = Path(__file__).parent
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    common = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(here), str(here.parent)]),
+        "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    code = f"import test_transfer as t; t.learn(t.Path({str(tmp_path / 'two')!r}))"
+    ranks = [
+        subprocess.Popen([sys.executable, "-c", code], env=common | {"RANK": str(r), "LOCAL_RANK": str(r)})
+        for r in range(2)
+    ]
+    try:
+        assert [rank.wait(timeout=120) for rank in ranks] == [0, 0]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    one, two = (load_file(tmp_path / name / "weights.safetensors") for name in ("one", "two"))
+    torch.testing.assert_close(two, one, rtol=1e-4, atol=1e-5)
+    lines = [list(read(tmp_path / name / "metrics.jsonl")) for name in ("one", "two")]
+    for ours, theirs in zip(*lines, strict=True):
+        assert ours["tokens"] == theirs["tokens"]
+        assert ours["relative_error"] == pytest.approx(theirs["relative_error"], rel=1e-3)
