@@ -27,11 +27,10 @@ import torch
 import transformers
 
 from . import __version__, checkpoint, report
-from .convert import convert
+from .convert import convert, unconvert
 from .data import Corpus, build
 from .evaluate import Results, evaluate
 from .generate import generate
-from .modeling.attention import attention_mode
 from .modeling.errors import LinearizeError, RecipeError
 from .modeling.mixer import MethodConfig
 from .progress import Progress, Watch
@@ -64,28 +63,26 @@ def run(recipe: Recipe, *, progress: Watch | None = None) -> RunResult:
     device = device_of(recipe)
     clock = _Clock(folder)
 
-    with clock(
-        "convert"
-    ):  # before the data, so that what cannot be converted is refused before anything is written
-        model, tokenizer = _converted(recipe, recipe.method, device)
-    with (
-        clock("data"),
-        _claimed(folder, recipe),
-        attention_mode("softmax"),
-    ):  # in softmax mode it is the teacher
+    with clock("teacher"):
+        model, tokenizer = load_teacher(recipe.teacher, device)
+        unconvert(_converted(model, recipe, recipe.method))  # refused, if at all, before any data is made
+    with clock("data"), _claimed(folder, recipe):
+        at = folder / "data"
         corpus = build(
             recipe.data,
             tokenizer,
             teacher=model,
-            cache_dir=folder / "data",
+            cache_dir=at,
             seed=recipe.seed,
             device=device,
             progress=progress,
         )
+    model = _converted(model, recipe, recipe.method)
     _teach(model, tokenizer, corpus, recipe, folder, clock, progress)
 
     if recipe.control.enabled:
-        model, _ = _converted(recipe, control_method(recipe), device)
+        model, _ = load_teacher(recipe.teacher, device)
+        model = _converted(model, recipe, control_method(recipe))
         below = folder / "control"
         _teach(model, tokenizer, corpus, recipe, below, clock.under("control"), _under("control", progress))
 
@@ -98,14 +95,11 @@ def run(recipe: Recipe, *, progress: Watch | None = None) -> RunResult:
     return _finish(folder, recipe, results, prompt, text, clock.seconds)
 
 
-def _converted(recipe: Recipe, method: MethodConfig, device: str) -> tuple[Any, Any]:
-    """A teacher of our own with untrained mixers, and the tokenizer."""
-    model: Any
-    model, tokenizer = load_teacher(recipe.teacher, device)
+def _converted(model: Any, recipe: Recipe, method: MethodConfig) -> Any:
+    """The model with untrained mixers, whose initial values follow from the seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
-        convert(model, method, recipe.layers, convert_sliding=recipe.convert_sliding)
-    return model.to(device), tokenizer
+        return convert(model, method, recipe.layers, convert_sliding=recipe.convert_sliding)
 
 
 def _teach(
