@@ -1,0 +1,253 @@
+"""Documents of local files and of the Hub, as text, and how they become tokens."""
+
+import gzip
+import json
+import lzma
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from ..modeling.errors import DataError
+from ..tasks.recall import separator
+from .pool import Pool, file_digest
+
+CHUNK = 100_000  # characters given to the tokenizer at a time
+BATCH = 64  # chunks; a fast tokenizer works on them in parallel
+OPENERS = {".gz": gzip.open, ".xz": lzma.open}
+FORMATS = (".txt", ".jsonl", ".parquet")
+
+
+def files_of(path: str) -> list[Path]:
+    """The readable files of a path, sorted: the file itself, or all below a folder."""
+    root = Path(path).expanduser()
+    if root.is_file():
+        if _format(root) is None:
+            raise DataError(
+                f"{path}: not a text file that can be read; give {', '.join(FORMATS)} (.gz, .xz too)"
+            )
+        return [root]
+    if not root.is_dir():
+        raise DataError(f"{path}: no such file or folder; data.sources needs one that exists")
+    found = sorted(file for file in root.rglob("*") if file.is_file() and _format(file))
+    if not found:
+        raise DataError(
+            f"{path}: the folder has no {', '.join(FORMATS)} file; put the text there or name another"
+        )
+    return found
+
+
+def local_key(path: str) -> list[list[str]]:
+    """Names and contents of the files, for the cache."""
+    return [[file.name, file_digest(file)] for file in files_of(path)]
+
+
+def texts(path: str, field: str, mark: str | None) -> Iterator[str]:
+    """The documents of local files: whole lines' `field`, or the text between marks."""
+    for file in files_of(path):
+        if _format(file) == ".txt":
+            text = _read(file)
+            yield from text.split(mark) if mark else [text]
+        else:
+            yield from (_text(record, field, where) for record, where in _records(file, (field,)))
+
+
+def pairs(path: str, prompt: str, response: str) -> Iterator[tuple[str, str]]:
+    """Prompt and response of every line of local .jsonl or .parquet files."""
+    for file in files_of(path):
+        if _format(file) == ".txt":
+            raise DataError(
+                f"{file}: a chat source needs fields {prompt!r} and {response!r}; give .jsonl or .parquet"
+            )
+        for record, where in _records(file, (prompt, response)):
+            yield _text(record, prompt, where), _text(record, response, where)
+
+
+def hub_records(
+    dataset: str,
+    subset: str | None,
+    split: str,
+    revision: str | None,
+    limit: int | None,
+    fields: tuple[str, ...],
+) -> Iterator[tuple[dict[str, Any], str]]:
+    """Records of a Hub data set; a `limit` streams them, so that no more than needed is downloaded."""
+    import datasets
+
+    try:
+        rows = datasets.load_dataset(
+            dataset, subset, split=split, revision=revision, streaming=limit is not None
+        )
+    except (
+        Exception
+    ) as error:  # unknown names, no network, unreadable files: the library's own words, one line
+        line = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+        raise DataError(
+            f"data set {dataset}: cannot be loaded ({line[:160]}); check name, split, network"
+        ) from None
+    for i, record in enumerate(rows):
+        if limit is not None and i >= limit:
+            return
+        where = f"data set {dataset}, record {i}"
+        _require(record, fields, where)
+        yield record, where
+
+
+def hub_texts(
+    dataset: str, subset: str | None, split: str, revision: str | None, limit: int | None, field: str
+) -> Iterator[str]:
+    for record, where in hub_records(dataset, subset, split, revision, limit, (field,)):
+        yield _text(record, field, where)
+
+
+def hub_pairs(dataset: str, split: str, prompt: str, response: str) -> Iterator[tuple[str, str]]:
+    for record, where in hub_records(dataset, None, split, None, None, (prompt, response)):
+        yield _text(record, prompt, where), _text(record, response, where)
+
+
+def text_pool(documents: Iterable[str], tokenizer: Any) -> Pool:
+    """Documents as tokens, each ended by end-of-sequence; blank ones are left out."""
+    end = separator(tokenizer)
+    out: list[np.ndarray] = []
+    chunks: list[tuple[str, bool]] = []  # a piece of text, and whether its document ends there
+    parts: list[np.ndarray] = []
+
+    def flush() -> None:
+        for ids, (_, last) in zip(encode_batch(tokenizer, [text for text, _ in chunks]), chunks, strict=True):
+            parts.append(np.array(ids, dtype=np.uint32))
+            if last:
+                out.append(np.concatenate([*parts, np.array(end, dtype=np.uint32)]))
+                parts.clear()
+        chunks.clear()
+
+    for document in documents:
+        if not document.strip():
+            continue
+        pieces = list(_pieces(document))
+        for i, text in enumerate(pieces):
+            chunks.append((text, i == len(pieces) - 1))
+            if len(chunks) == BATCH:
+                flush()
+    flush()
+    return Pool.join(out)
+
+
+def chat_pool(dialogues: Iterable[tuple[str, str]], tokenizer: Any, place: str) -> Pool:
+    """Prompt and response through the chat template; only the response, with what ends it, is learnt."""
+    if not getattr(tokenizer, "chat_template", None):
+        raise DataError(
+            f"{place}: the tokenizer has no chat template; use a text source or an instruct model"
+        )
+    heads, tails = [], []
+    for prompt, response in dialogues:
+        turn = [{"role": "user", "content": prompt}]
+        head = tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
+        whole = tokenizer.apply_chat_template(
+            [*turn, {"role": "assistant", "content": response}], tokenize=False
+        )
+        # Some templates write into the generation prompt what a finished reply does not have; then the end is ours.
+        tail = whole[len(head) :] if whole.startswith(head) else response + (tokenizer.eos_token or "")
+        heads.append(head)
+        tails.append(tail)
+    given, learnt = encode_batch(tokenizer, heads), encode_batch(tokenizer, tails)
+    masks = [[False] * len(a) + [True] * len(b) for a, b in zip(given, learnt, strict=True)]
+    return Pool.join([a + b for a, b in zip(given, learnt, strict=True)], masks)
+
+
+def encode_batch(tokenizer: Any, strings: list[str]) -> list[list[int]]:
+    """Token lists without special tokens; all at once where the tokenizer can."""
+    if not strings:
+        return []
+    if backend := getattr(tokenizer, "backend_tokenizer", None):
+        return [encoding.ids for encoding in backend.encode_batch_fast(strings, add_special_tokens=False)]
+    return [tokenizer.encode(text, add_special_tokens=False) for text in strings]
+
+
+def _pieces(text: str) -> Iterator[str]:
+    """The text in pieces of about CHUNK characters, cut where no tokenizer joins: at a space between two letters."""
+    start = 0
+    while len(text) - start > CHUNK:
+        cut = start + CHUNK
+        while cut < len(text) and not (
+            text[cut] == " " and text[cut - 1].isalpha() and text[cut + 1 : cut + 2].isalpha()
+        ):
+            cut += 1
+        yield text[start:cut]
+        start = cut
+    if start < len(text):
+        yield text[start:]
+
+
+def _format(file: Path) -> str | None:
+    """.txt, .jsonl or .parquet, looked at beneath .gz and .xz; None for any other file."""
+    packed = file.suffix in OPENERS
+    suffix = Path(file.stem).suffix if packed else file.suffix
+    return suffix if suffix in FORMATS and not (packed and suffix == ".parquet") else None
+
+
+def _open(file: Path) -> IO[str]:
+    return OPENERS.get(file.suffix, open)(file, "rt", encoding="utf-8", newline="")  # type: ignore[operator]
+
+
+def _read(file: Path) -> str:
+    try:
+        with _open(file) as stream:
+            return stream.read()
+    except UnicodeDecodeError as error:
+        raise DataError(f"{file}: not UTF-8 text (byte {error.start}); convert it first") from None
+    except (OSError, EOFError, lzma.LZMAError) as error:  # gzip raises OSError and EOFError
+        raise DataError(
+            f"{file}: cannot be read ({error or type(error).__name__}); fetch the file again"
+        ) from None
+
+
+def _records(file: Path, fields: tuple[str, ...]) -> Iterator[tuple[dict[str, Any], str]]:
+    """Records of a .jsonl or .parquet file, each with the place to name when something is wrong with it."""
+    if _format(file) == ".parquet":
+        yield from _parquet(file, fields)
+        return
+    for number, line in enumerate(_read(file).splitlines(), 1):
+        if not line.strip():
+            continue
+        where = f"{file}, line {number}"
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise DataError(f"{where}: not JSON ({error.msg}); each line must be one object") from None
+        if not isinstance(record, dict):
+            raise DataError(f'{where}: not an object; write {{"{fields[0]}": "..."}}')
+        _require(record, fields, where)
+        yield record, where
+
+
+def _parquet(file: Path, fields: tuple[str, ...]) -> Iterator[tuple[dict[str, Any], str]]:
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        table = parquet.ParquetFile(file)
+        _require(dict.fromkeys(table.schema_arrow.names), fields, str(file))
+        for batch in table.iter_batches(columns=list(fields)):
+            yield from ((record, str(file)) for record in batch.to_pylist())
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(
+            f"{file}: not a parquet file ({str(error).splitlines()[0]}); fetch it again"
+        ) from None
+
+
+def _require(record: dict[str, Any], fields: tuple[str, ...], where: str) -> None:
+    for field in fields:
+        if field not in record:
+            raise DataError(
+                f"{where}: no field {field!r}; the fields are {', '.join(map(repr, record)) or 'none'}"
+            )
+
+
+def _text(record: dict[str, Any], field: str, where: str) -> str:
+    value = record[field]
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise DataError(f"{where}: field {field!r} is not text but {type(value).__name__}; name a text field")
+    return value
