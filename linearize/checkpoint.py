@@ -156,7 +156,8 @@ def _class_of(name: str | Path, fields: Mapping[str, Any], family: str) -> Any:
     base = getattr(transformers, str(architecture).removeprefix("Linear"), None)
     if family not in CONFIG_MAPPING or base is None:
         raise CheckpointError(
-            f"{name}: family {family!r} ({architecture}) is unknown to transformers {transformers.__version__}; upgrade it"
+            f"{name}: family {family!r} ({architecture}) is unknown to "
+            f"transformers {transformers.__version__}; upgrade it"
         )
     return linear_model_class(base, tuple(METHODS.items()))
 

@@ -107,42 +107,46 @@ def probe(model: PreTrainedModel) -> dict[int, Probed]:
     for subject in (_twin, _itself):
         found.clear()
         target = subject(model)
-        paths = {id(module): name for name, module in target.named_modules()}
-        hidden = target.config.get_text_config().hidden_size
-
-        def record(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, **kwargs: Any) -> Tensor:
-            index = getattr(module, "layer_idx", None)
-            if index is None or index in found:
-                raise ConversionError(
-                    f"{family}: layer {index} calls attention more than once, which is not supported"
-                )
-            for name, meaning in REFUSED_KEYWORDS.items():
-                if kwargs.get(name) is not None:
-                    raise ConversionError(
-                        f"{family}: layer {index} uses {meaning} ({name}), which no method honours"
-                    )
-            geometry = Geometry(q.shape[1], k.shape[1], q.shape[-1], v.shape[-1], hidden)
-            found[index] = Probed(paths[id(module)], geometry, kwargs.get("sliding_window"))
-            return _silence(q, v)
-
         try:
             with _quiet():
-                _run_probe(target, record)
+                _run_probe(target, _writer(target, found))
             break
         except ConversionError:
             raise
         except Exception as error:  # some blocks cannot run on the meta device; the model itself can
             log.debug("%s: probe of %s failed: %s", family, subject.__name__, error)
             if subject is _itself:
-                raise ConversionError(
-                    f"{family}: the probe run failed ({type(error).__name__}: {_line(error)})"
-                ) from error
+                line = f"{family}: the probe run failed ({type(error).__name__}: {_line(error)})"
+                raise ConversionError(line) from error
     if not found:
         raise ConversionError(
             f"{family}: its attention does not go through transformers' attention interface, so it cannot be replaced; "
             "families that can be converted: linearize list families"
         )
     return dict(sorted(found.items()))
+
+
+def _writer(model: Any, found: dict[int, Probed]) -> Recorder:
+    """A recorder that writes what it sees into ``found``."""
+    paths = {id(module): name for name, module in model.named_modules()}
+    family, hidden = model.config.model_type, model.config.get_text_config().hidden_size
+
+    def record(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, **kwargs: Any) -> Tensor:
+        index = getattr(module, "layer_idx", None)
+        if index is None or index in found:
+            raise ConversionError(
+                f"{family}: layer {index} calls attention more than once, which is not supported"
+            )
+        for name, meaning in REFUSED_KEYWORDS.items():
+            if kwargs.get(name) is not None:
+                raise ConversionError(
+                    f"{family}: layer {index} uses {meaning} ({name}), which no method honours"
+                )
+        geometry = Geometry(q.shape[1], k.shape[1], q.shape[-1], v.shape[-1], hidden)
+        found[index] = Probed(paths[id(module)], geometry, kwargs.get("sliding_window"))
+        return _silence(q, v)
+
+    return record
 
 
 def _twin(model: Any) -> Any:
@@ -235,7 +239,7 @@ def _choose(
     elif isinstance(layers, str):
         raise ConversionError(f"layers: {layers!r} is unknown; give 'all' or a list of indices")
     else:
-        chosen = {index: methods for index in layers}
+        chosen = dict.fromkeys(layers, methods)
     for index in chosen:
         if index not in found:
             raise ConversionError(
@@ -290,8 +294,8 @@ def check_deferral(model: PreTrainedModel, layers: Mapping[int, Probed]) -> None
         rope = kwargs.get("position_embeddings")
         if rope is not None and not _deferral_is_exact(model.get_submodule(layer.module), args, kwargs, rope):
             raise ConversionError(
-                f"{model.config.model_type}: layer {index} does not apply its rotary embedding last, so q and k cannot be "
-                "taken before it; choose a method that does not need them"
+                f"{model.config.model_type}: layer {index} does not apply its rotary embedding last, so q and k "
+                "cannot be taken before it; choose a method that does not need them"
             )
 
 
@@ -306,8 +310,8 @@ def _deferral_is_exact(attention: nn.Module, args: tuple, kwargs: dict, rope: An
     hidden = args[0] if args else kwargs["hidden_states"]
     hidden = torch.randn(hidden.shape, generator=generator).to(hidden)
     args, kwargs = ((hidden, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": hidden})
-    twin.config = copy.copy(attention.config)
-    twin.config._attn_implementation_internal = PROBE
+    twin.config = copy.copy(attention.config)  # type: ignore[assignment]
+    twin.config._attn_implementation_internal = PROBE  # type: ignore[union-attr]
     caught: list[tuple[Tensor, Tensor]] = []
 
     def catch(_module: nn.Module, q: Tensor, k: Tensor, v: Tensor, **_kwargs: Any) -> Tensor:
@@ -329,7 +333,7 @@ def _deferral_is_exact(attention: nn.Module, args: tuple, kwargs: dict, rope: An
 
 
 def projections(model: Any) -> dict[int, list[str]]:
-    """Layer index -> full paths of the linear projections inside its attention (fused ones included), mixers excluded."""
+    """Layer index -> full paths of the linear projections of its attention (fused ones too), mixers excluded."""
     spec = getattr(model.config, "linearize", None)
     if spec is None:
         paths = {index: layer.module for index, layer in probe(model).items()}
@@ -375,10 +379,12 @@ def state_bytes(mixer: Any, dtype: torch.dtype) -> int:
     """Bytes of one row's state, by making one."""
     shape: Geometry = mixer.geometry
     device = next(mixer.parameters(), torch.empty(0)).device
-    make = dict(dtype=dtype, device=device)
-    q = torch.zeros(1, 1, shape.heads, shape.key_dim, **make)
-    k = torch.zeros(1, 1, shape.kv_heads, shape.key_dim, **make)
-    v = torch.zeros(1, 1, shape.kv_heads, shape.value_dim, **make)
-    hidden = torch.zeros(1, 1, shape.hidden, **make)
+    heads = {
+        "q": (shape.heads, shape.key_dim),
+        "k": (shape.kv_heads, shape.key_dim),
+        "v": (shape.kv_heads, shape.value_dim),
+    }
+    q, k, v = (torch.zeros(1, 1, *size, dtype=dtype, device=device) for size in heads.values())
+    hidden = torch.zeros(1, 1, shape.hidden, dtype=dtype, device=device)
     x = MixerInput(hidden, q, k, v, scale=1.0, q_plain=q, k_plain=k, use_cache=True)
     return sum(t.numel() * t.element_size() for t in mixer(x)[1])

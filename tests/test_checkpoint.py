@@ -7,14 +7,15 @@ import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from tiny import FAMILIES, ids, randomise, student, tiny
+from transformers import AutoModelForCausalLM
+
 from linearize import checkpoint
 from linearize.convert import unconvert
 from linearize.modeling.attention import SOURCE, attention_mode
 from linearize.modeling.errors import CheckpointError
 from linearize.modeling.lolcats import LolcatsConfig
-from safetensors.torch import load_file, save_file
-from tiny import FAMILIES, ids, randomise, student, tiny
-from transformers import AutoModelForCausalLM
 
 CONFIG = LolcatsConfig(window=8)
 WITHOUT_PACKAGE = """
@@ -245,7 +246,20 @@ def wrong_shape(folder):
         (add_key, "1 unexpected keys, model.extra"),
         (wrong_shape, "window_logit"),
     ],
-    ids="format method type spec json no-config no-weights truncated corrupt missing unexpected shape".split(),
+    ids=[
+        "format",
+        "method",
+        "type",
+        "spec",
+        "json",
+        "no-config",
+        "no-weights",
+        "truncated",
+        "corrupt",
+        "missing",
+        "unexpected",
+        "shape",
+    ],
 )
 def test_damage_is_refused_in_one_line(tmp_path, damage, message):
     folder = checkpoint.save(student(dtype=torch.float32), None, tmp_path / "student")

@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from linearize.modeling.attention import attention_mode
-from linearize.modeling.registry import METHODS
 from tiny import ids, student, variants
 from tolerances import assert_near
 from transformers import DynamicCache
+
+from linearize.modeling.attention import attention_mode
+from linearize.modeling.registry import METHODS
 
 METHOD_VARIANTS = variants()
 pytestmark = pytest.mark.parametrize("config", METHOD_VARIANTS.values(), ids=METHOD_VARIANTS.keys())

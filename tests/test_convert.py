@@ -4,6 +4,10 @@ import dataclasses
 
 import pytest
 import torch
+from tiny import FAMILIES, UNSUPPORTED, ids, student, tiny
+from tolerances import assert_near
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM
+
 from linearize.convert import convert, describe, probe, projections, unconvert
 from linearize.modeling.attention import attention_mode
 from linearize.modeling.errors import ConversionError, LinearizeError
@@ -11,9 +15,6 @@ from linearize.modeling.lolcats import LOLCATS, LolcatsConfig, LolcatsMixer
 from linearize.modeling.mixer import Method
 from linearize.modeling.registry import METHODS
 from linearize.modeling.window import SoftmaxConfig, WindowConfig
-from tiny import FAMILIES, UNSUPPORTED, ids, student, tiny
-from tolerances import assert_near
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM
 
 CONFIG = LolcatsConfig(window=8, window_kind="sliding")
 
@@ -123,12 +124,12 @@ def test_models_that_are_not_causal_are_refused():
             "bert", hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=8
         )
     )
-    with pytest.raises(ConversionError, match="bert: .*causal"):
+    with pytest.raises(ConversionError, match=r"bert: .*causal"):
         convert(bert, CONFIG)
     t5 = AutoModelForSeq2SeqLM.from_config(
         AutoConfig.for_model("t5", d_model=32, num_layers=1, num_heads=4, d_ff=8, d_kv=8, vocab_size=97)
     )
-    with pytest.raises(ConversionError, match="t5: .*encoder-decoder"):
+    with pytest.raises(ConversionError, match=r"t5: .*encoder-decoder"):
         convert(t5, CONFIG)
 
 
@@ -198,7 +199,7 @@ class PlainLolcats(LolcatsMixer):
         return super().forward(x, state)
 
 
-@pytest.fixture()
+@pytest.fixture
 def plain_method(monkeypatch):
     PlainLolcats.seen = []
     monkeypatch.setitem(METHODS, "lolcats", Method("lolcats", LolcatsConfig, PlainLolcats, LOLCATS.summary))

@@ -5,12 +5,13 @@ import pickle
 
 import pytest
 import torch
-from linearize.modeling.errors import LinearizeError
-from linearize.modeling.lolcats import LolcatsConfig
-from linearize.modeling.window import WindowConfig
 from tiny import ids, student, tiny
 from tolerances import assert_near
 from transformers import DynamicCache
+
+from linearize.modeling.errors import LinearizeError
+from linearize.modeling.lolcats import LolcatsConfig
+from linearize.modeling.window import WindowConfig
 
 FAMILIES = ["llama", "gemma3_text", "gpt2"]
 CONFIGS = {

@@ -1,11 +1,12 @@
-"""Tiny random models of every family the suite tests, with all weights randomised: fresh norms of one hide order errors."""
+"""Tiny random models of every family the suite tests, all weights randomised: fresh norms hide order errors."""
 
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
 from linearize.convert import convert
 from linearize.modeling.lolcats import LolcatsConfig
 from linearize.modeling.mixer import MethodConfig
 from linearize.modeling.registry import METHODS
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 COMMON = dict(
     vocab_size=97,

@@ -24,7 +24,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .cache import cache_layer
 from .errors import ConversionError, LinearizeError
-from .mixer import MixerInput, Rows, rows_of
+from .mixer import Mixer, MixerInput, Rows, rows_of
 
 MODES = ("softmax", "transfer", "linear")
 Record = Callable[[int, Tensor, Tensor, Tensor | None], None]
@@ -35,6 +35,9 @@ class Mode(NamedTuple):
 
     name: str
     record: Record | None = None
+
+
+LINEAR = Mode("linear")
 
 
 def _source_hash() -> str:
@@ -111,7 +114,7 @@ def base_attention(config: Any) -> str:
 def documents_of(
     position_ids: Tensor | None, cu_seq_lens: Tensor | None, batch: int, time: int
 ) -> Tensor | None:
-    """[B, T] document numbers of a packed batch, from cumulative lengths or restarting positions; None if not packed."""
+    """[B, T] document numbers of a packed batch, from cumulative lengths or restarting positions; else None."""
     if cu_seq_lens is not None:
         marks = torch.zeros(batch * time + 1, dtype=torch.long, device=cu_seq_lens.device)
         marks[cu_seq_lens.long()] = 1
@@ -135,11 +138,13 @@ class Context(NamedTuple):
     deferred: bool
 
 
-class LinearAttention:
+class LinearAttention(nn.Module):
     """Mixed into a model's own attention class; ``self.mixer`` holds everything new."""
 
     argument_names: tuple[str, ...] = ()
     linearize_source = SOURCE
+    layer_idx: int
+    mixer: Mixer
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         call = dict(zip(self.argument_names, args, strict=False)) | kwargs
@@ -149,10 +154,10 @@ class LinearAttention:
         if linear and cache is not None:
             cache_layer(cache, self.layer_idx)
         deferred = self.mixer.wants_unrotated and rope is not None and _mode_of(mask).name != "softmax"
-        if deferred:
+        if deferred and rope is not None:
             kwargs["position_embeddings"] = (torch.ones_like(rope[0]), torch.zeros_like(rope[1]))
         context = Context(call["hidden_states"], cache, rope, deferred)
-        return super().forward(*args, linear_context=context, **kwargs)
+        return super().forward(*args, linear_context=context, **kwargs)  # type: ignore[misc]
 
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Any, linear_context: Context, **kwargs: Any
@@ -167,7 +172,7 @@ class LinearAttention:
         if mode.name == "linear":
             return self._mix(q, k, v, plain, mask, linear_context, kwargs), None
         teacher, weights = attend_base(self, q, k, v, mask, **kwargs)
-        frozen = [t.detach() for t in (q, k, v)]
+        frozen = (q.detach(), k.detach(), v.detach())
         with torch.enable_grad():
             student = self._mix(
                 *frozen, tuple(t.detach() for t in plain), mask, linear_context, kwargs, keep=False
@@ -219,8 +224,8 @@ def _mode_of(mask: Any) -> Mode:
 def attend_base(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Any, **kwargs: Any) -> Any:
     """The model's own softmax attention, with the arguments it would have had without conversion."""
     name = base_attention(module.config)
-    eager = getattr(sys.modules[own_class(module).__module__], "eager_attention_forward", None)
-    function = eager if name == "eager" else ALL_ATTENTION_FUNCTIONS[name]
+    home = sys.modules[own_class(module).__module__]
+    function: Callable = home.eager_attention_forward if name == "eager" else ALL_ATTENTION_FUNCTIONS[name]
     kwargs.pop("linear_context", None)
     return function(module, q, k, v, mask.base() if hasattr(mask, "attention_mode") else mask, **kwargs)
 
@@ -260,7 +265,7 @@ def _register() -> ContextVar[Mode]:
     known = AttentionMaskInterface._global_mapping.get(NAME)
     if known is not None:
         return known.mode  # type: ignore[attr-defined]
-    mode: ContextVar[Mode] = ContextVar(NAME, default=Mode("linear"))
+    mode: ContextVar[Mode] = ContextVar(NAME, default=LINEAR)
     AttentionInterface.register(NAME, _trampoline)
     make_mask = functools.partial(_make_mask)
     make_mask.mode = mode  # type: ignore[attr-defined]

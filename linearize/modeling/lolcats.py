@@ -1,7 +1,7 @@
 """LoLCATs: exact softmax on a short window and learned linear attention on everything older, under one normaliser.
 
-Zhang et al., LoLCATs: On Low-Rank Linearizing of Large Language Models, arXiv 2410.10254; the feature map is Hedgehog's,
-Zhang et al., arXiv 2402.04347. With s_ij = scale q_i.k_j, S(i) the window of query i, P(i) the older keys,
+Zhang et al., LoLCATs: On Low-Rank Linearizing of Large Language Models, arXiv 2410.10254; the feature map is
+Hedgehog's, Zhang et al., arXiv 2402.04347. With s_ij = scale q_i.k_j, S(i) the window of query i, P(i) the older keys,
 g = sigmoid(window_logit) and b = 1 (or 1 - g with ``affine_factors``),
 
     c_i = max_{j in S(i)} s_ij
@@ -16,7 +16,7 @@ window is stored per key/value head. ``kv_tied_map`` (one key map, and so one st
 """
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -37,13 +37,13 @@ class LolcatsConfig(MethodConfig):
 
     window: int | None = 64
     """W, tokens with exact softmax, the query's own included; None is pure linear attention."""
-    window_kind: str = "terraced"
+    window_kind: Literal["sliding", "terraced"] = "terraced"
     """``sliding`` (the last W tokens) or ``terraced`` (the query's block of W and the whole block before it)."""
     feature_map: str = "hedgehog"
     """hedgehog, hedgehog_half, t2r, elu or exp."""
     feature_dim: int | None = None
     """F, the width of phi, both halves of a two-sided map together; None is the key dim."""
-    feature_init: str = "identity"
+    feature_init: Literal["identity", "kaiming"] = "identity"
     """``identity`` or ``kaiming``."""
     tie_qk_map: bool = False
     """One map for queries and keys."""
@@ -174,7 +174,7 @@ class LolcatsMixer(Mixer):
     def _chunk(
         self, x: MixerInput, state: LolcatsState, limit: Tensor
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """Several tokens: columns ``folded, folded + 1, ...`` stand on the window grid, so the parallel form applies."""
+        """Several tokens: columns ``folded, ...`` stand on the window's grid, as the parallel form needs."""
         k, v = (unroll(old, new, state.seen, state.folded) for old, new in ((state.k, x.k), (state.v, x.v)))
         phi_k = self._map_k(k)
         no_query = x.q.new_zeros(len(x.q), state.k.shape[1], *x.q.shape[2:])

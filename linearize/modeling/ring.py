@@ -1,8 +1,8 @@
 """The newest tokens of every row, in a buffer of fixed size addressed by position.
 
-A buffer is a tensor [B, n, ...]; the token at position p of a row lies in slot ``p mod n``. Two counters [B] go with it:
-``seen`` (real tokens so far) and ``folded`` (tokens that have left for the linear state, or are forgotten). A buffer
-holds the positions ``folded .. seen - 1``; because slots follow from positions, taking tokens back is lowering ``seen``.
+A buffer is a tensor [B, n, ...]; the token at position p of a row lies in slot ``p mod n``. Two counters [B] go with
+it: ``seen`` (real tokens so far) and ``folded`` (tokens that have left for the linear state, or are forgotten). A
+buffer holds the positions ``folded .. seen - 1``; as slots follow from positions, taking tokens back lowers ``seen``.
 """
 
 import torch

@@ -6,7 +6,7 @@
 """
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,7 +29,7 @@ class WindowConfig(MethodConfig):
 
     window: int = 64
     """W, visible tokens, the query's own included."""
-    window_kind: str = "sliding"
+    window_kind: Literal["sliding", "terraced"] = "sliding"
     """``sliding`` or ``terraced``, as in LoLCATs."""
     sinks: int = 0
     """First tokens that stay visible for ever."""
