@@ -81,17 +81,18 @@ def measure(file: Path, options: argparse.Namespace, hashes: dict[str, str]) -> 
         f"data.held_out.0.path={options.data / EVAL}",
         f"output={options.work / file.stem}",
     ]
-    recipe = Recipe.from_file(file, overrides=[*folders, *options.overrides])
+    recipe = Recipe.from_file(file, overrides=[*options.overrides, *folders])
     started = time.perf_counter()
     done = run(recipe, progress=Reporter(file.stem))
     seconds = time.perf_counter() - started
     check_windows(done.results, recipe, options.data / EVAL)
-    text = recipe.to_yaml()
+    text = Recipe.from_file(file, overrides=options.overrides).to_yaml()  # without the folders of one machine
     return {
         "method": recipe.method.name,
         "recipe_file": file.name,
         "recipe": text,
         "recipe_sha256": hashlib.sha256(text.encode()).hexdigest(),
+        "teacher": options.teacher.name,
         "sha256": hashes,
         "tokens": {"transfer": recipe.transfer.tokens, "finetune": recipe.finetune.tokens},
         "seconds": {
