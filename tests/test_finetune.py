@@ -156,6 +156,14 @@ def test_a_family_with_its_own_logit_transform_falls_back_to_whole_logits(monkey
     assert float(readings["next_token"]) == pytest.approx(float(loss), abs=1e-10)
 
 
+def test_dropout_of_the_base_model_is_off_and_not_taken_for_a_logit_transform(caplog):
+    stage = FinetuneStage(student(family="gpt2").train(), recipe(**KL))  # gpt2 drops a tenth by default
+    assert "changes its logits" not in caplog.text
+    first, second = (gradients(stage, batch())[1] for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert stage.model.training
+
+
 @pytest.mark.parametrize("train_mixer", [False, True])
 def test_only_adapters_and_if_asked_mixers_train(tmp_path, train_mixer):
     model = student()

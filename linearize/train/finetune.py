@@ -249,7 +249,7 @@ def _split(model: Any, vocab: int) -> tuple[Callable[[Batch], Tensor], Callable[
     def whole(batch: Batch) -> Tensor:
         return model(**inputs_of(batch), use_cache=False).logits[..., :vocab]
 
-    with torch.no_grad(), attention_mode("softmax"):
+    with only_training(model, []), torch.no_grad(), attention_mode("softmax"):
         tokens = torch.arange(8, device=projection.weight.device)[None] % vocab
         probe = {"input_ids": tokens}
         if torch.allclose(head(trunk(probe)), whole(probe), rtol=1e-3, atol=1e-4):
