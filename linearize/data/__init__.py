@@ -1,6 +1,6 @@
 """Text to batches: sources are read, tokenised once and cached as pools; a corpus draws rows from the pools."""
 
-from .build import build, load_pool
+from .assemble import build, load_pool
 from .corpus import Corpus
 from .pool import Pool
 
