@@ -136,7 +136,7 @@ def load(
             )
     if device is not None:
         model.to(device)
-    return model.eval(), _tokenizer(name)
+    return model.eval(), _tokenizer(name, model.config)
 
 
 def _read_config(name: str | Path) -> dict[str, Any]:
@@ -162,14 +162,15 @@ def _class_of(name: str | Path, fields: Mapping[str, Any], family: str) -> Any:
     return linear_model_class(base, tuple(METHODS.items()))
 
 
-def _tokenizer(name: str | Path) -> Any:
+def _tokenizer(name: str | Path, config: Any) -> Any:
     folder = Path(name)
     if folder.is_dir() and not any(
         (folder / f).exists() for f in ("tokenizer.json", "tokenizer_config.json")
     ):
         return None
     try:
-        return AutoTokenizer.from_pretrained(name)
+        with quiet_transformers():  # given the configuration, it need not ask for the folder's code
+            return AutoTokenizer.from_pretrained(name, config=config, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{name}: the tokenizer cannot be read ({_line(error)})") from error
 

@@ -46,7 +46,7 @@ def main(words: list[str] | None = None) -> None:
         **sha256_of(options.data / name for name in (TRAIN, EVAL)),
     }
     lines = []
-    for file in options.recipe:
+    for file in options.recipe or RECIPES:
         lines.append(measure(file, options, hashes))
         with options.out.open("a") as out:
             out.write(json.dumps(lines[-1]) + "\n")
@@ -63,7 +63,7 @@ def arguments(words: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--data", type=Path, required=True, help=f"folder with {TRAIN} and {EVAL}")
     parser.add_argument("--out", type=Path, required=True, help="JSON lines, appended")
     parser.add_argument(
-        "--recipe", type=Path, nargs="+", default=RECIPES, help="default: both beside this file"
+        "--recipe", type=Path, action="append", help="may be repeated; default: both beside this file"
     )
     parser.add_argument("--marks", type=Path, default=HERE / "marks.json")
     parser.add_argument("--work", type=Path, default=Path("runs/quality"), help="where the runs are kept")

@@ -34,9 +34,15 @@ __all__ = [
 class HeldOut(Protocol):
     """Text that no model was trained on; `data.Corpus` is one."""
 
-    label: str
-    """Where the text is from, in words, as tables quote it."""
-    held_out_tokens: Tensor
+    @property
+    def label(self) -> str:
+        """Where the text is from, in words, as tables quote it."""
+        ...
+
+    @property
+    def held_out_tokens(self) -> Tensor:
+        """[N] all of it, in order."""
+        ...
 
     def held_out(self, length: int, sequences: int) -> Tensor:
         """[N, length + 1] windows that do not overlap."""

@@ -66,7 +66,8 @@ class Stage(Protocol):
 class Corpus(Protocol):
     """Batches by number."""
 
-    fingerprint: str
+    @property
+    def fingerprint(self) -> str: ...
 
     def batch(self, index: int, *, batch_size: int, stage: str) -> Batch: ...
 
