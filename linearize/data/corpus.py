@@ -102,13 +102,13 @@ class Corpus:
         ]
         return torch.from_numpy(np.concatenate(windows)[:sequences].astype(np.int64))
 
-    @cached_property
+    @property
     def held_out_tokens(self) -> torch.Tensor:
         """All held-out tokens in a row, 1-D: the haystack of recall prompts."""
         pools = [held.pool.tokens.astype(np.int64) for held in self.held]
         return torch.from_numpy(np.concatenate(pools) if pools else np.zeros(0, dtype=np.int64))
 
-    @cached_property
+    @property
     def label(self) -> str:
         """Where the held-out text is from, to stand beside every figure measured on it."""
         return " and ".join(held.label for held in self.held) or "no held-out text"
@@ -119,7 +119,7 @@ class Corpus:
         sizes = {part.label: len(part.train) for part in self.parts if part.train is not None}
         return sizes | {"held out": sum(len(held.pool) for held in self.held)}
 
-    @cached_property
+    @property
     def fingerprint(self) -> str:
         """sha256 of every token that can be drawn and of how it is drawn."""
         state = hashlib.sha256(json.dumps([self.seed, self.seq_len, self.separate]).encode())
