@@ -123,8 +123,8 @@ REFUSED = {
     "method=3": "method.name: 3 is unknown; choose from",
     "method.window=0": "window: 0",
     "method.window=[1]": "method.window: [1] should be a whole number",
-    "method.window=600": "method.window: 600 covers all of data.seq_len=512, which leaves nothing to linearize; "
-    "try method.window=64",
+    "method.window=2000": "method.window: 2000 covers all of data.seq_len=1024, which leaves nothing to linearize; "
+    "try method.window=128",
     "window=3": "window: unknown key; did you mean 'control.window'?",
     "transfer.tokens=many": "transfer.tokens: 'many' should be a whole number",
     "transfer.tokens=1.5": "transfer.tokens: 1.5 should be a whole number",
