@@ -124,6 +124,17 @@ def test_chunked_loss_equals_the_dense_one_and_padded_rows_take_no_part(weights,
         assert float(readings["kl"]) == pytest.approx(float(kl.detach()), abs=1e-10)
 
 
+def test_a_batch_without_labels_adds_nothing():
+    stage = shaken(FinetuneStage(student(), recipe(**BOTH)))
+    given = batch()
+    _, alone = gradients(stage, given)
+    with stage.training():
+        stage.backward(given, 1.0)
+        readings = stage.backward(given | {"labels": torch.full_like(given["labels"], -100)}, 0.0)
+        assert {name: value.item() for name, value in readings.items()} == dict.fromkeys(readings, 0.0)
+        assert all(torch.equal(p.grad, alone[name]) for name, p in stage.named_parameters())
+
+
 def test_the_teacher_of_the_kl_is_the_original_model():
     stage = shaken(FinetuneStage(student("lolcats"), recipe(**KL)))
     given = batch(masked=False)
@@ -248,6 +259,7 @@ def test_bf16_autocast_trains(tmp_path):
     [
         (["q_prj"], "'q_prj' is no projection of this model; did you mean 'q_proj'?"),
         ([], "has no projections"),
+        (["lm_head"], "'lm_head' is no projection of this model"),
     ],
 )
 def test_wrong_targets_are_named(targets, message):

@@ -134,6 +134,7 @@ class FinetuneStage:
         """Gradients of the batch; readings are ``loss`` and, where they have a weight, ``next_token`` and ``kl``."""
         config, labels = self.config, batch["labels"].flatten()
         taught = (labels != -100).nonzero()[:, 0]
+        count = max(1, len(taught))  # a batch without a label adds nothing
         teacher = None
         if config.kl:
             with torch.no_grad(), self.peft.disable_adapter(), attention_mode("softmax"):
@@ -148,11 +149,11 @@ class FinetuneStage:
                 target = None if teacher is None else self.head(teacher[rows])
                 terms, slope = self._losses(logits, target, labels[rows])
                 sums += terms
-            backward(logits, slope.mul_(scale / len(taught)).to(logits.dtype))
+            backward(logits, slope.mul_(scale / count).to(logits.dtype))
             assert leaf.grad is not None
             gradient[rows] = leaf.grad
         backward(student, gradient)
-        means = sums / max(1, len(taught))
+        means = sums / count
         readings = {
             name: m for name, m in zip(("next_token", "kl"), means, strict=True) if getattr(config, name)
         }
@@ -201,8 +202,11 @@ def lora_targets(model: Any, config: Finetune) -> list[str]:
     if wanted == "attention":
         targets = [path for paths in projections(model).values() for path in paths]
     else:
+        head = model.get_output_embeddings()  # the KL's teacher has it too, and it may be the embeddings
         linear = [
-            n for n, m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D)) and ".mixer." not in n
+            n
+            for n, m in model.named_modules()
+            if isinstance(m, (nn.Linear, Conv1D)) and m is not head and ".mixer." not in n
         ]
         targets = []
         for name in wanted:
