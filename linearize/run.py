@@ -29,7 +29,7 @@ import transformers
 from . import __version__, checkpoint, report
 from .convert import convert, unconvert
 from .data import Corpus, build
-from .evaluate import Results, evaluate
+from .evaluate import Results, check, evaluate
 from .generate import generate
 from .modeling.errors import LinearizeError, RecipeError
 from .modeling.mixer import MethodConfig
@@ -66,6 +66,7 @@ def run(recipe: Recipe, *, progress: Watch | None = None) -> RunResult:
     with clock("teacher"):
         model, tokenizer = load_teacher(recipe.teacher, device)
         unconvert(_converted(model, recipe, recipe.method))  # refused, if at all, before any data is made
+        _refuse_long_sequences(model, recipe)
     with clock("data"), _claimed(folder, recipe):
         at = folder / "data"
         corpus = build(
@@ -77,6 +78,7 @@ def run(recipe: Recipe, *, progress: Watch | None = None) -> RunResult:
             device=device,
             progress=progress,
         )
+        check(model, tokenizer, corpus, recipe.evaluate)
     model = _converted(model, recipe, recipe.method)
     _teach(model, tokenizer, corpus, recipe, folder, clock, progress)
 
@@ -113,6 +115,7 @@ def _teach(
 ) -> None:
     """Both training stages, and the checkpoint ``folder/student``; the student and the control have the same."""
     if (folder / "student").exists():  # it takes its name only when it is whole
+        _refuse_other_data(folder, corpus, recipe)
         return
     how = {
         "seed": recipe.seed,
@@ -134,11 +137,19 @@ def evaluate_checkpoint(
 ) -> Results:
     """The measurements of a saved student beside its teacher, by the recipe that was saved with it.
 
-    ``overrides`` change it: ``data.held_out=[{kind: text, path: my.txt}]`` for other text, say.
+    ``overrides`` change it: ``data.held_out=[{kind: text, path: my.txt}]`` for other text, say. Without other text,
+    what was held out in training is found again: other sources or lengths would move its border.
     """
     folder = Path(folder)
     student, _ = checkpoint.load(folder)
+    saved = Recipe.from_file(folder / "recipe.yaml")
     recipe = Recipe.from_file(folder / "recipe.yaml", overrides=overrides)
+    moved = [key for key in saved.differences(recipe) if key.startswith("data.") and key != "data.cache"]
+    if moved and recipe.data.held_out is None:
+        raise RecipeError(
+            f"{moved[0]}: another value would take training text for held-out text; "
+            "leave it, or name the text to measure on with data.held_out"
+        )
     device = device_of(recipe)
     teacher, tokenizer = load_teacher(recipe.teacher, device)
     cache = folder.parent / "data"
@@ -147,10 +158,11 @@ def evaluate_checkpoint(
         tokenizer,
         teacher=teacher,
         cache_dir=cache if cache.is_dir() else None,
-        seed=recipe.seed,
+        seed=saved.seed,
         device=device,
         progress=progress,
     )
+    _refuse_other_data(folder.parent, corpus, recipe)
     students = {"student": student.to(device)}
     return evaluate(students, teacher, tokenizer, corpus, recipe.evaluate, recipe.seed, progress)
 
@@ -197,6 +209,28 @@ def _refuse_other_run(folder: Path, recipe: Recipe) -> None:
         raise RecipeError(
             f"output: {folder} holds a run of another recipe ({keys} differ); "
             "choose another folder with output=..., or remove this one"
+        )
+
+
+def _refuse_long_sequences(teacher: Any, recipe: Recipe) -> None:
+    limit = getattr(teacher.config.get_text_config(), "max_position_embeddings", None)
+    if limit and recipe.data.seq_len > limit:
+        raise RecipeError(
+            f"data.seq_len: {recipe.data.seq_len} is longer than the teacher's context of {limit}; "
+            f"give at most {limit}"
+        )
+
+
+def _refuse_other_data(folder: Path, corpus: Corpus, recipe: Recipe) -> None:
+    """A student that was trained on other files than there are now may know what is held out now."""
+    done = folder / "finetune" / "done.json"
+    files = any(source.kind not in ("self", "recall") for source in recipe.data.sources)
+    if recipe.data.held_out is not None or not files or not done.exists():
+        return
+    if json.loads(done.read_text(encoding="utf-8"))["settings"]["corpus"] != corpus.fingerprint:
+        raise RecipeError(
+            f"data.sources: {folder / 'student'} was trained on other data than they hold now; "
+            "put the files back, or measure on other text: linearize eval STUDENT data.held_out=..."
         )
 
 

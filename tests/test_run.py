@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 import linearize
 from linearize.modeling.errors import LinearizeError, RecipeError
 from linearize.recipe import Recipe
-from linearize.run import control_method, folder_of, run
+from linearize.run import control_method, evaluate_checkpoint, folder_of, run
 from linearize.teacher import BUNDLED
 
 ROAD = sys.modules["linearize.run"]  # linearize.run itself is the function
@@ -151,6 +151,56 @@ def test_a_run_that_cannot_begin_leaves_no_folder(recipe, tmp_path):
         with pytest.raises(LinearizeError):
             run(recipe.override([*words, f"output={tmp_path / 'run'}"]))
         assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["evaluate.recall_lens=[40]", "control.enabled=false"], "cannot hold the needle"),
+        (["evaluate.recall_lens=[1024]"], "recall_lens: 1024 is longer than the teacher's context of 512"),
+        (["evaluate.seq_lens=[500]", "data.sources.0.tokens=600"], "fewer than one sequence of 500"),
+        (["data.sources=[{kind: recall}]", "data.seq_len=400"], "leave no text to measure on"),
+        (["data.seq_len=1024"], "data.seq_len: 1024 is longer than the teacher's context of 512"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_before_training(recipe, tmp_path, words, says):
+    with pytest.raises(LinearizeError, match=says):
+        run(recipe.override([*words, f"output={tmp_path / 'run'}"]))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_saved_student_is_measured_on_the_text_it_was_not_trained_on(made, tmp_path):
+    folder = made[0].checkpoint
+    again = evaluate_checkpoint(folder, ["seed=5"])
+    assert again.windows == made[0].results.windows
+    assert again.recall[0].digest != made[0].results.recall[0].digest
+    for word in ("data.seq_len=256", "data.sources.0.tokens=8000"):
+        with pytest.raises(RecipeError, match=rf"{word.split('=')[0]}.*data.held_out"):
+            evaluate_checkpoint(folder, [word])
+    other = tmp_path / "other.txt"
+    other.write_text("The man and the dog went home. " * 300)
+    named = f"data.held_out=[{{kind: text, path: {other}}}]"
+    assert evaluate_checkpoint(folder, ["data.seq_len=256", named]).source == "other.txt"
+
+
+def test_text_that_has_changed_since_training_is_not_held_out(teacher, tmp_path, recipe, monkeypatch):
+    book = tmp_path / "book.txt"
+    book.write_text("The man and the dog went home. " * 900)
+    words = [f"data.sources=[{{kind: text, path: {book}}}]", f"output={tmp_path / 'run'}"]
+    whole = recipe.override([*words, "control.enabled=false"])
+
+    def stop(*_args, **_kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ROAD, "evaluate", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run(whole)
+    book.write_text(book.read_text()[10_000:])
+    with pytest.raises(RecipeError, match="other data"):
+        run(whole)
+    with pytest.raises(RecipeError, match="other data"):
+        evaluate_checkpoint(tmp_path / "run" / "student")
 
 
 def test_the_folder_is_named_after_teacher_and_method():

@@ -26,6 +26,7 @@ __all__ = [
     "Likelihood",
     "Memory",
     "Results",
+    "check",
     "digest_of_windows",
     "evaluate",
 ]
@@ -102,7 +103,7 @@ def evaluate(
 ) -> Results:
     """Measures teacher and students on the corpus' held-out text and on recall prompts drawn with `seed`."""
     models = {TEACHER: teacher, **students}
-    _check_lengths(teacher, config)
+    check(teacher, tokenizer, corpus, config)
     windows = {length: corpus.held_out(length, config.sequences) for length in config.seq_lens}
     cells = len(config.recall_tasks) * config.recall_samples * sum(config.recall_lens)
     work = len(models) * (sum(batch[:, 1:].numel() for batch in windows.values()) + cells)
@@ -145,6 +146,17 @@ def evaluate(
         memory=memory(teacher, students),
         windows={length: digest_of_windows(batch) for length, batch in windows.items()},
     )
+
+
+def check(teacher: nn.Module, tokenizer: Any, corpus: HeldOut, config: Evaluate) -> None:
+    """Raise now what `evaluate` could not measure later: a context or text too short, needles that do not fit."""
+    _check_lengths(teacher, config)
+    for length in config.seq_lens:
+        corpus.held_out(length, 1)
+    text = corpus.held_out_tokens
+    for task in config.recall_tasks:
+        for length in config.recall_lens:
+            recall.prompts(tokenizer, task, length, samples=1, seed=0, haystack_tokens=text)
 
 
 class _Meter:
