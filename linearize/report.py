@@ -3,6 +3,7 @@
 `tables` gives them as text cells, which the command line prints with rich; `markdown` is the same for files.
 """
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -158,4 +159,6 @@ def _thousands(length: int) -> str:
 
 def _between(interval: Interval, form: str) -> str:
     low, high = interval
+    if math.isnan(low):
+        return "[not known]"
     return f"[{low:{form}}, {high:{form}}]"

@@ -57,6 +57,10 @@ def test_pairing_removes_what_samples_share():
     assert (low, high) == (pytest.approx(1, abs=1e-4), pytest.approx(1, abs=1e-4))
 
 
+def test_one_sample_has_no_interval():
+    assert all(map(math.isnan, bootstrap(torch.ones(1, 1), lambda t: t[:, 0])))
+
+
 def test_misuse_is_named():
     with pytest.raises(ValueError, match="no samples"):
         bootstrap(torch.zeros(0, 1), lambda t: t[:, 0])

@@ -42,11 +42,14 @@ def bootstrap(
 
     `statistic` takes the totals of every draw at once, [draws, C] -> [draws]. Quantities that belong to one
     sample stand in one row and are drawn together: a difference of two columns is the *paired* bootstrap.
+    One row says nothing of its spread: (nan, nan).
     """
     samples = samples.double().cpu()
     count = samples.shape[0]
     if count == 0:
         raise ValueError("bootstrap: no samples; expected at least one row")
+    if count == 1:
+        return math.nan, math.nan
     generator = torch.Generator().manual_seed(seed)
     picks = torch.randint(count, (draws, count), generator=generator)
     times = torch.zeros(draws, count, dtype=torch.double).scatter_add_(
