@@ -235,7 +235,8 @@ def test_a_text_named_for_evaluation_leaves_the_sources_whole(book, tmp_path, to
 def test_two_held_out_texts_share_the_windows_by_weight(tmp_path, tokenizer):
     low = text(write(tmp_path / "low.txt", [range(1, 1000)]), weight=3)
     high = text(write(tmp_path / "high.txt", [range(2000, 3000)]), weight=1)
-    windows = build(data(low, held_out=[low, high]), tokenizer).held_out(10, 40)
+    other = text(write(tmp_path / "other.txt", [range(3000, 3100)]))
+    windows = build(data(other, held_out=[low, high]), tokenizer).held_out(10, 40)
     assert len(windows) == 40
     assert (windows.max(-1).values >= 2000).sum() == 10
 

@@ -28,6 +28,7 @@ def build(
 
     `teacher` is needed by a source of kind "self"; it is moved to `device` if one is given.
     """
+    _refuse_overlap(spec)
     folder = Path(cache_dir) if cache_dir is not None and spec.cache else None
     if teacher is not None and device is not None:
         teacher = teacher.to(device)
@@ -125,6 +126,23 @@ def load_pool(
     if len(pool) == 0:
         raise DataError(f"{_label(source)}: no text in it; give a file or field with something to read")
     return pool
+
+
+def _refuse_overlap(spec: Any) -> None:
+    """Figures on text that was trained on say nothing."""
+
+    def origins(source: Any) -> set[Any]:
+        if getattr(source, "path", None):
+            return {digest for _, digest in read.local_key(source.path)}
+        dataset = getattr(source, "dataset", None)
+        return {(dataset, getattr(source, "subset", None), source.split)} if dataset else set()
+
+    trained = set().union(*map(origins, spec.sources)) if spec.held_out else set()
+    for source in spec.held_out or ():
+        if trained & origins(source):
+            raise DataError(
+                f"data.held_out: {_label(source)} is trained on too; name text that no source has"
+            )
 
 
 def _check_recall(source: Any, spec: Any, tokenizer: Any) -> None:

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from ..modeling.errors import DataError
-from ..tasks.recall import Haystack, separator, training_row
+from ..tasks.recall import Haystack, prefix, separator, training_row
 from .pool import Pool
 
 BLOCK = 1000  # rows in which the mixture is exact
@@ -62,6 +62,7 @@ class Corpus:
         self.seq_len: int = spec.seq_len
         self.separate: bool = spec.packing == "separate"
         self._end = separator(tokenizer)
+        self._marks = {*prefix(tokenizer), *(self._end if len(self._end) == 1 else ())}
         self._blocks: dict[tuple[str, int], np.ndarray] = {}
         shares = np.array([part.weight for part in self.parts])
         self._counts = _largest_remainder(shares / shares.sum(), BLOCK)
@@ -233,7 +234,7 @@ class Corpus:
         return rows[int(known[1][turn])]
 
     def _haystack(self, mix: str, rng: random.Random) -> Haystack | None:
-        """Text of the other sources, without their document ends, which would break a recall document in two."""
+        """Text of the other sources, without what opens and ends documents: it would break a recall document in two."""
         texts = [
             (other.train, other.weight)
             for other in self.parts
@@ -249,11 +250,7 @@ class Corpus:
                 tokens = rng.choices(pools, weights)[0].tokens
                 start = rng.randrange(max(1, len(tokens) - n))
                 window = tokens[start : start + n - len(out)]
-                out += (
-                    [int(token) for token in window if token != self._end[0]]
-                    if len(self._end) == 1
-                    else window.tolist()
-                )
+                out += [token for token in window.tolist() if token not in self._marks]
             return out
 
         return draw

@@ -15,11 +15,11 @@ import torch
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
+from ..modeling.errors import DataError
+
 logger = logging.getLogger(__name__)
 
-FORMAT = (
-    1  # of the files in the cache, and of how documents become tokens; a new number makes every pool anew
-)
+FORMAT = 2  # of the cache's files, and of how documents become tokens; a new number makes every pool anew
 HELD_OUT_SHARE = 0.1
 
 
@@ -99,6 +99,10 @@ def cached(folder: Path | None, name: str, key: Any, make: Callable[[], Pool]) -
     try:
         save_file({field: np.ascontiguousarray(array) for field, array in arrays.items()}, temporary)
         os.replace(temporary, path)
+    except SafetensorError as error:  # how safetensors tells a full disk
+        raise DataError(
+            f"{path}: cannot be written ({error}); free some space or choose another folder"
+        ) from error
     finally:
         Path(temporary).unlink(missing_ok=True)
     return pool

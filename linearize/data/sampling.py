@@ -55,8 +55,8 @@ def sample_pool(
     """At least `tokens` tokens that `model` samples in rows of `row_len`, each a document of the pool.
 
     A row opens with the token that starts a document and goes on past end-of-sequence with the next document, as
-    a packed training row does. The first `prompt_len` tokens are given: the opening one, then uniformly drawn
-    ones. The same seed, model, device and number of threads give the same text.
+    a packed training row does. The first `prompt_len` tokens are given, not learnt: the opening one, then
+    uniformly drawn ones. The same seed, model, device and number of threads give the same text.
     """
     longest = getattr(model.config, "max_position_embeddings", None) or row_len
     row_len = min(row_len, longest)
@@ -81,7 +81,8 @@ def sample_pool(
 
         first = _opening(tokenizer, now, prompt_len, generator)
         blocks.append(_sample(model, tokenizer, first, row_len, temperature, top_p, generator, watch))
-    return Pool.join(torch.cat(blocks).tolist())
+    given = None if prompt_len == 1 else [[i >= prompt_len for i in range(row_len)]] * rows
+    return Pool.join(torch.cat(blocks).tolist(), given)
 
 
 def _side_by_side(model: Any, row_len: int, device: torch.device) -> int:

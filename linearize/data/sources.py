@@ -10,7 +10,7 @@ from typing import IO, Any
 import numpy as np
 
 from ..modeling.errors import DataError
-from ..tasks.recall import separator
+from ..tasks.recall import prefix, separator
 from .pool import Pool, file_digest
 
 CHUNK = 100_000  # characters given to the tokenizer at a time
@@ -107,8 +107,9 @@ def hub_pairs(dataset: str, split: str, prompt: str, response: str) -> Iterator[
 
 
 def text_pool(documents: Iterable[str], tokenizer: Any) -> Pool:
-    """Documents as tokens, each ended by end-of-sequence; blank ones are left out."""
-    end = separator(tokenizer)
+    """Documents as tokens, opened as the tokenizer opens a text and ended by end-of-sequence; no blank ones."""
+    begin = np.array(prefix(tokenizer), dtype=np.uint32)
+    end = np.array(separator(tokenizer), dtype=np.uint32)
     out: list[np.ndarray] = []
     chunks: list[tuple[str, bool]] = []  # a piece of text, and whether its document ends there
     parts: list[np.ndarray] = []
@@ -117,7 +118,7 @@ def text_pool(documents: Iterable[str], tokenizer: Any) -> Pool:
         for ids, (_, last) in zip(encode_batch(tokenizer, [text for text, _ in chunks]), chunks, strict=True):
             parts.append(np.array(ids, dtype=np.uint32))
             if last:
-                out.append(np.concatenate([*parts, np.array(end, dtype=np.uint32)]))
+                out.append(np.concatenate([begin, *parts, end]))
                 parts.clear()
         chunks.clear()
 
@@ -151,6 +152,11 @@ def chat_pool(dialogues: Iterable[tuple[str, str]], tokenizer: Any, place: str) 
         heads.append(head)
         tails.append(tail)
     given, learnt = encode_batch(tokenizer, heads), encode_batch(tokenizer, tails)
+    # A response is tokenised behind its prompt, as it will be generated, unless a token spans the border.
+    whole = encode_batch(tokenizer, [head + tail for head, tail in zip(heads, tails, strict=True)])
+    learnt = [
+        ids[len(a) :] if ids[: len(a)] == a else b for ids, a, b in zip(whole, given, learnt, strict=True)
+    ]
     masks = [[False] * len(a) + [True] * len(b) for a, b in zip(given, learnt, strict=True)]
     return Pool.join([a + b for a, b in zip(given, learnt, strict=True)], masks)
 
@@ -181,13 +187,14 @@ def _pieces(text: str) -> Iterator[str]:
 
 def _format(file: Path) -> str | None:
     """.txt, .jsonl or .parquet, looked at beneath .gz and .xz; None for any other file."""
-    packed = file.suffix in OPENERS
-    suffix = Path(file.stem).suffix if packed else file.suffix
+    packed = file.suffix.lower() in OPENERS
+    suffix = (Path(file.stem).suffix if packed else file.suffix).lower()
     return suffix if suffix in FORMATS and not (packed and suffix == ".parquet") else None
 
 
 def _open(file: Path) -> IO[str]:
-    return OPENERS.get(file.suffix, open)(file, "rt", encoding="utf-8", newline="")  # type: ignore[operator]
+    """Text as Unix editors write it: no byte-order mark, lines ended by a line feed."""
+    return OPENERS.get(file.suffix.lower(), open)(file, "rt", encoding="utf-8-sig")  # type: ignore[operator]
 
 
 def _read(file: Path) -> str:
@@ -207,7 +214,8 @@ def _records(file: Path, fields: tuple[str, ...]) -> Iterator[tuple[dict[str, An
     if _format(file) == ".parquet":
         yield from _parquet(file, fields)
         return
-    for number, line in enumerate(_read(file).splitlines(), 1):
+    # Not splitlines: JSON may hold line separators of Unicode inside a string.
+    for number, line in enumerate(_read(file).split("\n"), 1):
         if not line.strip():
             continue
         where = f"{file}, line {number}"
@@ -250,4 +258,6 @@ def _text(record: dict[str, Any], field: str, where: str) -> str:
         return ""
     if not isinstance(value, str):
         raise DataError(f"{where}: field {field!r} is not text but {type(value).__name__}; name a text field")
-    return value
+    return value.encode(
+        "utf-8", "replace"
+    ).decode()  # JSON can spell half a character, which no tokenizer takes

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..modeling.errors import EvaluationError
 from ..tasks import TASKS, Prompt, from_tokens, generator
+from ..tasks.recall import prefix
 from .likelihood import rows_per_call
 from .statistics import wilson
 
@@ -51,7 +52,10 @@ def prompts(
     """
     if task not in TASKS:
         raise EvaluationError(f"evaluate.recall_tasks: {task!r} is unknown; choose from {', '.join(TASKS)}")
-    text = None if haystack_tokens is None else haystack_tokens.tolist()
+    text = None
+    if haystack_tokens is not None:
+        opening = torch.tensor(prefix(tokenizer), dtype=torch.long)  # stands once, at the start of a prompt
+        text = haystack_tokens[~torch.isin(haystack_tokens, opening)].numpy()
     made = []
     for index in range(samples):
         rng = generator(task, length, index, seed)

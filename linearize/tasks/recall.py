@@ -148,26 +148,25 @@ def training_row(
     kinds: Sequence[str] = tuple(KINDS),
     mix: Mix = "mixed",
 ) -> list[int]:
-    """Exactly `length` tokens: recall documents with answers, text in the rest, end-of-sequence after each.
+    """Exactly `length` tokens: recall documents with answers, text in the rest, each opened and ended as a text is.
 
     `mix` says where needles hide: "noise", "text", or "mixed" (every pass key and 35 % of the rest in noise).
     Without a `haystack` all is noise.
     """
     mix = mix if haystack is not None else "noise"
-    end = separator(tokenizer)
+    begin, end = prefix(tokenizer), separator(tokenizer)
     hay = haystack or (lambda n: filler(tokenizer, n))
     worthwhile = max(320, *(_least(tokenizer, kind) for kind in kinds))
     row: list[int] = []
-    while (left := length - len(row) - len(end)) > 0:
+    while (left := length - len(row) - len(begin) - len(end)) > 0:
         fill_up = bool(row) and (left < worthwhile or (haystack is not None and rng.random() < 0.5))
-        row += hay(left) if fill_up else _document(tokenizer, left, rng, haystack, kinds, mix)
-        row += end
+        row += begin + (hay(left) if fill_up else _document(tokenizer, left, rng, haystack, kinds, mix)) + end
     return (row + end * length)[:length]
 
 
 def shortest_row(tokenizer: Tokenizer, kinds: Sequence[str] = tuple(KINDS)) -> int:
-    """A length at which `training_row` can draw every kind: the longest one-needle document, and its end."""
-    return max(_least(tokenizer, kind) for kind in kinds) + len(separator(tokenizer))
+    """A length at which `training_row` can draw every kind: the longest one-needle document, opened and ended."""
+    return max(_least(tokenizer, kind) for kind in kinds) + len(prefix(tokenizer)) + len(separator(tokenizer))
 
 
 def draw_key(rng: random.Random) -> str:
