@@ -1,4 +1,4 @@
-"""The tables of a run: fidelity, recall and memory of teacher and students, with intervals and counts.
+"""The tables of a run: fidelity, recall, the student against its control, memory; with intervals and counts.
 
 `tables` gives them as text cells, which the command line prints with rich; `markdown` is the same for files.
 """
@@ -7,10 +7,12 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from .evaluate import TEACHER, Results
-from .evaluate.statistics import Interval
+from .evaluate import TEACHER, Cell, Results
+from .evaluate.likelihood import difference
+from .evaluate.statistics import Interval, mcnemar
 
 MEMORY_LENS = (1024, 8192, 32768)
+GATE = 0.8  # the least lower bound of the teacher's own recall at which a cell can tell students apart
 
 
 @dataclass(frozen=True)
@@ -26,9 +28,9 @@ class Table:
 def tables(
     results: Results, *, memory_lens: Sequence[int] = MEMORY_LENS, buckets: bool = False
 ) -> list[Table]:
-    """Fidelity, recall and memory; with `buckets`, fidelity by position too. Nothing measured, no table."""
+    """All tables of the results; with `buckets`, fidelity by position too. Nothing measured, no table."""
     made = [fidelity(results), *(positions(results) if buckets else ()), recall(results)]
-    return [table for table in [*made, memory(results, memory_lens)] if table.rows]
+    return [table for table in [*made, comparison(results), memory(results, memory_lens)] if table.rows]
 
 
 def markdown(results: Results, *, memory_lens: Sequence[int] = MEMORY_LENS, buckets: bool = True) -> str:
@@ -119,6 +121,36 @@ def recall(results: Results) -> Table:
         f"Prompts with every answer token right [95 % Wilson]; the same for all models (seed {results.seed})."
     )
     return Table("Recall", note, ["task", "length", *results.models, "prompts"], rows)
+
+
+def comparison(results: Results) -> Table:
+    """The first student against every other, on the same windows and prompts: what its linear branch is worth."""
+    first, *others = [name for name in results.models if name != TEACHER] or [""]
+    rows = []
+    for other in others:
+        for length, by_model in results.likelihood.items():
+            value, interval = difference(by_model[first], by_model[other], seed=results.seed)
+            told = f"{value:+.3f} {_between(interval, '+.3f')}"
+            rows.append(["KL", f"{length:,}", other, told, f"{by_model[first].sequences} windows"])
+        rows += [_recall_row(results, first, cell) for cell in results.recall if cell.model == other]
+    note = (
+        "KL: below 0 is better [95 % paired bootstrap]. Recall: prompts that only one of the two answered, "
+        f"with the exact McNemar p; where the teacher's lower bound is under {100 * GATE:.0f} %, "
+        "a task says nothing of its students."
+    )
+    header = ["measure", "length", "other", f"{first} minus other", "paired on"]
+    return Table(f"{first.capitalize()} against control", note, header, rows)
+
+
+def _recall_row(results: Results, first: str, other: Cell) -> list[str]:
+    ours = results.cell(first, other.task, other.length)
+    wins, losses = (
+        sum(a > b for a, b in zip(x.hits, y.hits, strict=True)) for x, y in ((ours, other), (other, ours))
+    )
+    told = f"{100 * (ours.share - other.share):+.0f} points, {wins} won, {losses} lost, p = {mcnemar(wins, losses):.2g}"
+    if results.cell(TEACHER, other.task, other.length).low < GATE:
+        told += f" (teacher below {100 * GATE:.0f} %)"
+    return [other.task, f"{other.length:,}", other.model, told, f"{other.samples} prompts"]
 
 
 def memory(results: Results, lengths: Sequence[int] = MEMORY_LENS) -> Table:

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -17,7 +18,7 @@ def measured(ppl: float, kl: float) -> Likelihood:
         "ppl_difference": (-0.25, 0.5),
     }
     return Likelihood(
-        ppl, kl, 0.85, 4096, 4, between, [Bucket(0, 64, 256, ppl, kl, 0.85)], [1.0] * 4, [kl] * 4
+        ppl, kl, 0.85, 4096, 4, between, [Bucket(0, 64, 256, ppl, kl, 0.85)], [1.0] * 4, [kl * 1024] * 4
     )
 
 
@@ -34,7 +35,9 @@ def results():
             )
         },
         recall=[
-            Cell(name, "passkey", 512, correct, 50, 0.1, 0.9, 500.0, "d", "1" * 50)
+            Cell(
+                name, "passkey", 512, correct, 50, 0.1, 0.9, 500.0, "d", "1" * correct + "0" * (50 - correct)
+            )
             for name, correct in zip(names[:2], (50, 25), strict=True)
         ],
         memory={
@@ -57,6 +60,21 @@ def test_markdown_names_text_counts_and_intervals(results):
     assert "| teacher | 0 B | 2.0 KiB | 2.0 MiB | 16.0 MiB | 64.0 MiB |" in text
     assert "| window | 64.0 KiB | 0 B | 576 KiB (28 %) | 576 KiB (4 %) | 576 KiB (1 %) |" in text
     assert "| 0 to 63 |" in text
+
+
+def test_the_student_is_set_against_the_control_pair_by_pair(results):
+    window = [
+        measured(33, 0.25),
+        Cell("window", "passkey", 512, 19, 50, 0.1, 0.9, 500.0, "d", "1" * 19 + "0" * 31),
+    ]
+    results.likelihood[1024]["window"] = window[0]
+    results.recall.append(window[1])
+    text = markdown(results)
+    assert "| KL | 1,024 | window | -0.125 [-0.125, -0.125] | 4 windows |" in text
+    told = "+12 points, 6 won, 0 lost, p = 0.031 (teacher below 80 %)"
+    assert f"| passkey | 512 | window | {told} | 50 prompts |" in text
+    results.recall[0] = replace(results.recall[0], low=0.93)
+    assert "p = 0.031 | 50 prompts |" in markdown(results)
 
 
 def test_every_row_is_as_wide_as_its_header(results):

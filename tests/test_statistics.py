@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from linearize.evaluate.statistics import bootstrap, paired_bootstrap, wilson
+from linearize.evaluate.statistics import bootstrap, mcnemar, wilson
 
 
 @pytest.mark.parametrize(("samples", "low"), [(50, 0.929), (100, 0.963), (500, 0.992)])
@@ -53,8 +53,14 @@ def test_bootstrap_is_a_function_of_its_seed():
 
 def test_pairing_removes_what_samples_share():
     shared = 100 * torch.randn(50, generator=torch.Generator().manual_seed(0))
-    low, high = paired_bootstrap(shared + 1, shared)
+    pairs = torch.stack([shared + 1, shared], 1)
+    low, high = bootstrap(pairs, lambda totals: (totals[:, 0] - totals[:, 1]) / 50)
     assert (low, high) == (pytest.approx(1, abs=1e-4), pytest.approx(1, abs=1e-4))
+
+
+@pytest.mark.parametrize(("wins", "losses", "p"), [(6, 0, 0.03125), (0, 5, 0.0625), (0, 0, 1), (3, 3, 1)])
+def test_mcnemar_is_exact(wins, losses, p):
+    assert mcnemar(wins, losses) == p
 
 
 def test_one_sample_has_no_interval():
@@ -64,5 +70,3 @@ def test_one_sample_has_no_interval():
 def test_misuse_is_named():
     with pytest.raises(ValueError, match="no samples"):
         bootstrap(torch.zeros(0, 1), lambda t: t[:, 0])
-    with pytest.raises(ValueError, match="expected pairs"):
-        paired_bootstrap(torch.zeros(3), torch.zeros(4))

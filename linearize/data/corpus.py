@@ -17,7 +17,6 @@ import random
 from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -113,12 +112,6 @@ class Corpus:
     def label(self) -> str:
         """Where the held-out text is from, to stand beside every figure measured on it."""
         return " and ".join(held.label for held in self.held) or "no held-out text"
-
-    @cached_property
-    def sizes(self) -> dict[str, int]:
-        """Training tokens of each source that has a fixed text, and of all held-out text."""
-        sizes = {part.label: len(part.train) for part in self.parts if part.train is not None}
-        return sizes | {"held out": sum(len(held.pool) for held in self.held)}
 
     @property
     def fingerprint(self) -> str:

@@ -9,6 +9,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -52,7 +53,7 @@ def prompts(
     """
     if task not in TASKS:
         raise EvaluationError(f"evaluate.recall_tasks: {task!r} is unknown; choose from {', '.join(TASKS)}")
-    text = None
+    text: Any = None
     if haystack_tokens is not None:
         opening = torch.tensor(prefix(tokenizer), dtype=torch.long)  # stands once, at the start of a prompt
         text = haystack_tokens[~torch.isin(haystack_tokens, opening)].numpy()

@@ -1,4 +1,4 @@
-"""Intervals: Wilson for right-or-wrong counts, the bootstrap for everything else."""
+"""Wilson intervals and exact McNemar for right-or-wrong counts, the bootstrap for everything else."""
 
 import math
 from collections.abc import Callable
@@ -61,14 +61,7 @@ def bootstrap(
     return low, high
 
 
-def paired_bootstrap(
-    first: Tensor, second: Tensor, *, draws: int = DRAWS, level: float = 0.95, seed: int = 0
-) -> Interval:
-    """Interval of mean(first - second), both [N] and measured on the same N samples."""
-    if first.shape != second.shape:
-        raise ValueError(
-            f"paired_bootstrap: {tuple(first.shape)} against {tuple(second.shape)}; expected pairs"
-        )
-    difference = (first.double() - second.double())[:, None]
-    count = difference.shape[0]
-    return bootstrap(difference, lambda totals: totals[:, 0] / count, draws=draws, level=level, seed=seed)
+def mcnemar(wins: int, losses: int) -> float:
+    """Two-sided exact p that two models differ, from the prompts that only the one or only the other answered."""
+    tail = sum(math.comb(wins + losses, i) for i in range(min(wins, losses) + 1))
+    return min(1.0, 2 * tail / 2 ** (wins + losses))
