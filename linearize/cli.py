@@ -35,6 +35,9 @@ FAMILIES = (
     "smollm3",
 )
 
+FULL = (errno.ENOSPC, errno.EDQUOT)
+NO_PLACE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENAMETOOLONG)
+
 
 class _Verbs(TyperGroup):
     """Turns what a user can mend into one line on stderr and exit code 2."""
@@ -45,13 +48,13 @@ class _Verbs(TyperGroup):
         except LinearizeError as error:
             _fail(str(error))
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+            if error.errno not in (*FULL, *NO_PLACE):
                 raise
             place = f"{error.filename}: " if error.filename else ""
             remedy = (
                 "free some space, then repeat the command"
-                if error.errno in (errno.ENOSPC, errno.EDQUOT)
-                else ("choose another folder with output=... or --output")
+                if error.errno in FULL
+                else "choose another folder with output=... or --output"
             )
             _fail(f"{place}{(error.strerror or 'cannot be written').lower()}; {remedy}")
         except KeyboardInterrupt:
@@ -97,11 +100,14 @@ AsJson = Annotated[bool, typer.Option("--json", help="End stdout with one JSON o
 def _root(
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log what happens, to stderr.")] = False,
 ) -> None:
-    from rich.logging import RichHandler
+    # What transformers and the Hub have to say is for developers, too; they read this when they are imported.
+    for library in ("TRANSFORMERS", "HF_HUB"):
+        os.environ.setdefault(f"{library}_VERBOSITY", "info" if verbose else "error")
+    handler: logging.Handler = logging.StreamHandler()  # to stderr, one line a message
+    if _stderr().is_terminal:
+        from rich.logging import RichHandler
 
-    # What transformers has to say is for developers, too; it reads this when it is imported.
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "info" if verbose else "error")
-    handler = RichHandler(console=_stderr(), show_path=False, show_level=verbose, show_time=verbose)
+        handler = RichHandler(console=_stderr(), show_path=False, show_level=verbose, show_time=verbose)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler], force=True)
     logging.getLogger("linearize").setLevel(logging.DEBUG if verbose else logging.INFO)
     # Warnings of libraries are for developers: shown with --verbose.
@@ -116,9 +122,10 @@ def run_(
     output: Annotated[Path | None, typer.Option(help="The run's folder; the same as output=...")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Convert, train, measure and save, by a recipe; nothing given: the embedded model, in minutes.
+    """Convert, train, measure and save.
 
-    A second call of the same command goes on where the first was stopped.
+    By a recipe or for a model; nothing given: the embedded model, in minutes. A second call of the same
+    command goes on where the first was stopped.
     """
     model, overrides = _split(words)
     if output is not None:
@@ -150,7 +157,10 @@ def run_(
 
 @app.command()
 def show(words: Words = None, method: Method = None, as_json: AsJson = False) -> None:
-    """Print the resolved recipe with every default, and check it; no model is loaded."""
+    """Print the recipe with every default.
+
+    It is checked as far as it can be without loading a model.
+    """
     model, overrides = _split(words)
     recipe = _recipe(model, method, overrides)
     if as_json:
@@ -181,7 +191,10 @@ def recipes() -> None:
 
 @lists.command()
 def families() -> None:
-    """Model families that are tested; others are tried, and refused with the reason where they do not fit."""
+    """Model families that are tested.
+
+    Others are tried, and refused with the reason where they do not fit.
+    """
     for name in FAMILIES:
         typer.echo(name)
 
@@ -215,22 +228,31 @@ def convert_(output: Output, words: Words = None, method: Method = None, as_json
 
 @app.command("unconvert")
 def unconvert_(checkpoint: Checkpoint, output: Output) -> None:
-    """Write the plain transformers model back; the weights of the mixers are left out."""
-    from .checkpoint import load, replacing
+    """Write the plain transformers model back.
+
+    The projections stay as they were fine-tuned; the weights of the mixers are left out.
+    """
+    from .checkpoint import load, quiet_transformers, replacing
     from .convert import unconvert
 
+    _must_be_student(checkpoint)
     model, tokenizer = load(checkpoint)
-    with replacing(output) as folder:
+    with replacing(output) as folder, quiet_transformers():
         unconvert(model).save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
     typer.echo(f"Plain model: {output}")
 
 
 @app.command("eval")
 def eval_(checkpoint: Checkpoint, overrides: Overrides = None, as_json: AsJson = False) -> None:
-    """Measure a saved student beside its teacher, by the recipe that was saved with it."""
+    """Measure a saved student beside its teacher.
+
+    By the recipe that was saved with it, changed by overrides.
+    """
     from .run import evaluate_checkpoint
 
+    _must_be_student(checkpoint)
     with _watching() as watch:
         results = evaluate_checkpoint(checkpoint, overrides or [], progress=watch)
     _print_results(results, as_json)
@@ -241,21 +263,27 @@ def eval_(checkpoint: Checkpoint, overrides: Overrides = None, as_json: AsJson =
 @app.command("generate")
 def generate_(
     checkpoint: Annotated[str, typer.Argument(help="A saved student, or any model that can be a teacher.")],
-    prompt: Annotated[str, typer.Argument(help="The text to continue.")],
+    prompt: Annotated[str, typer.Argument(help="The text to continue; - reads it from stdin.")],
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to write.")] = 60,
     sample: Annotated[
         bool, typer.Option("--sample", help="Sample instead of taking the likeliest token.")
     ] = False,
-    temperature: Annotated[float, typer.Option(help="With --sample.")] = 1.0,
-    seed: Annotated[int, typer.Option(help="With --sample.")] = 0,
+    temperature: Annotated[float | None, typer.Option(help="With --sample: 1 if not given.")] = None,
+    seed: Annotated[int | None, typer.Option(help="With --sample: 0 if not given.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Continue a prompt."""
     from .generate import generate
     from .loading import load
 
+    if not sample and (temperature is not None or seed is not None):
+        _fail("--temperature, --seed: nothing is sampled; add --sample")
+    if prompt == "-":
+        prompt = sys.stdin.read().rstrip("\n")
     model, tokenizer = load(checkpoint)
-    sampling = {"do_sample": True, "temperature": temperature, "seed": seed} if sample else {}
+    defaults = {"do_sample": True, "temperature": 1.0, "seed": 0}
+    given = {"temperature": temperature, "seed": seed}
+    sampling = defaults | {k: v for k, v in given.items() if v is not None} if sample else {}
     text = generate(model, tokenizer, prompt, max_new_tokens, **sampling)
     if as_json:
         _print_json(json.dumps({"prompt": prompt, "continuation": text}))
@@ -271,7 +299,10 @@ def push_(
     revision: Annotated[str | None, typer.Option(help="A branch, created where it does not exist.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be uploaded.")] = False,
 ) -> None:
-    """Upload a saved student, with a card that says what it is and what was measured."""
+    """Upload a saved student to the Hub.
+
+    With a card that says what it is and what was measured.
+    """
     from .hub import push
 
     made = push(checkpoint, repo_id, private=private, revision=revision, dry_run=dry_run)
@@ -286,6 +317,15 @@ def version() -> None:
     from . import __version__
 
     typer.echo(__version__)
+
+
+def _must_be_student(folder: Path) -> None:
+    """Said at once: transformers would look for such a name on the Hub first, for half a minute."""
+    from .checkpoint import is_checkpoint
+    from .modeling.errors import CheckpointError
+
+    if not is_checkpoint(folder):
+        raise CheckpointError(f"{folder}: not a saved student; give the `student` folder of a run")
 
 
 def _split(words: list[str] | None) -> tuple[str | None, list[str]]:

@@ -69,9 +69,14 @@ def _reason(
         siblings = _fields(model, path[:-1], given)
         close = near(str(path[-1]), siblings)
         elsewhere = [k for k in _all_keys(model) if k.rpartition(".")[2] == path[-1]]
-        if "did you mean" not in close and elsewhere:
+        listed = any(isinstance(part, int) for part in path)  # entries of a list have their own keys
+        if "did you mean" not in close and elsewhere and not listed:
             close = f"; did you mean {' or '.join(map(repr, elsewhere[:3]))}?"
         return f"unknown key{close}"
+    if kind == "invalid_key":
+        return (
+            f"{_shown(error)} is not a word; YAML reads on, yes, null and numbers as values; put it in quotes"
+        )
     if kind == "missing":
         return "missing; give it a value"
     if kind == "union_tag_not_found":
@@ -81,6 +86,8 @@ def _reason(
     if kind == "value_error" and isinstance(error["input"], Mapping | BaseModel):
         return str(context["error"])
     if kind == "literal_error":
+        if empty := [e for e in same if e["type"] == "too_short"]:
+            return f"{_shown(error)} {_sentence(empty[0])}"
         listed = any(e["type"] == "list_type" for e in same)
         expected = str(context["expected"]).replace(" or ", ", ")
         words = [word.strip().strip("'") for word in expected.split(",")]
@@ -97,6 +104,7 @@ def _shown(error: ErrorDetails) -> str:
 
 _PLAIN = {
     "model_type": "should hold keys and values",
+    "model_attributes_type": "should hold keys and values",
     "list_type": "should be a list",
     "too_short": "should have at least one entry",
     "int_type": "should be a whole number",

@@ -25,8 +25,14 @@ def generate(
     """
     if not isinstance(prompt, str):
         raise EvaluationError(f"prompt: {type(prompt).__name__} is not text; give a string")
+    if tokenizer is None:
+        raise EvaluationError("tokenizer: the model's folder has none; save its teacher's tokenizer there")
     if max_new_tokens < 1:
         raise EvaluationError(f"max_new_tokens: {max_new_tokens} is impossible; give at least 1")
+    if do_sample and options.get("temperature", 1.0) <= 0:
+        raise EvaluationError(
+            f"temperature: {options['temperature']:g} is impossible; give more than 0, or do not sample"
+        )
     device = next(model.parameters()).device
     ids = tokenizer(prompt, return_tensors="pt").input_ids.long().to(device)
     if ids.shape[1] == 0:

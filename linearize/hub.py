@@ -4,7 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub import HfApi, ModelCard, ModelCardData
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 
 from .checkpoint import is_checkpoint
 from .modeling.errors import HubError, RecipeError
@@ -31,31 +32,34 @@ def push(
     folder = Path(folder)
     if not is_checkpoint(folder):
         raise HubError(f"{folder}: not a saved student; give the `student` folder of a run")
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise HubError(f"{repo_id}: not a repository id ({_line(error)}); write owner/name") from None
+    if "/" not in repo_id:
+        raise HubError(f"{repo_id}: whose repository? write owner/{repo_id}")
     files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     made = Pushed(f"https://huggingface.co/{repo_id}", sorted({*files, "README.md"}))
     if dry_run:
         return made
-    api = HfApi()
+    api, text = HfApi(), str(card(folder, repo_id)).encode()
     try:
         api.create_repo(repo_id, private=private, exist_ok=True)
         if revision is not None:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
         if "README.md" not in files:
-            text = str(card(folder)).encode()
             api.upload_file(
                 path_or_fileobj=text, path_in_repo="README.md", repo_id=repo_id, revision=revision
             )
         api.upload_folder(repo_id=repo_id, folder_path=folder, revision=revision)
-    except (HFValidationError, ValueError) as error:
-        raise HubError(f"{repo_id}: not a repository id ({_line(error)}); write owner/name") from None
-    except (HfHubHTTPError, OSError) as error:
+    except Exception as error:  # the network fails in many ways (httpx, ssl, proxies), all with one remedy
         raise HubError(
-            f"{repo_id}: the upload failed ({_line(error)}); `hf auth login`, then push again"
+            f"{repo_id}: the upload failed ({_line(error)}); check the network or `hf auth login`, then push again"
         ) from None
     return made
 
 
-def card(folder: Path) -> ModelCard:
+def card(folder: Path, repo_id: str) -> ModelCard:
     """The model card: teacher and method, how to load it, and its run's tables where there are any."""
     try:
         recipe = Recipe.from_file(folder / "recipe.yaml")
@@ -81,8 +85,8 @@ Attention layers of `{name}` replaced by `{method}` and taught to imitate the or
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("THIS_REPOSITORY", trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained("THIS_REPOSITORY")
+model = AutoModelForCausalLM.from_pretrained("{repo_id}", trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained("{repo_id}")
 ```
 
 {measured}"""

@@ -6,10 +6,13 @@ Only what differs from the defaults need be written. The method's fields are tho
 
 import copy
 import dataclasses
+import functools
 import importlib.resources
+import operator
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_type_hints
+from types import UnionType
+from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 import yaml
 from pydantic import (
@@ -51,6 +54,14 @@ def _number(value: Any) -> Any:
     if isinstance(value, bool):
         raise ValueError("should be a number")
     return value
+
+
+def _lax(hint: Any) -> Any:
+    """The type of a method's field, reading numbers as the rest of the recipe does."""
+    if hint in (int, float):
+        return Annotated[hint, BeforeValidator(_whole if hint is int else _number)]
+    parts = get_args(hint) if isinstance(hint, UnionType) else ()
+    return functools.reduce(operator.or_, map(_lax, parts)) if parts else hint
 
 
 Count = Annotated[int, BeforeValidator(_whole), Field(ge=0)]
@@ -150,7 +161,7 @@ class Data(Section):
     seq_len: Annotated[int, BeforeValidator(_whole), Field(ge=2)] = 1024
     packing: Literal["cross", "separate"] = "cross"
     sources: list[Source] = Field(default=[SelfSource(), RecallSource(weight=0.15)], min_length=1)
-    held_out: list[Source] | None = None
+    held_out: Annotated[list[Source], Field(min_length=1)] | None = None
     cache: bool = True
 
     @model_validator(mode="after")
@@ -189,8 +200,8 @@ class Lora(Section):
 
     rank: Positive = 8
     alpha: PositiveRate = 16.0
-    dropout: Share = 0.0
-    targets: Literal["attention"] | list[str] = "attention"
+    dropout: Annotated[Rate, Field(lt=1)] = 0.0
+    targets: Literal["attention"] | Annotated[list[str], Field(min_length=1)] = "attention"
 
 
 class Finetune(Stage):
@@ -245,7 +256,7 @@ class Recipe(Section):
     control: Control = Control()
     evaluate: Evaluate = Evaluate()
     output: str | None = None
-    seed: Count = 0
+    seed: Annotated[Count, Field(lt=2**32)] = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["auto", "fp32", "bf16"] = "auto"
 
@@ -355,11 +366,14 @@ def build_method(given: Any) -> Any:
         return given
     fields = {"name": given} if isinstance(given, str) else dict(given) if isinstance(given, Mapping) else {}
     name = fields.pop("name", DEFAULT_METHOD if isinstance(given, Mapping) else given)
-    if name not in METHODS:
+    if not isinstance(name, str) or name not in METHODS:
         raise RecipeError(f"method.name: {name!r} is unknown{near(str(name), METHODS)}")
     config = METHODS[name].config
     hints = get_type_hints(config)
-    schema: dict[str, Any] = {f.name: (hints[f.name], f.default) for f in dataclasses.fields(config)}
+    schema: dict[str, Any] = {f.name: (_lax(hints[f.name]), f.default) for f in dataclasses.fields(config)}
+    for key in fields.keys() - schema.keys():
+        if owners := [n for n, m in METHODS.items() if key in {f.name for f in dataclasses.fields(m.config)}]:
+            raise RecipeError(f"method.{key}: belongs to {' and '.join(owners)}, not to {name}; leave it out")
     model = create_model(config.__name__, __config__=Section.model_config, **schema)
     try:
         values = model.model_validate(fields)

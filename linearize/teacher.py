@@ -23,6 +23,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from linearize.modeling.errors import TeacherError
+from linearize.recipe import shipped_recipes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -94,7 +95,7 @@ def _files(source: Path | str, revision: str | None) -> set[str] | None:
         return {path.name for path in source.iterdir() if path.is_file()}
     from huggingface_hub import HfApi, errors, try_to_load_from_cache
 
-    near = difflib.get_close_matches(source, BUNDLED, n=1)
+    near = difflib.get_close_matches(source, [*BUNDLED, *shipped_recipes()], n=1)
     hint = (
         f"did you mean {near[0]!r}?" if near else f"give a folder, a Hub id, or one of {', '.join(BUNDLED)}"
     )

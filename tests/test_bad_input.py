@@ -151,6 +151,11 @@ def newer_format(folder):
     return call("generate", folder / "student", "Once")
 
 
+def output_below_a_file(folder):
+    (folder / "my.txt").write_text("words")
+    return run(folder, f"output={folder / 'my.txt' / 'run'}")
+
+
 def other_recipe(folder):
     (folder / "run").mkdir()
     shown = call("show", folder / "teacher", *WORDS)
@@ -162,6 +167,7 @@ BAD_INPUT = {
     "wrong model id": (wrong_id, "nobody/no-such-model"),
     "folder without weights": (no_weights, "no weights"),
     "folder without config": (no_config, "no config.json"),
+    "misspelt name of a recipe": (lambda f: run(f, model="quickstrt"), "did you mean 'quickstart'?"),
     "folder that is not there": (lambda f: run(f, model="./nowhere"), "./nowhere"),
     "encoder": (encoder, "bert is an encoder"),
     "encoder-decoder": (encoder_decoder, "t5 is an encoder-decoder"),
@@ -185,6 +191,7 @@ BAD_INPUT = {
     "text shorter than one sequence": (lambda f: text(f, "Too short."), "192"),
     "disk full while saving": (disk_full_on_save, "No space left"),
     "disk full in a run": (disk_full_on_run, "no space left on device; free some space"),
+    "output below a file": (output_below_a_file, "not a directory; choose another folder"),
     "output folder that exists": (occupied_output, "exists and is not a run; choose another folder"),
     "checkpoint folder that exists": (occupied_checkpoint, "exists already"),
     "truncated checkpoint": (truncated, "cannot be read"),
@@ -192,6 +199,25 @@ BAD_INPUT = {
     "checkpoint with a tensor missing": (tensor_missing, "missing"),
     "checkpoint of a newer format": (newer_format, "newer"),
     "not a checkpoint": (lambda f: call("eval", f / "teacher"), "not a saved student"),
+    "no such checkpoint": (lambda f: call("eval", "nowhere"), "nowhere: not a saved student"),
+    "no such checkpoint to unconvert": (
+        lambda f: call("unconvert", "nowhere", "--output", f / "student"),
+        "nowhere: not a saved student",
+    ),
+    "temperature without sampling": (
+        lambda f: call("generate", f / "teacher", "Once", "--temperature", "0.5"),
+        "--temperature, --seed: nothing is sampled; add --sample",
+    ),
+    "impossible temperature": (
+        lambda f: call("generate", f / "teacher", "Once", "--sample", "--temperature", "0"),
+        "temperature: 0 is impossible",
+    ),
+    "not a repository": (
+        lambda f: call("push", saved(f), "a/b/c", "--dry-run"),
+        "a/b/c: not a repository id",
+    ),
+    "repository without owner": (lambda f: call("push", saved(f), "mine", "--dry-run"), "write owner/mine"),
+    "upload without network": (lambda f: call("push", saved(f), "me/mine"), "me/mine: the upload failed"),
     "resume with a changed recipe": (other_recipe, "another recipe (method.window differ)"),
 }
 

@@ -95,7 +95,8 @@ def test_convert_and_unconvert_are_inverse(tmp_path):
         "convert", "books-5m", "--output", str(tmp_path / "student"), "layers=[0,2]", "method.window=16"
     )
     assert made.exit_code == 0, made.output
-    assert call("unconvert", str(tmp_path / "student"), "--output", str(tmp_path / "plain")).exit_code == 0
+    made = call("unconvert", str(tmp_path / "student"), "--output", str(tmp_path / "plain"))
+    assert (made.exit_code, made.stderr) == (0, "")
     plain, _ = linearize.load(tmp_path / "plain")
     teacher, _ = linearize.load("books-5m")
     weights = plain.state_dict()
@@ -109,6 +110,27 @@ def test_generate_continues_a_prompt():
     record = json.loads(made.stdout.splitlines()[-1])
     assert record["prompt"] == "The old man"
     assert record["continuation"]
+
+
+def test_a_prompt_may_come_from_stdin():
+    words = ["generate", "books-5m", "-", "--max-new-tokens", "2", "--json"]
+    made = CliRunner().invoke(app, words, input="The old man\nand\n")
+    assert json.loads(made.stdout)["prompt"] == "The old man\nand"
+
+
+def test_sampling_follows_the_seed():
+    words = ["generate", "books-5m", "The old man", "--max-new-tokens", "8", "--sample"]
+    first, again, other = call(*words), call(*words, "--seed", "0"), call(*words, "--seed", "1")
+    assert first.exit_code == 0
+    assert first.stdout == again.stdout != other.stdout
+
+
+def test_a_log_line_stays_one_line_where_there_is_no_terminal():
+    import logging
+
+    call("show")
+    line = "a long line of words " * 20
+    assert logging.getLogger().handlers[0].format(logging.makeLogRecord({"msg": line})) == line
 
 
 def test_progress_draws_bars_without_touching_stdout():

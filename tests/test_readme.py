@@ -1,8 +1,11 @@
 """The README: its commands exist, its recipe words are valid, its names are the public ones."""
 
 import ast
+import os
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -43,6 +46,36 @@ def test_every_verb_exists_and_every_recipe_word_is_valid(words, tmp_path, monke
 @pytest.mark.parametrize("words", [c for c in COMMANDS if c[0] == "make"], ids=" ".join)
 def test_every_make_target_exists(words):
     assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
+
+
+def test_the_python_runs(tmp_path):
+    """All blocks in one process, as they stand but for the budgets."""
+    words = [
+        "data.seq_len=256",
+        "data.sources.0.tokens=3000",
+        "transfer.tokens=512",
+        "finetune.tokens=512",
+        "evaluate.seq_lens=[64]",
+        "evaluate.sequences=2",
+        "evaluate.recall_lens=[128]",
+        "evaluate.recall_samples=2",
+    ]
+    small = f"""
+import linearize
+resolve = linearize.Recipe.resolve
+linearize.Recipe.resolve = lambda *a, overrides=(), **k: resolve(*a, overrides=[*overrides, *{words}], **k)
+"""
+    blocks = "\n".join(PYTHON).replace("runs/quickstart/", "runs/mine/")
+    made = subprocess.run(
+        [sys.executable, "-c", f"{small}\n{blocks}\nassert 'student' in results.models"],
+        cwd=tmp_path,
+        env={**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")},
+        capture_output=True,
+        text=True,
+    )
+    assert made.returncode == 0, made.stderr
+    assert made.stdout.strip()
+    assert "Warning" not in made.stderr
 
 
 @pytest.mark.parametrize("block", PYTHON)

@@ -68,6 +68,14 @@ def test_numbers_may_be_written_as_people_write_them():
     assert recipe.teacher.revision == "123"
 
 
+@pytest.mark.parametrize(
+    "name", [name for name, method in METHODS.items() if hasattr(method.config, "window")]
+)
+def test_numbers_of_a_method_are_read_like_all_others(name):
+    assert Recipe.resolve("some/model", name, ["method.window=1e2"]).method.window == 100
+    assert Recipe.resolve("some/model", name, ["method.window='3_2'"]).method.window == 32
+
+
 def test_overrides_are_yaml_and_the_last_one_wins():
     words = ["layers=[0,2]", "method.window=16", "method.window=32", "data.sources.0.weight=2", "output=null"]
     recipe = Recipe.resolve(overrides=words)
@@ -121,7 +129,12 @@ REFUSED = {
     "method.widow=3": "method.widow: unknown key; did you mean 'window'?",
     "method=lolcat": "method.name: 'lolcat' is unknown; did you mean 'lolcats'?",
     "method=3": "method.name: 3 is unknown; choose from",
+    "method=[lolcats]": "method.name: ['lolcats'] is unknown; did you mean 'lolcats'?",
     "method.window=0": "window: 0",
+    "method.window=true": "method.window: True should be a whole number",
+    "method.window=64.5": "method.window: 64.5 should be a whole number",
+    "method.window_logit_init=true": "method.window_logit_init: True should be a number",
+    "method.sinks=2": "method.sinks: belongs to window, not to lolcats; leave it out",
     "method.window=[1]": "method.window: [1] should be a whole number",
     "method.window=2000": "method.window: 2000 covers all of data.seq_len=1024, which leaves nothing to linearize; "
     "try method.window=128",
@@ -134,27 +147,35 @@ REFUSED = {
     "transfer.loss=relativ": "transfer.loss: 'relativ' is unknown; did you mean 'relative'?",
     "transfer=3": "transfer: 3 should hold keys and values",
     "finetune.kl=0": "finetune.next_token: 0, and so is kl",
+    "finetune.lora.targets=[]": "finetune.lora.targets: [] should have at least one entry",
+    "finetune.lora.dropout=1": "finetune.lora.dropout: 1 should be less than 1",
     "finetune.lora.targets=3": "finetune.lora.targets: 3 is unknown; choose from 'attention' or a list",
     "layers=some": "layers: 'some' is unknown; choose from 'all' or a list",
     "layers=[1,1]": "layers: [1, 1] is not a list of distinct layer numbers",
     "layers=[]": "layers: [] is not a list of distinct layer numbers",
     "layers=[0,a]": "layers.1: 'a' should be a whole number",
     "data.sources=[]": "data.sources: [] should have at least one entry",
+    "data.sources=[self]": "data.sources.0: 'self' should hold keys and values",
+    "data.sources=[{kind: text, path: a.txt, tokens: 1}]": "data.sources.0.tokens: unknown key; choose from",
     "data.sources=[{weight: 1}]": "data.sources.0: 'kind' is missing; choose from 'self', 'recall'",
     "data.sources=[{kind: text}]": "data.sources.0.path: missing",
     "data.sources=[{kind: chat}]": "data.sources.0.path: give exactly one of path and dataset",
     "data.sources.0.tokns=3": "data.sources.0.tokns: unknown key; did you mean 'tokens'?",
     "data.sources.0.kind=foo": "data.sources.0: kind 'foo' is unknown; choose from 'self', 'recall'",
     "data.sources.7.weight=1": "data.sources.7: no such entry; data.sources has 2, counted from 0",
+    "data.held_out=[]": "data.held_out: [] should have at least one entry",
     "data.held_out=[{kind: self}]": "data.held_out: a 'self' source is not text",
     "data.seq_len=1": "data.seq_len: 1 should be greater than or equal to 2",
     "evaluate.recall_tasks=[paskey]": "evaluate.recall_tasks.0: 'paskey' is unknown; did you mean 'passkey'?",
     "device=gpu": "device: 'gpu' is unknown; did you mean 'cpu'?",
+    "seed=4294967296": "seed: 4294967296 should be less than 4294967296",
     "seed.x=1": "seed: {'x': 1} should be a whole number",
     "nonsense": "'nonsense': not an override; write key=value",
     "a..b=1": "'a..b=1': not an override",
     "seed=[": "seed: '[' is not a YAML value",
     "transfer={tokens: 1, tokens: 2}": "is not a YAML value",
+    "transfer={[tokens]: 1}": "is not a YAML value",
+    "transfer={on: 1}": "True is not a word; YAML reads on, yes, null and numbers as values",
 }
 
 
@@ -171,6 +192,8 @@ BROKEN_FILES = {
     "method: {name: lolcats, widow: 3}": "my.yaml: method.widow: unknown key; did you mean 'window'?",
     "seed: 1\nseed: 2": "my.yaml: line 2: the key 'seed' is written twice",
     "seed: [": "my.yaml: line ",
+    "? [seed]\n: 1": "my.yaml: line 1: a key is not a word",
+    "1: 2": "my.yaml: 1: 1 is not a word",
     "- 1": "my.yaml: holds no keys and values",
     "teachr: {name: x}": "my.yaml: teachr: unknown key; did you mean 'teacher'?",
     "seed: !!python/object:os.system {}": "my.yaml: line 1:",
