@@ -40,6 +40,7 @@ from .train.finetune import finetune
 from .train.transfer import transfer
 
 PROMPT_TOKENS = 48
+MEASURES = ("teacher", "data", "evaluate", "seed", "device")  # what may change once the student exists
 
 
 @dataclass(frozen=True)
@@ -142,19 +143,31 @@ def evaluate_checkpoint(
     """
     folder = Path(folder)
     student, _ = checkpoint.load(folder)
+    if not (folder / "recipe.yaml").is_file():
+        raise RecipeError(
+            f"{folder}: has no recipe.yaml, which names teacher and text; write one there with Recipe.to_yaml"
+        )
     saved = Recipe.from_file(folder / "recipe.yaml")
     recipe = Recipe.from_file(folder / "recipe.yaml", overrides=overrides)
+    if fixed := saved.differences(recipe, ignore=MEASURES):
+        raise RecipeError(
+            f"{fixed[0]}: was settled when the student was made; what can be changed is {', '.join(MEASURES)}"
+        )
     moved = [key for key in saved.differences(recipe) if key.startswith("data.") and key != "data.cache"]
     if moved and recipe.data.held_out is None:
         raise RecipeError(
             f"{moved[0]}: another value would take training text for held-out text; "
             "leave it, or name the text to measure on with data.held_out"
         )
+    data = recipe.data
+    if data.held_out is not None:  # what the teacher samples and what is generated serve training alone
+        kept = [source for source in data.sources if source.kind not in ("self", "recall")]
+        data = data.model_copy(update={"sources": kept})
     device = device_of(recipe)
     teacher, tokenizer = load_teacher(recipe.teacher, device)
     cache = folder.parent / "data"
     corpus = build(
-        recipe.data,
+        data,
         tokenizer,
         teacher=teacher,
         cache_dir=cache if cache.is_dir() else None,

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import shutil
 import sys
 
 import pytest
@@ -181,6 +182,29 @@ def test_a_saved_student_is_measured_on_the_text_it_was_not_trained_on(made, tmp
     other.write_text("The man and the dog went home. " * 300)
     named = f"data.held_out=[{{kind: text, path: {other}}}]"
     assert evaluate_checkpoint(folder, ["data.seq_len=256", named]).source == "other.txt"
+
+
+def test_a_student_is_measured_on_other_text_without_what_it_was_trained_on(made, tmp_path):
+    student = shutil.copytree(made[0].checkpoint, tmp_path / "student")
+    (tmp_path / "my.txt").write_text("The old man went down to the sea. " * 40)
+    seen = []
+    words = [f"data.held_out=[{{kind: text, path: {tmp_path / 'my.txt'}}}]", "evaluate.recall_tasks=[]"]
+    assert evaluate_checkpoint(student, words, progress=seen.append).source == "my.txt"
+    assert {at.phase for at in seen} == {"evaluate"}  # nothing is sampled again
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["my.txt", "student"]
+
+
+@pytest.mark.parametrize("word", ["method.window=4", "layers=all", "transfer.tokens=1", "output=elsewhere"])
+def test_measuring_does_not_change_what_training_has_settled(word, made):
+    with pytest.raises(RecipeError, match=rf"^{word.partition('=')[0]}: was settled .* is teacher, data"):
+        evaluate_checkpoint(made[0].checkpoint, [word])
+
+
+def test_a_student_without_its_recipe_is_told_what_it_lacks(made, tmp_path):
+    student = shutil.copytree(made[0].checkpoint, tmp_path / "student")
+    (student / "recipe.yaml").unlink()
+    with pytest.raises(RecipeError, match=r"has no recipe\.yaml"):
+        evaluate_checkpoint(student)
 
 
 def test_text_that_has_changed_since_training_is_not_held_out(teacher, tmp_path, recipe, monkeypatch):

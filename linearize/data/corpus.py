@@ -64,7 +64,8 @@ class Corpus:
         self._marks = {*prefix(tokenizer), *(self._end if len(self._end) == 1 else ())}
         self._blocks: dict[tuple[str, int], np.ndarray] = {}
         shares = np.array([part.weight for part in self.parts])
-        self._counts = _largest_remainder(shares / shares.sum(), BLOCK)
+        # Without parts there is nothing to train on, only text to measure on.
+        self._counts = _largest_remainder(shares / shares.sum(), BLOCK) if self.parts else shares
 
     def batch(
         self, index: int, *, batch_size: int, seq_len: int | None = None, stage: str
