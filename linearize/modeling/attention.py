@@ -171,7 +171,9 @@ class LinearAttention(nn.Module):
         if linear_context.deferred:
             q, k = rotate(self, q, k, linear_context.rope)
         if mode.name == "linear":
-            return self._mix(q, k, v, plain, mask, linear_context, kwargs), None
+            y = self._mix(q, k, v, plain, mask, linear_context, kwargs)
+            assert isinstance(y, Tensor)
+            return y, None
         teacher, weights = attend_base(self, q, k, v, mask, **kwargs)
         frozen = (q.detach(), k.detach(), v.detach())
         with torch.enable_grad():

@@ -1,7 +1,7 @@
 """The only door to compute: a mixer calls an operation here and never asks which version runs.
 
-Each operation has a plain torch reference of the same signature in ``reference.py`` or ``selection.py``. There is no other version yet, so
-the choice is only between the references' two forms: many queries (chunked) and few queries (recurrent).
+Each operation has a plain torch reference of the same signature, in ``reference.py`` or ``selection.py``. There is no
+other version yet, so the choice is only between their two forms: many queries (chunked) and few queries (recurrent).
 """
 
 from .reference import fold, joint_chunked, joint_recurrent, window_chunked, window_recurrent

@@ -1,9 +1,9 @@
 """Salient: a bounded exact memory of the tokens that a learned score, distilled from the teacher, ranks highest.
 
-This project's combination of known ideas. Learned eviction of KV caches is Locret's (Huang et al., arXiv 2410.01805:
-heads on q, k, v predict a token's largest future attention) and TRIM-KV's (Bui et al., arXiv 2512.03324: retention gates
-trained end to end by distillation); chunk-wise local spans with delayed selection are STILL's (arXiv 2602.02180). With
-h_j the layer's input, c(t) = floor(t / C) and a the teacher's attention,
+This project's combination of known ideas. Learned eviction of KV caches is Locret's (arXiv 2410.01805: small heads on
+q, k, v predict a token's largest future attention) and TRIM-KV's (arXiv 2512.03324: retention gates trained end to end
+by distillation); local spans of chunks with delayed selection are STILL's (arXiv 2602.02180). With h_j the layer's
+input, c(t) = floor(t / C) and a the teacher's attention,
 
     rho_j = W_2 gelu(W_1 h_j)                                                      in R^G, fp32
     y_t   = softmax over { j <= t : c(j) >= c(t) - 1 }, the first token, and the N best by rho of the others
@@ -20,6 +20,7 @@ Departures from our own specification: the first token has a slot of its own bes
 is not offered, because its mass grows with the length (KL .906 against .123 at four times the training length).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -92,9 +93,17 @@ class SalientState(NamedTuple):
     folded: Tensor
     """[B] oldest tokens that are kept or forgotten for good; the rings hold the others."""
 
+    @property
+    def rings(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.k, self.v, self.score
+
+    @property
+    def kept(self) -> Kept:
+        return Kept(self.kept_k, self.kept_v, self.kept_score)
+
 
 class SalientMixer(Mixer):
-    """One layer. Parameters: the score's ``inner`` M -> D, ``context`` M -> D with ``score_context``, ``outer`` D -> G."""
+    """One layer. Parameters, all the score's: ``inner`` M to D, ``outer`` D to G; ``context`` M to D for the mean."""
 
     def __init__(self, config: SalientConfig, geometry: Geometry):
         super().__init__(config, geometry)
@@ -117,65 +126,61 @@ class SalientMixer(Mixer):
             return self._fit(x), None
         if state is None and not x.use_cache:
             nothing = torch.zeros(len(x.k), dtype=torch.long, device=x.k.device)
-            return self._attend(x, x.q, x.k, x.v, self._score(x, self._tail(x), nothing)[0], None), None
+            return self._attend(x, x.q, x.k, x.v, self._score(x, self._tail(x), nothing)[0]), None
         started = self._start(x) if state is None else self._grow(state, x.pending)
         score, inputs = self._score(x, started.tail, started.seen)
         total = started.seen + (x.q.shape[1] if x.lengths is None else x.lengths)
         limit = final(total, self.config.chunk, "terraced", x.pending).maximum(started.folded)
         fresh = (x.k, x.v, score)
         if state is None:
-            y, kept = self._prefill(x, started, fresh, total, limit)
+            y, columns = self._attend(x, x.q, *fresh), fresh
+            kept = self._hand_over(started, columns, limit)
         else:
             step = x.q.shape[1] == 1 and x.lengths is None
-            columns = tuple(
+            columns = [
                 unroll(old, new, started.seen, started.folded)
-                for old, new in zip(started[:3], fresh, strict=True)
-            )
-            y, kept = (self._step if step else self._chunk)(x, started, columns, total, limit)
-        rings = (write(old, new, started.seen, total) for old, new in zip(started[:3], fresh, strict=True))
+                for old, new in zip(started.rings, fresh, strict=True)
+            ]
+            kept = self._hand_over(started, columns, limit)
+            y = self._step(x, started, columns, kept) if step else self._chunk(x, started, columns, total)
+        k, v, score = (
+            write(old, new, started.seen, total) for old, new in zip(started.rings, fresh, strict=True)
+        )
         tail = started.tail if inputs is None else write(started.tail, inputs, started.seen, total)
-        return y, SalientState(*rings, *kept, tail, total, limit)
+        return y, SalientState(k, v, score, *kept, tail, total, limit)
 
-    def _prefill(self, x, state, columns, total, limit) -> tuple[Tensor, Kept]:
-        y = self._attend(x, x.q, *columns, None)
-        return y, self._hand_over(state, columns, limit)
-
-    def _chunk(self, x, state, columns, total, limit) -> tuple[Tensor, Kept]:
+    def _chunk(self, x: MixerInput, state: SalientState, columns: Sequence[Tensor], total: Tensor) -> Tensor:
         """Several tokens: columns ``folded, ...`` stand on the chunk grid, as the parallel form needs."""
         k, v, score = columns
         position = state.folded[:, None] + torch.arange(k.shape[1], device=k.device)
         score = score.masked_fill((position >= total[:, None])[..., None], -torch.inf)
         no_query = x.q.new_zeros(len(x.q), state.k.shape[1], *x.q.shape[2:])
-        q = unroll(no_query, x.q, state.seen, state.folded)
-        y = self._attend(x, q, k, v, score, Kept(*state[3:6]))
+        y = self._attend(x, unroll(no_query, x.q, state.seen, state.folded), k, v, score, state.kept)
         column = (state.seen - state.folded)[:, None] + torch.arange(x.q.shape[1], device=k.device)
-        return take(y, column), self._hand_over(state, columns, limit)
+        return take(y, column)
 
-    def _step(self, x, state, columns, total, limit) -> tuple[Tensor, Kept]:
-        """One token a row: hand over what leaves its local span, then meet the kept tokens and the rings."""
+    def _step(self, x: MixerInput, state: SalientState, columns: Sequence[Tensor], kept: Kept) -> Tensor:
+        """One token a row: it meets the kept tokens and the rings."""
         k, v, _ = columns
-        kept = self._hand_over(state, columns, limit)
-        past = final(total, self.config.chunk, "terraced")
-        # What may still be taken back is ranked for this query alone.
-        visible = self._hand_over(state, columns, past) if x.pending else kept
+        if x.pending:  # what may still be taken back is ranked for this query alone
+            kept = self._hand_over(state, columns, final(state.seen + 1, self.config.chunk, "terraced"))
         position = state.folded[:, None] + torch.arange(k.shape[1], device=k.device)
         # Columns after the new token repeat it wherever the ring is not full.
         position = position.masked_fill(position > state.seen[:, None], -1)
-        y = kept_decode(
+        return kept_decode(
             x.q,
             k,
             v,
-            visible,
+            kept,
             key_positions=position,
             query_positions=state.seen[:, None],
             scale=x.scale,
             chunk=self.config.chunk,
             softcap=x.softcap,
         )
-        return y, kept
 
     def _attend(
-        self, x: MixerInput, q: Tensor, k: Tensor, v: Tensor, score: Tensor, kept: Kept | None
+        self, x: MixerInput, q: Tensor, k: Tensor, v: Tensor, score: Tensor, kept: Kept | None = None
     ) -> Tensor:
         config = self.config
         return kept_attention(
@@ -190,9 +195,9 @@ class SalientMixer(Mixer):
             kept=kept,
         )
 
-    def _hand_over(self, state: SalientState, columns: tuple[Tensor, ...], limit: Tensor) -> Kept:
+    def _hand_over(self, state: SalientState, columns: Sequence[Tensor], limit: Tensor) -> Kept:
         """The kept tokens with columns ``folded .. limit - 1`` ranked among them; column 0 is position ``folded``."""
-        kept, leaving = Kept(*state[3:6]), int((limit - state.folded).max())
+        kept, leaving = state.kept, int((limit - state.folded).max())
         if leaving <= 0:
             return kept
         k, v, score = (column[:, :leaving] for column in columns)
@@ -201,7 +206,7 @@ class SalientMixer(Mixer):
 
     @torch.no_grad()
     def _score(self, x: MixerInput, tail: Tensor, seen: Tensor) -> tuple[Tensor, Tensor | None]:
-        """What tokens are ranked by [B, T, G], inf for the first of a row, and what the tail has to remember of them."""
+        """What tokens are ranked by [B, T, G], inf for the first of a row, and what the tail must remember of them."""
         position = seen[:, None] + torch.arange(x.hidden.shape[1], device=x.hidden.device)
         score, inputs = self._rank(x.hidden, tail, position)
         return score.masked_fill((position == 0)[..., None], torch.inf), inputs
@@ -214,10 +219,9 @@ class SalientMixer(Mixer):
             inputs, width = self.context(hidden), self.config.score_context
             before = position[:, :1] - torch.arange(width - 1, 0, -1, device=hidden.device)  # [B, width - 1]
             old = take(tail, before.remainder(tail.shape[1])).masked_fill((before < 0)[..., None], 0.0)
-            sums = width * avg_pool1d(torch.cat((old, inputs), 1).transpose(1, 2), width, stride=1).transpose(
-                1, 2
-            )
-            inner = inner + sums / (position + 1).clamp_max(width)[..., None]
+            mean = avg_pool1d(torch.cat((old, inputs), 1).transpose(1, 2), width, stride=1).transpose(1, 2)
+            # Early tokens have fewer inputs behind them than the pool divides by.
+            inner = inner + mean * (width / (position + 1).clamp_max(width))[..., None]
         return self.outer(gelu(inner)), inputs
 
     def _fit(self, x: MixerInput) -> Fit:
@@ -263,7 +267,7 @@ class SalientMixer(Mixer):
     def _grow(self, state: SalientState, pending: int) -> SalientState:
         size = span(self.config.chunk, "terraced") + pending
         tail = self.config.score_context - 1 + pending if self.config.score_context else 0
-        k, v, score = (resize(ring, state.seen, size) for ring in state[:3])
+        k, v, score = (resize(ring, state.seen, size) for ring in state.rings)
         return state._replace(k=k, v=v, score=score, tail=resize(state.tail, state.seen, tail))
 
 

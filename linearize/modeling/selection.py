@@ -1,8 +1,8 @@
 """Exact attention over a bounded set, chosen by a score that each token has once and for all: quadratic (the meaning),
 chunked (O(T)), recurrent (decode).
 
-Letters: B batch, T time, H query heads, G heads that select (kv heads, or as many as k and v are given with), K, V key
-and value dims, C chunk, c(t) = floor(t / C), n kept tokens. A query t attends, by softmax and with the model's scale, to
+Letters: B batch, T time, H query heads, G heads that select (the kv heads, or as many as k and v come with), K key dim,
+V value dim, C chunk, c(t) = floor(t / C), n kept tokens. A query t attends, by softmax with the model's scale, to
 
     local   { j <= t : c(j) >= c(t) - 1 }     its own chunk up to itself and the whole chunk before it
     kept    the n best of { j : c(j) <= c(t) - 2 } by score; ties go to the lower position
@@ -11,9 +11,9 @@ and to nothing else. As scores never change, the kept set of a longer past is th
 tokens that came since: ``merge_kept`` adds a chunk to it, and whoever drops out never returns. Chunks are handed over
 whole, so prefill and decode keep the same tokens.
 
-Layouts: q [B, T, H, K]; k [B, T, G, K]; v [B, T, G, V]; score [B, T, G], -inf for a token that may not be kept (padding,
-which must stand right of all real tokens) and +inf for one that always is. Index 0 stands on the chunk grid. Attention is
-computed in fp32, or fp64 where the inputs are; no gradient passes through the selection.
+Layouts: q [B, T, H, K]; k [B, T, G, K]; v [B, T, G, V]; score [B, T, G], -inf for a token that may not be kept (so for
+padding, which must stand right of all real tokens) and inf for one that always is. Index 0 stands on the chunk grid.
+Attention is computed in fp32, or fp64 where the inputs are; no gradient passes through the selection.
 """
 
 from typing import Any, NamedTuple
