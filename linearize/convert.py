@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from .methods import spread
 from .modeling.attention import SOURCE, rotate
 from .modeling.errors import ConversionError
 from .modeling.mixer import Geometry, MethodConfig, MixerInput
@@ -185,13 +186,14 @@ def _line(error: BaseException) -> str:
 def convert(
     model: PreTrainedModel,
     methods: MethodConfig | Mapping[int, MethodConfig],
-    layers: str | Sequence[int] = "all",
+    layers: str | Sequence[int] | Mapping[str, MethodConfig] = "all",
     *,
     convert_sliding: bool = False,
 ) -> PreTrainedModel:
     """The model with mixers in the chosen layers, changed in place; its own weights are untouched.
 
     ``methods`` is one configuration for ``layers`` (``"all"`` or indices), or a mapping from layer index to its own.
+    ``layers`` may also be a recipe's map, ``{"0-3": ..., "rest": ...}``; its configurations count, and not ``methods``.
     Layers that have a sliding window of their own are left alone by ``"all"`` unless ``convert_sliding``: they are
     bounded already. New parameters are fp32 and trainable; those of the model keep their ``requires_grad``.
 
@@ -224,13 +226,16 @@ def convert(
 def _choose(
     found: Mapping[int, Probed],
     methods: MethodConfig | Mapping[int, MethodConfig],
-    layers: str | Sequence[int],
+    layers: str | Sequence[int] | Mapping[str, MethodConfig],
     convert_sliding: bool,
 ) -> dict[int, MethodConfig]:
-    if isinstance(methods, Mapping):
+    every = [i for i, layer in found.items() if convert_sliding or layer.sliding_window is None]
+    if isinstance(layers, Mapping):
+        chosen = spread(layers, every)
+    elif isinstance(methods, Mapping):
         chosen = dict(methods)
     elif layers == "all":
-        chosen = {i: methods for i, layer in found.items() if convert_sliding or layer.sliding_window is None}
+        chosen = dict.fromkeys(every, methods)
         if not chosen:
             raise ConversionError(
                 "layers: every layer has a sliding window of its own, so memory is bounded already; "

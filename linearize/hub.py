@@ -68,7 +68,7 @@ def card(folder: Path, repo_id: str) -> ModelCard:
     table = folder.parent / "table.md"
     measured = table.read_text(encoding="utf-8") if table.is_file() else "Nothing was measured.\n"
     name = recipe.teacher.name if recipe else "its teacher"
-    method = recipe.method.name if recipe else "linear attention"
+    method = recipe.method_name if recipe else "linear attention"
     data = ModelCardData(
         base_model=name if recipe and "/" in name else None,
         library_name="transformers",

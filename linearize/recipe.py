@@ -6,76 +6,43 @@ Only what differs from the defaults need be written. The method's fields are tho
 
 import copy
 import dataclasses
-import functools
 import importlib.resources
-import operator
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import UnionType
-from typing import Annotated, Any, Literal, get_args, get_type_hints
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import (
     BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     PrivateAttr,
     ValidationError,
-    create_model,
+    ValidationInfo,
     field_serializer,
     field_validator,
     model_validator,
 )
 
 from .complaints import complaint, located, near
+from .methods import DEFAULT_METHOD, STRICT, build_layers, build_method, leading, read_number, read_whole
 from .modeling.errors import LinearizeError, RecipeError
 from .overrides import flatten, parse_override, read_yaml, set_dotted
 
 QUICKSTART = "quickstart"
-DEFAULT_METHOD = "lolcats"
 
-
-def _whole(value: Any) -> Any:
-    """PyYAML reads ``1e6`` as text; a count written so is still a count."""
-    if isinstance(value, bool):
-        raise ValueError("should be a whole number")
-    if isinstance(value, str):
-        try:
-            value = float(value.replace("_", ""))
-        except ValueError:
-            raise ValueError("should be a whole number") from None
-    if isinstance(value, float) and not value.is_integer():
-        raise ValueError("should be a whole number")
-    return int(value) if isinstance(value, float) else value
-
-
-def _number(value: Any) -> Any:
-    if isinstance(value, bool):
-        raise ValueError("should be a number")
-    return value
-
-
-def _lax(hint: Any) -> Any:
-    """The type of a method's field, reading numbers as the rest of the recipe does."""
-    if hint in (int, float):
-        return Annotated[hint, BeforeValidator(_whole if hint is int else _number)]
-    parts = get_args(hint) if isinstance(hint, UnionType) else ()
-    return functools.reduce(operator.or_, map(_lax, parts)) if parts else hint
-
-
-Count = Annotated[int, BeforeValidator(_whole), Field(ge=0)]
-Positive = Annotated[int, BeforeValidator(_whole), Field(ge=1)]
-Rate = Annotated[float, BeforeValidator(_number), Field(ge=0)]
-PositiveRate = Annotated[float, BeforeValidator(_number), Field(gt=0)]
-Share = Annotated[float, BeforeValidator(_number), Field(ge=0, le=1)]
+Count = Annotated[int, BeforeValidator(read_whole), Field(ge=0)]
+Positive = Annotated[int, BeforeValidator(read_whole), Field(ge=1)]
+Rate = Annotated[float, BeforeValidator(read_number), Field(ge=0)]
+PositiveRate = Annotated[float, BeforeValidator(read_number), Field(gt=0)]
+Share = Annotated[float, BeforeValidator(read_number), Field(ge=0, le=1)]
 RecallTask = Literal["passkey", "number_in_noise", "number_in_text", "uuid_in_text"]
 
 
 class Section(BaseModel):
     """A part of the recipe: immutable, finite, and free of keys that nobody reads."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, coerce_numbers_to_str=True)
+    model_config = STRICT
 
 
 class Teacher(Section):
@@ -158,7 +125,7 @@ Source = Annotated[
 class Data(Section):
     """Sequences of ``seq_len`` tokens, mixed from the sources by weight."""
 
-    seq_len: Annotated[int, BeforeValidator(_whole), Field(ge=2)] = 1024
+    seq_len: Annotated[int, BeforeValidator(read_whole), Field(ge=2)] = 1024
     packing: Literal["cross", "separate"] = "cross"
     sources: list[Source] = Field(default=[SelfSource(), RecallSource(weight=0.15)], min_length=1)
     held_out: Annotated[list[Source], Field(min_length=1)] | None = None
@@ -233,7 +200,7 @@ class Control(Section):
 class Evaluate(Section):
     """What is measured on the saved folder, reloaded, beside a separately loaded teacher."""
 
-    seq_lens: list[Annotated[int, BeforeValidator(_whole), Field(ge=2)]] = [1024]
+    seq_lens: list[Annotated[int, BeforeValidator(read_whole), Field(ge=2)]] = [1024]
     sequences: Positive = 32
     batch_size: Positive = 4
     recall_lens: list[Positive] = [512, 1024]
@@ -248,7 +215,7 @@ class Recipe(Section):
 
     teacher: Teacher = Teacher()
     method: Any = Field(default=DEFAULT_METHOD, validate_default=True)
-    layers: Literal["all"] | list[Count] = "all"
+    layers: Literal["all"] | list[Count] | dict[str, Any] = "all"
     convert_sliding: bool = False
     data: Data = Data()
     transfer: Transfer = Transfer()
@@ -268,9 +235,33 @@ class Recipe(Section):
     def _build_method(cls, value: Any) -> Any:
         return build_method(value)
 
+    @field_validator("layers", mode="before")
+    @classmethod
+    def _build_layers(cls, value: Any, info: ValidationInfo) -> Any:
+        return build_layers(value, info.data["method"]) if isinstance(value, Mapping) else value
+
     @field_serializer("method")
     def _dump_method(self, method: Any) -> dict[str, Any]:
         return {"name": method.name, **dataclasses.asdict(method)}
+
+    @field_serializer("layers")
+    def _dump_layers(self, layers: Any) -> Any:
+        return (
+            {key: self._dump_method(m) for key, m in layers.items()} if isinstance(layers, dict) else layers
+        )
+
+    @property
+    def methods(self) -> dict[str, Any]:
+        """The method of every key that says one: of ``method``, or of each entry of a map of layers."""
+        if isinstance(self.layers, dict):
+            return {f"layers.{key}": method for key, method in self.layers.items()}
+        return {"method": self.method}
+
+    @property
+    def method_name(self) -> str:
+        """The methods' names for a title, such as ``lolcats+still``; kept softmax layers go without saying."""
+        names = dict.fromkeys(method.name for method in self.methods.values())
+        return "+".join([name for name in names if name != "softmax"] or names)
 
     @model_validator(mode="after")
     def _parts_fit(self) -> "Recipe":
@@ -278,12 +269,17 @@ class Recipe(Section):
             raise ValueError(
                 f"layers: {self.layers} is not a list of distinct layer numbers, such as [0, 1, 2]"
             )
-        window = getattr(self.method, "window", None)
-        if window is not None and window >= self.data.seq_len:
-            raise ValueError(
-                f"method.window: {window} covers all of data.seq_len={self.data.seq_len}, which leaves "
-                f"nothing to linearize; try method.window={max(1, self.data.seq_len // 8)}"
-            )
+        for place, method in self.methods.items():
+            for field, spans in (
+                ("window", 1),
+                ("chunk", 2),
+            ):  # a query sees its own chunk and the one before
+                value = getattr(method, field, None)
+                if value is not None and spans * value >= self.data.seq_len:
+                    raise ValueError(
+                        f"{place}.{field}: {value} covers all of data.seq_len={self.data.seq_len}, which leaves "
+                        f"nothing to linearize; try {place}.{field}={max(1, self.data.seq_len // 8)}"
+                    )
         return self
 
     def __eq__(self, other: object) -> bool:
@@ -357,36 +353,9 @@ class Recipe(Section):
         ]
 
 
-def build_method(given: Any) -> Any:
-    """The config for ``"lolcats"``, for ``{"name": "lolcats", "window": 32}``, or for a config."""
-    from .modeling.mixer import MethodConfig
-    from .modeling.registry import METHODS
-
-    if isinstance(given, MethodConfig):
-        return given
-    fields = {"name": given} if isinstance(given, str) else dict(given) if isinstance(given, Mapping) else {}
-    name = fields.pop("name", DEFAULT_METHOD if isinstance(given, Mapping) else given)
-    if not isinstance(name, str) or name not in METHODS:
-        raise RecipeError(f"method.name: {name!r} is unknown{near(str(name), METHODS)}")
-    config = METHODS[name].config
-    hints = get_type_hints(config)
-    schema: dict[str, Any] = {f.name: (_lax(hints[f.name]), f.default) for f in dataclasses.fields(config)}
-    for key in fields.keys() - schema.keys():
-        if owners := [n for n, m in METHODS.items() if key in {f.name for f in dataclasses.fields(m.config)}]:
-            raise RecipeError(f"method.{key}: belongs to {' and '.join(owners)}, not to {name}; leave it out")
-    model = create_model(config.__name__, __config__=Section.model_config, **schema)
-    try:
-        values = model.model_validate(fields)
-    except ValidationError as error:
-        raise RecipeError(complaint(error, model, fields, prefix="method")) from None
-    method = config(**values.model_dump())
-    method.check(None)
-    return method
-
-
 def _with_recommended(given: dict[str, Any]) -> dict[str, Any]:
     """``given`` with the method built, and its recommended values under the keys that nobody set."""
-    method = build_method(given.get("method") or DEFAULT_METHOD)
+    method = build_method(given.get("method") or leading(given.get("layers")))
     tree = copy.deepcopy(given) | {"method": method}
     written = [key for key, value in flatten(given).items() if value not in ({}, None)]
     for key, value in method.recommended.items():

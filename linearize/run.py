@@ -66,7 +66,7 @@ def run(recipe: Recipe, *, progress: Watch | None = None) -> RunResult:
 
     with clock("teacher"):
         model, tokenizer = load_teacher(recipe.teacher, device)
-        unconvert(_converted(model, recipe, recipe.method))  # refused, if at all, before any data is made
+        unconvert(_converted(model, recipe))  # refused, if at all, before any data is made
         _refuse_long_sequences(model, recipe)
     with clock("data"), _claimed(folder, recipe):
         at = folder / "data"
@@ -80,7 +80,7 @@ def run(recipe: Recipe, *, progress: Watch | None = None) -> RunResult:
             progress=progress,
         )
         check(model, tokenizer, corpus, recipe.evaluate)
-    model = _converted(model, recipe, recipe.method)
+    model = _converted(model, recipe)
     _teach(model, tokenizer, corpus, recipe, folder, clock, progress)
 
     if recipe.control.enabled:
@@ -98,11 +98,14 @@ def run(recipe: Recipe, *, progress: Watch | None = None) -> RunResult:
     return _finish(folder, recipe, results, prompt, text, clock.seconds)
 
 
-def _converted(model: Any, recipe: Recipe, method: MethodConfig) -> Any:
-    """The model with untrained mixers, whose initial values follow from the seed."""
+def _converted(model: Any, recipe: Recipe, control: MethodConfig | None = None) -> Any:
+    """The model with untrained mixers, their initial values by the seed; ``control`` stands in for every method."""
+    layers = recipe.layers
+    if control and isinstance(layers, dict):
+        layers = {key: method if method.name == "softmax" else control for key, method in layers.items()}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
-        return convert(model, method, recipe.layers, convert_sliding=recipe.convert_sliding)
+        return convert(model, control or recipe.method, layers, convert_sliding=recipe.convert_sliding)
 
 
 def _teach(
@@ -184,7 +187,7 @@ def folder_of(recipe: Recipe) -> Path:
     """The run's folder: ``output``, or ``runs/<teacher>-<method>``."""
     if recipe.output is not None:
         return Path(recipe.output).expanduser()
-    return Path("runs") / f"{Path(recipe.teacher.name).name.lower()}-{recipe.method.name}"
+    return Path("runs") / f"{Path(recipe.teacher.name).name.lower()}-{recipe.method_name}"
 
 
 def control_method(recipe: Recipe) -> MethodConfig:

@@ -14,6 +14,7 @@ from linearize.modeling.errors import ConversionError, LinearizeError
 from linearize.modeling.lolcats import LOLCATS, LolcatsConfig, LolcatsMixer
 from linearize.modeling.mixer import Method
 from linearize.modeling.registry import METHODS
+from linearize.modeling.salient import SalientConfig
 from linearize.modeling.window import SoftmaxConfig, WindowConfig
 
 CONFIG = LolcatsConfig(window=8, window_kind="sliding")
@@ -79,6 +80,18 @@ def test_layers_with_their_own_window_are_left_alone_unless_asked():
 def test_layers_can_have_different_methods():
     model = convert(tiny(), {0: CONFIG, 1: WindowConfig(window=4), 2: SoftmaxConfig()})
     assert [r.method for r in describe(model)] == ["lolcats", "window", "softmax"]
+
+
+def test_layers_can_be_given_by_ranges():
+    salient, softmax = SalientConfig(budget=3, chunk=4), SoftmaxConfig()
+    model = convert(tiny(num_hidden_layers=5), CONFIG, {"1-2": salient, "4": softmax, "rest": CONFIG})
+    assert [r.method for r in describe(model)] == ["lolcats", "salient", "salient", "lolcats", "softmax"]
+    unnamed = convert(tiny(), CONFIG, {"1": salient})
+    assert [r.method for r in describe(unnamed)] == ["softmax", "salient", "softmax"]
+    own_windows = convert(tiny("gemma3_text"), CONFIG, {"2": salient, "rest": CONFIG})
+    assert [r.method for r in describe(own_windows)] == ["softmax", "lolcats", "salient"]
+    with pytest.raises(ConversionError, match="layers: 3 is not an attention layer; choose from 0 to 2"):
+        convert(tiny(), CONFIG, {"2-3": salient, "rest": CONFIG})
 
 
 def test_report_counts_bytes_of_what_a_cache_holds():

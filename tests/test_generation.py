@@ -11,6 +11,7 @@ from transformers import DynamicCache
 
 from linearize.modeling.errors import LinearizeError
 from linearize.modeling.lolcats import LolcatsConfig
+from linearize.modeling.salient import SalientConfig
 from linearize.modeling.window import WindowConfig
 
 FAMILIES = ["llama", "gemma3_text", "gpt2"]
@@ -19,6 +20,7 @@ CONFIGS = {
     "terraced": LolcatsConfig(window=4),
     "linear": LolcatsConfig(window=None),
     "window": WindowConfig(window=8, sinks=2),
+    "salient": SalientConfig(budget=4, chunk=3, score_dim=6, score_context=5),
 }
 CASES = [("llama", name, "all") for name in CONFIGS] + [
     (family, name, layers)

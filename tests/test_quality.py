@@ -61,6 +61,26 @@ def test_recipes_follow_the_protocol_of_the_marks(name):
     assert (recipe.precision, recipe.teacher.dtype) == ("fp32", "float32")
 
 
+def test_the_recipe_of_salient_follows_its_own_protocol():
+    recipe = Recipe.from_file(SCRIPT.with_name("salient-books-19m.yaml"))
+    method = recipe.method
+    assert (method.name, method.budget, method.chunk, recipe.layers) == ("salient", 256, 64, "all")
+    assert (recipe.transfer.tokens, recipe.transfer.batch_size, recipe.transfer.learning_rate) == (
+        3_000_000,
+        16,
+        3e-3,
+    )
+    assert (recipe.finetune.tokens, recipe.finetune.batch_size, recipe.finetune.learning_rate) == (
+        3_000_000,
+        16,
+        5e-4,
+    )
+    assert (recipe.finetune.next_token, recipe.finetune.kl) == (0, 1)
+    assert (recipe.finetune.lora.rank, recipe.finetune.lora.alpha) == (8, 16)
+    assert [(s.kind, s.weight) for s in recipe.data.sources] == [("text", 0.85), ("recall", 0.15)]
+    assert (recipe.data.seq_len, recipe.evaluate.sequences, recipe.evaluate.recall_samples) == (1024, 32, 100)
+
+
 def test_both_students_are_measured_and_told_beside_their_marks(quality, books, tmp_path, capsys):
     out = tmp_path / "results.jsonl"
     words = [

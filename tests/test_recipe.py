@@ -125,7 +125,45 @@ def test_a_recipe_cannot_be_changed_in_place():
         recipe.method.window = 1
 
 
+MAP = "layers={0-1: window, 7: softmax, rest: {name: salient, budget: 128}}"
+
+
+def test_layers_can_be_mapped_to_methods():
+    recipe = Recipe.resolve("some/model", overrides=[MAP, "layers.rest.chunk=32"])
+    window, salient = METHODS["window"].config(), METHODS["salient"].config(budget=128, chunk=32)
+    assert recipe.layers == {"0-1": window, "7": METHODS["softmax"].config(), "rest": salient}
+    assert recipe.method == salient  # nobody said another
+    assert recipe.transfer.learning_rate == salient.recommended["transfer.learning_rate"]
+    assert recipe.method_name == "window+salient"
+    assert Recipe.from_dict(yaml.safe_load(recipe.to_yaml())) == recipe
+    assert recipe.differences(recipe.override(["layers.rest.budget=3"])) == [
+        "method.budget",
+        "layers.rest.budget",
+    ]
+
+
+def test_an_entry_without_a_name_is_the_method_with_other_fields():
+    words = ["layers={7: {budget: 1024}, rest: {budget: 32}}", "method.score_context=16"]
+    recipe = Recipe.resolve("some/model", method="salient", overrides=words)
+    config = METHODS["salient"].config
+    assert recipe.layers == {
+        "7": config(budget=1024, score_context=16),
+        "rest": config(budget=32, score_context=16),
+    }
+    assert recipe.method == config(score_context=16)
+    assert recipe.method_name == "salient"
+
+
 REFUSED = {
+    "layers={}": "layers: {} names no layer; write a number, a range such as 0-3, or rest",
+    "layers={0-x: window}": "layers: '0-x' is no layer; write a number, a range such as 0-3, or rest",
+    "layers={3-1: window}": "layers: '3-1' is empty; write 1-3",
+    "layers={0-3: window, 2: softmax}": "layers: 2 is named by both '0-3' and '2'; drop it from one",
+    "layers={0: windw}": "layers.0.name: 'windw' is unknown; did you mean 'window'?",
+    "layers={rest: {name: window, windw: 3}}": "layers.rest.windw: unknown key; did you mean 'window'?",
+    "layers={rest: {name: window, window: 0}}": "layers.rest.window: 0 is impossible",
+    "layers={rest: {name: window, window: 4000}}": "layers.rest.window: 4000 covers all of data.seq_len=1024",
+    "method={name: salient, chunk: 512}": "method.chunk: 512 covers all of data.seq_len=1024",
     "method.widow=3": "method.widow: unknown key; did you mean 'window'?",
     "method=lolcat": "method.name: 'lolcat' is unknown; did you mean 'lolcats'?",
     "method=3": "method.name: 3 is unknown; choose from",

@@ -8,9 +8,10 @@ import sys
 import pytest
 import torch
 from tiny import tiny
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import linearize
+from linearize.convert import describe
 from linearize.modeling.errors import LinearizeError, RecipeError
 from linearize.recipe import Recipe
 from linearize.run import control_method, evaluate_checkpoint, folder_of, run
@@ -227,9 +228,33 @@ def test_text_that_has_changed_since_training_is_not_held_out(teacher, tmp_path,
         evaluate_checkpoint(tmp_path / "run" / "student")
 
 
+def test_layers_of_different_methods_take_one_road(teacher, tmp_path):
+    layers = "layers={0: {name: lolcats, window: 8}, 1: softmax, rest: {name: salient, budget: 5, chunk: 16}}"
+    words = [word for word in WORDS if not word.startswith(("method", "layers"))]
+    recipe = Recipe.resolve(teacher, overrides=[*words, layers, f"output={tmp_path / 'run'}"])
+    done = run(recipe)
+    assert done.results.models == ["teacher", "student", "window control"]
+    assert [r.method for r in describe(linearize.load(done.checkpoint)[0])] == [
+        "lolcats",
+        "softmax",
+        "salient",
+    ]
+    control = linearize.load(done.folder / "control" / "student")[0]
+    assert [r.method for r in describe(control)] == ["window", "softmax", "window"]
+    plain = AutoModelForCausalLM.from_pretrained(done.checkpoint, trust_remote_code=True)
+    tokens = torch.arange(5, 60)[None]
+    with torch.no_grad():
+        expected = linearize.load(done.checkpoint)[0](tokens).logits
+        assert torch.equal(plain(tokens).logits, expected)
+    lines = (done.folder / "transfer" / "metrics.jsonl").read_text().splitlines()
+    assert all(len(json.loads(line)["relative_error"]) == 2 for line in lines)
+
+
 def test_the_folder_is_named_after_teacher_and_method():
     assert str(folder_of(Recipe.resolve("org/Some-Model"))) == "runs/some-model-lolcats"
     assert str(folder_of(Recipe.resolve("org/Some-Model", overrides=["output=x/y"]))) == "x/y"
+    mapped = Recipe.resolve("org/Some-Model", overrides=["layers={0: salient, 1: softmax, rest: window}"])
+    assert str(folder_of(mapped)) == "runs/some-model-salient+window"
 
 
 @pytest.mark.parametrize(

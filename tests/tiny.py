@@ -104,6 +104,11 @@ def variants() -> dict[str, MethodConfig]:
             dict(window=8, window_kind="terraced", affine_factors=True, feature_map="t2r"),
             dict(window=None, feature_map="elu"),
         ],
+        "salient": [
+            dict(budget=3, chunk=4, score_dim=6),
+            dict(budget=6, chunk=3, score_dim=6, score_context=5),
+            dict(budget=0, chunk=8),
+        ],
         "window": [dict(window=8, sinks=3), dict(window=4, window_kind="terraced")],
     }
     found = {}

@@ -24,10 +24,10 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .cache import cache_layer
 from .errors import ConversionError, LinearizeError
-from .mixer import Mixer, MixerInput, Rows, rows_of
+from .mixer import Fit, Mixer, MixerInput, Rows, rows_of
 
 MODES = ("softmax", "transfer", "linear")
-Record = Callable[[int, Tensor, Tensor, Tensor | None], None]
+Record = Callable[[int, Tensor | Fit, Tensor, Tensor | None], None]
 
 
 class Mode(NamedTuple):
@@ -60,7 +60,8 @@ def attention_mode(name: str, record: Record | None = None) -> Iterator[None]:
 
     ``softmax``: the teacher, bit for bit, its cache included. ``transfer``: every converted layer passes its softmax
     output on and calls ``record(layer, student, teacher, valid)`` under enabled gradients with both outputs
-    [B, T, H, V] and valid [B, T] (bool, None when nothing is padding); only the mixer is inside the graph.
+    [B, T, H, V] and valid [B, T] (bool, None when nothing is padding); only the mixer is inside the graph. A mixer with
+    a loss of its own gives that as ``student``, a :class:`Fit`.
     """
     if name not in MODES:
         raise LinearizeError(f"attention_mode: {name!r} is unknown; choose from {', '.join(MODES)}")
@@ -170,7 +171,9 @@ class LinearAttention(nn.Module):
         if linear_context.deferred:
             q, k = rotate(self, q, k, linear_context.rope)
         if mode.name == "linear":
-            return self._mix(q, k, v, plain, mask, linear_context, kwargs), None
+            y = self._mix(q, k, v, plain, mask, linear_context, kwargs)
+            assert isinstance(y, Tensor)
+            return y, None
         teacher, weights = attend_base(self, q, k, v, mask, **kwargs)
         frozen = (q.detach(), k.detach(), v.detach())
         with torch.enable_grad():
@@ -181,7 +184,7 @@ class LinearAttention(nn.Module):
             mode.record(self.layer_idx, student, teacher.detach(), getattr(mask, "valid", None))
         return teacher, weights
 
-    def _mix(self, q, k, v, plain, mask, context, kwargs, keep=True) -> Tensor:
+    def _mix(self, q, k, v, plain, mask, context, kwargs, keep=True) -> Tensor | Fit:
         if isinstance(mask, Tensor):
             raise LinearizeError(
                 f"attention_mask: shape {tuple(mask.shape)} is not supported by converted layers; "
@@ -208,12 +211,13 @@ class LinearAttention(nn.Module):
             lengths=None if rows is None else rows.lengths,
             use_cache=layer is not None,
             pending=0 if layer is None else layer.pending,
+            transfer=not keep,
         )
         with torch.autocast(q.device.type, enabled=False):
             y, state = self.mixer(x, None if layer is None else layer.state)
         if layer is not None:
             layer.store(state, time, None if mask is None else mask.valid)
-        return y if rows is None else rows.scatter(y)
+        return rows.scatter(y) if rows is not None and isinstance(y, Tensor) else y
 
 
 def _mode_of(mask: Any) -> Mode:

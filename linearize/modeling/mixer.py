@@ -64,6 +64,17 @@ class MixerInput(NamedTuple):
     """Whether the caller keeps the returned state; without it a mixer may return None for the state."""
     pending: int = 0
     """Newest tokens that a state must be able to forget again by lowering its ``seen`` counter."""
+    transfer: bool = False
+    """Stage 1, on the teacher's own inputs: a mixer with a loss of its own returns a :class:`Fit` in place of y."""
+
+
+class Fit(NamedTuple):
+    """A mixer's own transfer loss, where matching its layer's output is not what it learns from."""
+
+    error: Tensor
+    """Scalar, a mean over the real tokens."""
+    power: Tensor
+    """Scalar without gradient, what ``error`` is divided by to compare layers."""
 
 
 class Mixer(nn.Module):
@@ -72,7 +83,8 @@ class Mixer(nn.Module):
     ``forward(x, state=None) -> (y [B, T, H, V], state)``: T == 1 with a state is a decode step, T > 1 from None a
     prefill, T > 1 from a state a chunk. All three are the same function of the tokens seen. The state is a NamedTuple
     of tensors with the batch on the first axis and a field ``seen`` [B] (real tokens so far); its size does not depend
-    on T. ``forward`` is the only entry point: sharded training, offloading and adapters hook nothing else.
+    on T. Where ``x.transfer`` is set, y may be a :class:`Fit` instead. ``forward`` is the only entry point: sharded
+    training, offloading and adapters hook nothing else.
     """
 
     wants_unrotated: ClassVar[bool] = False
@@ -89,7 +101,7 @@ class Mixer(nn.Module):
     def reset_parameters(self) -> None:
         """Set every parameter to its initial value, in place."""
 
-    def forward(self, x: MixerInput, state: Any = None) -> tuple[Tensor, Any]:
+    def forward(self, x: MixerInput, state: Any = None) -> tuple[Tensor | Fit, Any]:
         raise NotImplementedError
 
 

@@ -1,14 +1,28 @@
 """The only door to compute: a mixer calls an operation here and never asks which version runs.
 
-Each operation has a plain torch reference of the same signature in ``reference.py``. There is no other version yet, so
-the choice is only between the references' two forms: many queries (chunked) and few queries (recurrent).
+Each operation has a plain torch reference of the same signature, in ``reference.py`` or ``selection.py``. There is no
+other version yet, so the choice is only between their two forms: many queries (chunked) and few queries (recurrent).
 """
 
 from .reference import fold, joint_chunked, joint_recurrent, window_chunked, window_recurrent
+from .selection import Kept, future_attention, kept_chunked, kept_recurrent, merge_kept
 
-__all__ = ["fold", "joint_attention", "joint_decode", "window_attention", "window_decode"]
+__all__ = [
+    "Kept",
+    "fold",
+    "future_attention",
+    "joint_attention",
+    "joint_decode",
+    "kept_attention",
+    "kept_decode",
+    "merge_kept",
+    "window_attention",
+    "window_decode",
+]
 
 joint_attention = joint_chunked
 joint_decode = joint_recurrent
 window_attention = window_chunked
 window_decode = window_recurrent
+kept_attention = kept_chunked
+kept_decode = kept_recurrent

@@ -1,6 +1,7 @@
 """Every method by its recipe word. A new method is one file in this folder and one name here."""
 
 from .lolcats import LOLCATS
+from .salient import SALIENT
 from .window import SOFTMAX, WINDOW
 
-METHODS = {method.name: method for method in (LOLCATS, WINDOW, SOFTMAX)}
+METHODS = {method.name: method for method in (LOLCATS, SALIENT, WINDOW, SOFTMAX)}

@@ -12,6 +12,9 @@ because the raw error grows with depth (0.02 to 48.7 in a 126-layer model) and l
 layer then trains as if it were alone, and is clipped alone. ``mse`` is the paper's loss: 1000 times the
 error, mean over the layers. The trunk stops at the last converted layer: neither the rest of the model nor
 the vocabulary projection is computed.
+
+A mixer may bring a loss of its own (:class:`linearize.modeling.mixer.Fit`): its error and what that is
+relative to stand in for the output's error and power, and all else is the same.
 """
 
 import logging
@@ -24,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from linearize.modeling.attention import attention_mode
+from linearize.modeling.mixer import Fit
 from linearize.progress import Watch
 from linearize.recipe import Transfer
 from linearize.train.loop import Batch, Corpus, Fitted, fit
@@ -105,7 +109,7 @@ class TransferStage:
         errors: list[Tensor] = []
         waiting: list[Tensor] = []
 
-        def record(layer: int, student: Tensor, teacher: Tensor, valid: Tensor | None) -> None:
+        def record(layer: int, student: Tensor | Fit, teacher: Tensor, valid: Tensor | None) -> None:
             if layer not in self._learning:
                 return
             error, power = error_and_power(student, teacher, valid)
@@ -138,8 +142,11 @@ class _TrunkDone(Exception):
     """Raised through a forward whose remaining layers nobody would read."""
 
 
-def error_and_power(student: Tensor, teacher: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Mean squared error, and mean square of the teacher's output [B, T, H, V], over valid tokens [B, T]."""
+def error_and_power(student: Tensor | Fit, teacher: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Mean squared error, and mean square of the teacher's output [B, T, H, V], over valid tokens [B, T]; a mixer with
+    a loss of its own has made both."""
+    if not isinstance(student, Tensor):
+        return student.error, student.power
     student, teacher = exact(student), exact(teacher)
     count = teacher.numel()
     if valid is not None:

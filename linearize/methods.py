@@ -1,0 +1,133 @@
+"""Methods as recipes write them: one, or a map from layers, ``{0-3: lolcats, 7: softmax, rest: {name: still}}``."""
+
+import dataclasses
+import functools
+import operator
+import re
+from collections.abc import Collection, Mapping
+from types import UnionType
+from typing import Annotated, Any, TypeVar, get_args, get_type_hints
+
+from pydantic import BeforeValidator, ConfigDict, ValidationError, create_model
+
+from .complaints import complaint, near
+from .modeling.errors import LinearizeError, RecipeError
+
+STRICT = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, coerce_numbers_to_str=True)
+DEFAULT_METHOD = "lolcats"
+REST = "rest"
+"""The key for every layer that no other key names and that ``layers: all`` would convert."""
+Value = TypeVar("Value")
+
+
+def read_whole(value: Any) -> Any:
+    """PyYAML reads ``1e6`` as text; a count written so is still a count."""
+    if isinstance(value, bool):
+        raise ValueError("should be a whole number")
+    if isinstance(value, str):
+        try:
+            value = float(value.replace("_", ""))
+        except ValueError:
+            raise ValueError("should be a whole number") from None
+    if isinstance(value, float) and not value.is_integer():
+        raise ValueError("should be a whole number")
+    return int(value) if isinstance(value, float) else value
+
+
+def read_number(value: Any) -> Any:
+    """A truth value is not a number."""
+    if isinstance(value, bool):
+        raise ValueError("should be a number")
+    return value
+
+
+def _lax(hint: Any) -> Any:
+    """The type of a method's field, reading numbers as the rest of the recipe does."""
+    if hint in (int, float):
+        return Annotated[hint, BeforeValidator(read_whole if hint is int else read_number)]
+    parts = get_args(hint) if isinstance(hint, UnionType) else ()
+    return functools.reduce(operator.or_, map(_lax, parts)) if parts else hint
+
+
+def build_method(given: Any, *, place: str = "method") -> Any:
+    """The config for ``"lolcats"``, ``{"name": "lolcats", "window": 32}``, or a config itself; ``place`` is its key."""
+    from .modeling.mixer import MethodConfig
+    from .modeling.registry import METHODS
+
+    if isinstance(given, MethodConfig):
+        return given
+    fields = {"name": given} if isinstance(given, str) else dict(given) if isinstance(given, Mapping) else {}
+    name = fields.pop("name", DEFAULT_METHOD if isinstance(given, Mapping) else given)
+    if not isinstance(name, str) or name not in METHODS:
+        raise RecipeError(f"{place}.name: {name!r} is unknown{near(str(name), METHODS)}")
+    config = METHODS[name].config
+    hints = get_type_hints(config)
+    schema: dict[str, Any] = {f.name: (_lax(hints[f.name]), f.default) for f in dataclasses.fields(config)}
+    for key in fields.keys() - schema.keys():
+        if owners := [n for n, m in METHODS.items() if key in {f.name for f in dataclasses.fields(m.config)}]:
+            raise RecipeError(
+                f"{place}.{key}: belongs to {' and '.join(owners)}, not to {name}; leave it out"
+            )
+    model = create_model(config.__name__, __config__=STRICT, **schema)
+    try:
+        values = model.model_validate(fields)
+    except ValidationError as error:
+        raise RecipeError(complaint(error, model, fields, prefix=place)) from None
+    method = config(**values.model_dump())
+    try:
+        method.check(None)
+    except LinearizeError as error:
+        raise type(error)(str(error).replace("method.", f"{place}.", 1)) from None
+    return method
+
+
+def build_layers(given: Mapping[Any, Any], method: Any) -> dict[str, Any]:
+    """The map with a config for every key; an entry without a name is ``method`` with other fields."""
+    if not given:
+        raise RecipeError(f"layers: {{}} names no layer; write a number, a range such as 0-3, or {REST}")
+    own, built = {"name": method.name, **dataclasses.asdict(method)}, {}
+    for key, value in given.items():
+        if isinstance(value, Mapping) and "name" not in value:
+            value = own | dict(value)
+        built[str(key)] = build_method(value, place=f"layers.{key}")
+    spread(built)
+    return built
+
+
+def leading(layers: Any) -> Any:
+    """What ``method`` is when only a map of layers was written: its first one that trains, ``rest`` before all."""
+    entries = dict(layers) if isinstance(layers, Mapping) else {}
+    for entry in [entries.pop(REST, None), *entries.values()]:
+        name = entry.get("name") if isinstance(entry, Mapping) else entry
+        if name not in (None, "softmax"):
+            return entry
+    return DEFAULT_METHOD
+
+
+def numbers(key: str) -> range:
+    """The layers that ``"7"`` or ``"0-3"`` means, both ends included; nothing for ``rest``."""
+    if key == REST:
+        return range(0)
+    parts = re.fullmatch(r"(\d+)(?:\s*-\s*(\d+))?", key)
+    if parts is None:
+        raise RecipeError(f"layers: {key!r} is no layer; write a number, a range such as 0-3, or {REST}")
+    first, last = int(parts[1]), int(parts[2] or parts[1])
+    if last < first:
+        raise RecipeError(f"layers: {key!r} is empty; write {last}-{first}")
+    return range(first, last + 1)
+
+
+def spread(layers: Mapping[str, Value], rest: Collection[int] = ()) -> dict[int, Value]:
+    """Layer number -> value, in order. ``rest`` are the layers that the key of that name may take."""
+    found: dict[int, Value] = {}
+    owner: dict[int, str] = {}
+    for key, value in layers.items():
+        for index in numbers(key):
+            if index in owner:
+                raise RecipeError(
+                    f"layers: {index} is named by both {owner[index]!r} and {key!r}; drop it from one"
+                )
+            found[index], owner[index] = value, key
+    if REST in layers:
+        found = dict.fromkeys(rest, layers[REST]) | found
+    return dict(sorted(found.items()))

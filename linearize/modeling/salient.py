@@ -1,0 +1,279 @@
+"""Salient: a bounded exact memory of the tokens that a learned score, distilled from the teacher, ranks highest.
+
+This project's combination of known ideas. Learned eviction of KV caches is Locret's (arXiv 2410.01805: small heads on
+q, k, v predict a token's largest future attention) and TRIM-KV's (arXiv 2512.03324: retention gates trained end to end
+by distillation); local spans of chunks with delayed selection are STILL's (arXiv 2602.02180). With h_j the layer's
+input, c(t) = floor(t / C) and a the teacher's attention,
+
+    rho_j = W_2 gelu(W_1 h_j)                                                      in R^G, fp32
+    y_t   = softmax over { j <= t : c(j) >= c(t) - 1 }, the first token, and the N best by rho of the others
+
+Stage 1 fits rho to log(max a_tj + floor), the maximum over the heads of the group and the queries with
+c(t) >= c(j) + 2; positions that no such query has seen are left out. Nothing else is learned there: selection is
+discrete, and what is kept is attended exactly. No gradient reaches the score in stage 2.
+
+Memory: N + 1 kept tokens and 2 C local ones for every key/value head, whatever the length; C and N are fixed at
+conversion. Budgets differ by layer through the recipe's ``layers`` map, ``{7: {budget: 1024}, rest: {budget: 32}}``:
+where the budget sits matters more than its size.
+
+Departures from our own specification: the first token has a slot of its own beside the N. The optional linear remainder
+is not offered, because its mass grows with the length (KL .906 against .123 at four times the training length).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import avg_pool1d, gelu
+
+from .errors import ConversionError
+from .mixer import Fit, Geometry, Method, MethodConfig, Mixer, MixerInput
+from .ops import Kept, future_attention, kept_attention, kept_decode, merge_kept
+from .ring import final, resize, span, take, unroll, write
+
+
+@dataclass(frozen=True)
+class SalientConfig(MethodConfig):
+    """Fields of a Salient layer; one budget a layer, different ones through the recipe's ``layers``."""
+
+    name: ClassVar[str] = "salient"
+    recommended: ClassVar[dict[str, Any]] = {
+        "transfer.learning_rate": 3e-3,
+        "finetune.learning_rate": 5e-4,
+        "finetune.next_token": 0.0,
+        "finetune.kl": 1.0,
+    }
+
+    budget: int = 256
+    """N, exact tokens of the older past kept per kv head, beside the first token."""
+    chunk: int = 64
+    """C; every query sees its own chunk and the whole one before it."""
+    score_dim: int = 96
+    """Width of the score's hidden layer."""
+    score_context: int | None = None
+    """The score also sees the mean of this many newest inputs, the token's own included (16 works); None is off."""
+    target_floor: float = 1e-4
+    """Added to the attention before the logarithm, so that what is never attended has a finite target."""
+
+    def check(self, geometry: Geometry | None = None) -> None:
+        least = {"budget": 0, "chunk": 1, "score_dim": 1, "score_context": 2}
+        for field, bound in least.items():
+            value = getattr(self, field)
+            if value is not None and value < bound:
+                off = ", or null for none" if field == "score_context" else ""
+                raise ConversionError(f"method.{field}: {value} is impossible; give {bound} or more{off}")
+        if not self.target_floor > 0:
+            raise ConversionError(
+                f"method.target_floor: {self.target_floor} is impossible; give a number above 0, such as 1e-4"
+            )
+
+
+class SalientState(NamedTuple):
+    """Bounded memory of a row: rings of the newest tokens (2 C, and the droppable ones while a cache records its past)
+    and the kept ones, best first."""
+
+    k: Tensor
+    """[B, n, G, K], model dtype."""
+    v: Tensor
+    """[B, n, G, V], model dtype."""
+    score: Tensor
+    """[B, n, G] fp32."""
+    kept_k: Tensor
+    """[B, N + 1, G, K], model dtype."""
+    kept_v: Tensor
+    """[B, N + 1, G, V], model dtype."""
+    kept_score: Tensor
+    """[B, N + 1, G] fp32; inf for the first token, -inf in an empty slot."""
+    tail: Tensor
+    """[B, m, D] fp32, the newest inputs as the score's mean sees them; empty without ``score_context``."""
+    seen: Tensor
+    """[B] tokens seen."""
+    folded: Tensor
+    """[B] oldest tokens that are kept or forgotten for good; the rings hold the others."""
+
+    @property
+    def rings(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.k, self.v, self.score
+
+    @property
+    def kept(self) -> Kept:
+        return Kept(self.kept_k, self.kept_v, self.kept_score)
+
+
+class SalientMixer(Mixer):
+    """One layer. Parameters, all the score's: ``inner`` M to D, ``outer`` D to G; ``context`` M to D for the mean."""
+
+    def __init__(self, config: SalientConfig, geometry: Geometry):
+        super().__init__(config, geometry)
+        self.inner = nn.Linear(geometry.hidden, config.score_dim)
+        self.context = None
+        if config.score_context:
+            # The mean of projected inputs is the projection of their mean, and has a smaller tail to remember.
+            self.context = nn.Linear(geometry.hidden, config.score_dim, bias=False)
+        self.outer = nn.Linear(config.score_dim, geometry.kv_heads)
+
+    def reset_parameters(self) -> None:
+        for layer in (self.inner, self.context, self.outer):
+            if layer is not None:
+                layer.reset_parameters()
+
+    def forward(
+        self, x: MixerInput, state: SalientState | None = None
+    ) -> tuple[Tensor | Fit, SalientState | None]:
+        if x.transfer:
+            return self._fit(x), None
+        if state is None and not x.use_cache:
+            nothing = torch.zeros(len(x.k), dtype=torch.long, device=x.k.device)
+            return self._attend(x, x.q, x.k, x.v, self._score(x, self._tail(x), nothing)[0]), None
+        started = self._start(x) if state is None else self._grow(state, x.pending)
+        score, inputs = self._score(x, started.tail, started.seen)
+        total = started.seen + (x.q.shape[1] if x.lengths is None else x.lengths)
+        limit = final(total, self.config.chunk, "terraced", x.pending).maximum(started.folded)
+        fresh = (x.k, x.v, score)
+        if state is None:
+            y, columns = self._attend(x, x.q, *fresh), fresh
+            kept = self._hand_over(started, columns, limit)
+        else:
+            step = x.q.shape[1] == 1 and x.lengths is None
+            columns = [
+                unroll(old, new, started.seen, started.folded)
+                for old, new in zip(started.rings, fresh, strict=True)
+            ]
+            kept = self._hand_over(started, columns, limit)
+            y = self._step(x, started, columns, kept) if step else self._chunk(x, started, columns, total)
+        k, v, score = (
+            write(old, new, started.seen, total) for old, new in zip(started.rings, fresh, strict=True)
+        )
+        tail = started.tail if inputs is None else write(started.tail, inputs, started.seen, total)
+        return y, SalientState(k, v, score, *kept, tail, total, limit)
+
+    def _chunk(self, x: MixerInput, state: SalientState, columns: Sequence[Tensor], total: Tensor) -> Tensor:
+        """Several tokens: columns ``folded, ...`` stand on the chunk grid, as the parallel form needs."""
+        k, v, score = columns
+        position = state.folded[:, None] + torch.arange(k.shape[1], device=k.device)
+        score = score.masked_fill((position >= total[:, None])[..., None], -torch.inf)
+        no_query = x.q.new_zeros(len(x.q), state.k.shape[1], *x.q.shape[2:])
+        y = self._attend(x, unroll(no_query, x.q, state.seen, state.folded), k, v, score, state.kept)
+        column = (state.seen - state.folded)[:, None] + torch.arange(x.q.shape[1], device=k.device)
+        return take(y, column)
+
+    def _step(self, x: MixerInput, state: SalientState, columns: Sequence[Tensor], kept: Kept) -> Tensor:
+        """One token a row: it meets the kept tokens and the rings."""
+        k, v, _ = columns
+        if x.pending:  # what may still be taken back is ranked for this query alone
+            kept = self._hand_over(state, columns, final(state.seen + 1, self.config.chunk, "terraced"))
+        position = state.folded[:, None] + torch.arange(k.shape[1], device=k.device)
+        # Columns after the new token repeat it wherever the ring is not full.
+        position = position.masked_fill(position > state.seen[:, None], -1)
+        return kept_decode(
+            x.q,
+            k,
+            v,
+            kept,
+            key_positions=position,
+            query_positions=state.seen[:, None],
+            scale=x.scale,
+            chunk=self.config.chunk,
+            softcap=x.softcap,
+        )
+
+    def _attend(
+        self, x: MixerInput, q: Tensor, k: Tensor, v: Tensor, score: Tensor, kept: Kept | None = None
+    ) -> Tensor:
+        config = self.config
+        return kept_attention(
+            q,
+            k,
+            v,
+            score,
+            scale=x.scale,
+            chunk=config.chunk,
+            size=config.budget + 1,
+            softcap=x.softcap,
+            kept=kept,
+        )
+
+    def _hand_over(self, state: SalientState, columns: Sequence[Tensor], limit: Tensor) -> Kept:
+        """The kept tokens with columns ``folded .. limit - 1`` ranked among them; column 0 is position ``folded``."""
+        kept, leaving = state.kept, int((limit - state.folded).max())
+        if leaving <= 0:
+            return kept
+        k, v, score = (column[:, :leaving] for column in columns)
+        stays = torch.arange(leaving, device=k.device) >= (limit - state.folded)[:, None]
+        return merge_kept(kept, k, v, score.masked_fill(stays[..., None], -torch.inf))
+
+    @torch.no_grad()
+    def _score(self, x: MixerInput, tail: Tensor, seen: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What tokens are ranked by [B, T, G], inf for the first of a row, and what the tail must remember of them."""
+        position = seen[:, None] + torch.arange(x.hidden.shape[1], device=x.hidden.device)
+        score, inputs = self._rank(x.hidden, tail, position)
+        return score.masked_fill((position == 0)[..., None], torch.inf), inputs
+
+    def _rank(self, hidden: Tensor, tail: Tensor, position: Tensor) -> tuple[Tensor, Tensor | None]:
+        """rho [B, T, G] of inputs at ``position`` [B, T]; tail: those before them, addressed by position."""
+        hidden = hidden.to(self.inner.weight.dtype)
+        inner, inputs = self.inner(hidden), None
+        if self.context is not None:
+            inputs, width = self.context(hidden), self.config.score_context
+            before = position[:, :1] - torch.arange(width - 1, 0, -1, device=hidden.device)  # [B, width - 1]
+            old = take(tail, before.remainder(tail.shape[1])).masked_fill((before < 0)[..., None], 0.0)
+            mean = avg_pool1d(torch.cat((old, inputs), 1).transpose(1, 2), width, stride=1).transpose(1, 2)
+            # Early tokens have fewer inputs behind them than the pool divides by.
+            inner = inner + mean * (width / (position + 1).clamp_max(width))[..., None]
+        return self.outer(gelu(inner)), inputs
+
+    def _fit(self, x: MixerInput) -> Fit:
+        """The score's squared error against the attention that the teacher pays later, and the targets' variance."""
+        config, time = self.config, x.q.shape[1]
+        position = torch.arange(time, device=x.q.device).expand(len(x.q), -1)
+        score, _ = self._rank(x.hidden, self._tail(x), position)
+        paid = future_attention(
+            x.q, x.k, scale=x.scale, chunk=config.chunk, softcap=x.softcap, lengths=x.lengths
+        )
+        target = (paid + config.target_floor).log()
+        lengths = torch.full_like(position[:, 0], time) if x.lengths is None else x.lengths
+        asked = (position < final(lengths, config.chunk, "terraced")[:, None])[..., None].to(target.dtype)
+        count = (asked.sum() * target.shape[-1]).clamp_min(1)
+        mean = (target * asked).sum() / count
+        variance = ((target - mean).square() * asked).sum() / count
+        error = ((score - target).square() * asked).sum() / count
+        return Fit(error, variance.clamp_min(torch.finfo(variance.dtype).tiny))
+
+    def _start(self, x: MixerInput) -> SalientState:
+        rows, config = len(x.k), self.config
+        exact = self.inner.weight.dtype
+        ring, slots = span(config.chunk, "terraced") + x.pending, config.budget + 1
+        zero = torch.zeros(rows, dtype=torch.long, device=x.k.device)
+        score = x.hidden.new_zeros(rows, ring, x.k.shape[2], dtype=exact)
+        return SalientState(
+            x.k.new_zeros(rows, ring, *x.k.shape[2:]),
+            x.v.new_zeros(rows, ring, *x.v.shape[2:]),
+            score,
+            x.k.new_zeros(rows, slots, *x.k.shape[2:]),
+            x.v.new_zeros(rows, slots, *x.v.shape[2:]),
+            score.new_full((rows, slots, x.k.shape[2]), -torch.inf),
+            self._tail(x),
+            zero,
+            zero,
+        )
+
+    def _tail(self, x: MixerInput) -> Tensor:
+        width = self.config.score_context
+        shape = (width - 1 + x.pending, self.config.score_dim) if width else (0, 0)
+        return x.hidden.new_zeros(len(x.hidden), *shape, dtype=self.inner.weight.dtype)
+
+    def _grow(self, state: SalientState, pending: int) -> SalientState:
+        size = span(self.config.chunk, "terraced") + pending
+        tail = self.config.score_context - 1 + pending if self.config.score_context else 0
+        k, v, score = (resize(ring, state.seen, size) for ring in state.rings)
+        return state._replace(k=k, v=v, score=score, tail=resize(state.tail, state.seen, tail))
+
+
+SALIENT = Method(
+    "salient",
+    SalientConfig,
+    SalientMixer,
+    "exact softmax on the local span and the tokens a distilled score keeps",
+)
