@@ -104,6 +104,12 @@ def variants() -> dict[str, MethodConfig]:
             dict(window=8, window_kind="terraced", affine_factors=True, feature_map="t2r"),
             dict(window=None, feature_map="elu"),
         ],
+        "liger": [
+            dict(window=8),
+            dict(variant="hgrn2", window=4, hgrn2_lower_bound=0.2, train_mix="head"),
+            dict(variant="gsa", window=8, gsa_slots=4),
+            dict(window=None, normalize=True, train_gate_bias=True, train_key_temperature=True),
+        ],
         "window": [dict(window=8, sinks=3), dict(window=4, window_kind="terraced")],
     }
     found = {}

@@ -1,14 +1,25 @@
 """The only door to compute: a mixer calls an operation here and never asks which version runs.
 
-Each operation has a plain torch reference of the same signature in ``reference.py``. There is no other version yet, so
-the choice is only between the references' two forms: many queries (chunked) and few queries (recurrent).
+Each operation has a plain torch reference of the same signature in ``reference.py`` or ``gated.py``. There is no other
+version yet, so the choice is only between the references' two forms: many queries (chunked) and few (recurrent).
 """
 
+from .gated import gated_chunked, gated_recurrent
 from .reference import fold, joint_chunked, joint_recurrent, window_chunked, window_recurrent
 
-__all__ = ["fold", "joint_attention", "joint_decode", "window_attention", "window_decode"]
+__all__ = [
+    "fold",
+    "gated_attention",
+    "gated_decode",
+    "joint_attention",
+    "joint_decode",
+    "window_attention",
+    "window_decode",
+]
 
 joint_attention = joint_chunked
 joint_decode = joint_recurrent
 window_attention = window_chunked
 window_decode = window_recurrent
+gated_attention = gated_chunked
+gated_decode = gated_recurrent

@@ -1,6 +1,7 @@
 """Every method by its recipe word. A new method is one file in this folder and one name here."""
 
+from .liger import LIGER
 from .lolcats import LOLCATS
 from .window import SOFTMAX, WINDOW
 
-METHODS = {method.name: method for method in (LOLCATS, WINDOW, SOFTMAX)}
+METHODS = {method.name: method for method in (LOLCATS, LIGER, WINDOW, SOFTMAX)}
