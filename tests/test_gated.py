@@ -8,7 +8,15 @@ from tolerances import assert_near
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from linearize.modeling.gated import TILE, gated_chunked, gated_quadratic, gated_recurrent
+from linearize.modeling.gated import (
+    TILE,
+    gated_chunked,
+    gated_quadratic,
+    gated_recurrent,
+    joined_chunked,
+    joined_quadratic,
+    joined_recurrent,
+)
 from linearize.modeling.reference import joint_quadratic
 
 FORMS = [gated_chunked, gated_recurrent]
@@ -204,3 +212,31 @@ def test_no_tensor_of_the_chunked_form_outgrows_the_length(side):
         sizes[length] = largest.elements
     small, large = itertools.islice(sizes.values(), 2)
     assert large <= 4.1 * small
+
+
+# A window joined with given sums.
+
+
+def join_arguments(length: int, groups: int) -> list[Tensor]:
+    q, k = draw(2, length, HEADS, 6, seed=0), draw(2, length, groups, 6, seed=1)
+    v, sums = draw(2, length, groups, VALUES, seed=2), draw(2, length, HEADS, VALUES + 1, seed=3).abs()
+    return [x.requires_grad_() for x in (q, k, v, sums, draw(HEADS, seed=4).abs())]
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("groups", [1, 2, 4])
+@pytest.mark.parametrize(("length", "window"), [(1, 4), (7, 4), (63, 64), (130, 64), (150, 5)])
+def test_joined_forms_are_the_quadratic_one(length, window, groups, softcap):
+    arguments = join_arguments(length, groups)
+    terms = dict(scale=0.7, window=window, softcap=softcap)
+    position = torch.arange(length).expand(2, -1)
+    slots = dict(key_positions=position, query_positions=position)
+    outputs = [joined_quadratic(*arguments, **terms), joined_chunked(*arguments, **terms)]
+    outputs.append(joined_recurrent(*arguments, **terms, **slots))
+    weights = draw(*outputs[0].shape, seed=5)
+    expected = [outputs[0], *torch.autograd.grad((outputs[0] * weights).sum(), arguments)]
+    for y in outputs[1:]:
+        for actual, wanted in zip(
+            [y, *torch.autograd.grad((y * weights).sum(), arguments)], expected, strict=True
+        ):
+            assert_near(actual, wanted, "kernel")

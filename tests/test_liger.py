@@ -213,8 +213,9 @@ def test_gla_without_forgetting_is_linear_attention():
 @pytest.mark.parametrize("floor", [0.0, 0.3])
 def test_hgrn2_writes_what_it_forgets(floor):
     x, mixer = random_input(20), LigerMixer(LigerConfig(variant="hgrn2", hgrn2_lower_bound=floor), GEOMETRY)
-    alpha = torch.exp(mixer._log_decay(x))
-    assert_near(mixer._key(x) + alpha, torch.ones_like(alpha), "layer")
+    log_decay = mixer._log_decay(x)
+    alpha = torch.exp(log_decay)
+    assert_near(mixer._key(x, log_decay) + alpha, torch.ones_like(alpha), "layer")
     assert_near(alpha, floor + (1 - floor) * torch.sigmoid(x.k_plain), "layer")
 
 

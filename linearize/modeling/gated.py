@@ -3,8 +3,8 @@
 Legend: B batch, T time, H query heads, Hs state heads, F feature dim, V value dim, C tile. A decay a_t in (0, 1], given
 as its logarithm, forgets the old state and not the new token; it stands on the features or on the values:
 
-    side="key"      S_t = diag(a_t) S_{t-1} + k_t v_t^T      y_t = S_t^T q_t      a_t [F]    arXiv 2312.06635, Eq. 3
-    side="value"    S_t = S_{t-1} diag(a_t) + k_t v_t^T      y_t = S_t^T q_t      a_t [V]    arXiv 2409.07146, Eq. 8
+    side="key"      S_t = diag(a_t) S_{t-1} + k_t v_t^T      y_t = S_t^T q_t      a_t [F]    arXiv 2312.06635
+    side="value"    S_t = S_{t-1} diag(a_t) + k_t v_t^T      y_t = S_t^T q_t      a_t [V]    arXiv 2409.07146
 
 so y_t is the sum over j <= t of (q_t . k_j) v_j, each channel of its side weighted by exp(L_t - L_j), L the running sum
 of the log decays. With ``eps`` (side "key") the sum is divided by the same sum with v_j = 1, plus eps.
@@ -14,6 +14,8 @@ Layouts: q [B, T, H, F]; k [B, T, Hs, F], query head h reads state head h // (H 
 [B, Hs, F, V + 1] with ``eps``: its last column is the normaliser's. Every function returns y in the dtype of v and the
 state after all tokens, or after the first ``stop`` [B] tokens of each row, which is how padding and tokens that may be
 taken back stay out of it. Everything is computed in fp32 or more, whatever autocast says.
+
+The ``joined`` functions put such sums and a softmax window under one normaliser.
 
 No exponent is ever positive: exp(-L_j) alone overflows after a few strong gates, so a factor exp(L_t - L_j) is split at
 a token m between the two, exp(L_t - L_m) exp(L_m - L_j), and both parts are at most one.
@@ -25,8 +27,23 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from .reference import (
+    _join,
+    _near,
+    _near_positions,
+    _probabilities,
+    _slot_masks,
+    _slots,
+    _tile_length,
+    _untile,
+    _with_ones,
+    accumulator,
+    full_precision,
+    in_window,
+    window_mask,
+)
 from .reference import _per_head as per_head
-from .reference import accumulator, full_precision
+from .reference import _tiles as window_tiles
 
 Side = Literal["key", "value"]
 
@@ -42,7 +59,7 @@ def _prepare(
         raise ValueError(f"side={side!r}: choose key or value, and key with a normaliser")
     heads = k.shape[2]
     k, v, log_decay = (per_head(x.to(dtype), heads) for x in (k, v, log_decay))
-    return k, v if eps is None else pad(v, (0, 1), value=1.0), log_decay
+    return k, v if eps is None else _with_ones(v), log_decay
 
 
 def _divide(y: Tensor, eps: float | None) -> Tensor:
@@ -137,7 +154,7 @@ def gated_recurrent(
 # beside each other at every token, so that any run of tokens is one matrix of rows.
 
 
-def _tile_length(length: int) -> int:
+def _scan_tile(length: int) -> int:
     """C, a power of two from LEAF to TILE, no longer than needed."""
     return min(TILE, max(LEAF, 1 << (length - 1).bit_length()))
 
@@ -226,7 +243,7 @@ def gated_chunked(
     """
     out_dtype, dtype, length = v.dtype, accumulator(q, k, v, log_decay), q.shape[1]
     k, v, log_decay = _prepare(k, v, log_decay, side, eps, dtype)
-    start, tile = _start(k, v, state), _tile_length(length)
+    start, tile = _start(k, v, state), _scan_tile(length)
     final = None if stop is None else _fold(k, v, log_decay, side, start, stop)
     q = _tiles(q.to(dtype).unflatten(2, (k.shape[2], -1)), tile)
     k, v = _tiles(k, tile), _tiles(v, tile)
@@ -240,3 +257,77 @@ def gated_chunked(
         y = y + (more if side == "key" else reach * more)
     y = _divide(y, eps).flatten(2, 3)[:, :, :length]  # [B, Hs, T, R, V]
     return y.transpose(1, 2).flatten(2, 3).to(out_dtype), end if final is None else final
+
+
+# A window beside the sums, under one normaliser (arXiv 2509.18467): with s_ij = scale q_i . k_j and c_i its maximum
+# over the window, y_i = (g sum exp(s_ij - c_i) v_j + num_i) / (g sum exp(s_ij - c_i) + den_i). The maximum is part of
+# the function, as in reference.py. sums [B, T, H, V + 1] holds num and den; factor is g [H].
+
+
+@full_precision
+def joined_quadratic(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sums: Tensor,
+    factor: Tensor,
+    *,
+    scale: float,
+    window: int,
+    softcap: float | None = None,
+) -> Tensor:
+    """y [B, T, H, V] of a sliding window joined with given sums, by dense masks."""
+    dtype, heads = accumulator(q, k, v, sums), q.shape[2]
+    scores = scale * torch.einsum("bihk,bjhk->bihj", q.to(dtype), per_head(k.to(dtype), heads))
+    scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
+    inside, _ = window_mask(q.shape[1], window, "sliding", q.device)
+    scores = scores.masked_fill(~inside[:, None], -torch.inf)
+    weights = factor.to(dtype)[:, None] * torch.exp(scores - scores.amax(-1, keepdim=True))
+    total = torch.einsum("bihj,bjhv->bihv", weights, per_head(_with_ones(v.to(dtype)), heads)) + sums
+    return (total[..., :-1] / total[..., -1:]).to(v.dtype)
+
+
+@full_precision
+def joined_chunked(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sums: Tensor,
+    factor: Tensor,
+    *,
+    scale: float,
+    window: int,
+    softcap: float | None = None,
+) -> Tensor:
+    """y [B, T, H, V]: ``joined_quadratic`` in time and memory linear in T."""
+    length, groups, dtype, out_dtype = q.shape[1], k.shape[2], accumulator(q, k, v, sums), v.dtype
+    tile = _tile_length(length, window, "sliding")
+    q, k, v, sums = (window_tiles(x, tile, groups, dtype) for x in (q, k, v, sums))
+    k, v = _near(k[:, :, :, 0]), _near(_with_ones(v[:, :, :, 0]))
+    query, key = _near_positions(q.shape[2], tile, q.device)
+    visible = in_window(query, key, window, "sliding") & (key <= query) & (key >= 0)
+    probabilities = _probabilities(q, k, visible[None, None], scale, softcap)
+    return _untile(_join(probabilities, v, sums.flatten(3, 4), q, factor, None), length, out_dtype)
+
+
+@full_precision
+def joined_recurrent(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sums: Tensor,
+    factor: Tensor,
+    *,
+    key_positions: Tensor,
+    query_positions: Tensor,
+    scale: float,
+    window: int,
+    softcap: float | None = None,
+) -> Tensor:
+    """y [B, Tq, H, V] of a few queries against slots in any order, as ``window_recurrent``."""
+    length, groups, dtype = q.shape[1], k.shape[2], accumulator(q, k, v, sums)
+    queries, sums = (window_tiles(x, length, groups, dtype) for x in (q, sums))
+    visible, _ = _slot_masks(key_positions, query_positions, window, "sliding")
+    probabilities = _probabilities(queries, _slots(k, dtype), visible, scale, softcap)
+    values = _with_ones(_slots(v, dtype))
+    return _untile(_join(probabilities, values, sums.flatten(3, 4), queries, factor, None), length, v.dtype)

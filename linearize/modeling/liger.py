@@ -3,12 +3,12 @@
 Lan et al., Liger: Linearizing Large Language Models to Gated Recurrent Structures, arXiv 2503.01496. (Not Liger-Kernel,
 which is a library of training kernels.) With q, k before the rotary embedding, everything per key/value head,
 
-    log a_t = logsigmoid(k_t + b) / N                                        N = 16, b = 0         Eq. 5 and the code
+    log a_t = logsigmoid(k_t + b) / N                                        N = 16, b = 0
     gla     S_t = diag(a_t) S_{t-1} + softmax(k_t) v_t^T,  o_t = S_t^T softmax(q_t)                arXiv 2312.06635
     hgrn2   S_t = diag(a_t) S_{t-1} + (1 - a_t) v_t^T,     o_t = S_t^T softmax(q_t)      N = 1     arXiv 2404.07904
     gsa     C_t = C_{t-1} diag(a_t) + k_t (1 - a_t)^T,  p_t = softmax(C_t^T q_t)                   arXiv 2409.07146
             D_t = diag(a_t) D_{t-1} + (1 - a_t) v_t^T,  o_t = D_t^T p_t
-    y_t = mix_window window_t + mix_recurrent o_t                            0.5 and 0.5           Eq. 9
+    y_t = mix_window window_t + mix_recurrent o_t                            0.5 and 0.5
 
 where window_t is the model's own softmax on the last W keys, rotated, the query's own included. No parameter is new:
 the gates come from weights that the model has.
@@ -49,11 +49,11 @@ class LigerConfig(MethodConfig):
     window: int | None = 64
     """W, keys with exact softmax, the query's own included; None is no window branch."""
     mix_window: float = 0.5
-    """Weight of the window branch (Eq. 9); 0 leaves it out of compute and state."""
+    """Weight of the window branch; 0 leaves it out of compute and state."""
     mix_recurrent: float = 0.5
-    """Weight of the recurrence (Eq. 9); 0 leaves it out."""
+    """Weight of the recurrence; 0 leaves it out."""
     gate_normalizer: float | None = None
-    """N, the divisor of the log gate; None is 16, and 1 for hgrn2."""
+    """N, the divisor of the log gate; None is 16, and 1 for hgrn2 (the authors' code)."""
     gsa_slots: int | None = None
     """M, memory slots of gsa, a divisor of the key dim; None is the key dim."""
     feature_map: Literal["softmax", "identity"] = "softmax"
@@ -195,21 +195,20 @@ class LigerMixer(Mixer):
         state = self._start(x) if state is None else self._grow(state, x.pending)
         total = state.seen + (x.q.shape[1] if x.lengths is None else x.lengths)
         limit = (total - x.pending).clamp_min(0).maximum(state.folded)
-        branches = []
+        branches, new = [], {"k": x.k, "v": x.v}
         if self.config.has_window:
             branches.append(self._window(x, None if fresh else state))
         if self.config.has_recurrence:
-            key, log_decay = self._key(x), self._log_decay(x)
+            log_decay = self._log_decay(x)
+            key = self._key(x, log_decay)
+            new |= {"key": key, "log_decay": log_decay}
             o, state = self._recur(x, key, log_decay, state, limit, fresh)
             branches.append(o)
-            rings = (state.k, x.k), (state.v, x.v), (state.key, key), (state.log_decay, log_decay)
-        else:
-            rings = (state.k, x.k), (state.v, x.v), (state.key, x.k[:, :0]), (state.log_decay, x.k[:, :0])
         y = self._mix(branches).to(x.v.dtype)
         if not x.use_cache:
             return y, None
-        written = (write(old, new, state.seen, total) for old, new in rings)
-        return y, LigerState(*written, state.kv, state.slots, total, limit)
+        rings = {name: write(getattr(state, name), t, state.seen, total) for name, t in new.items()}
+        return y, state._replace(**rings, seen=total, folded=limit)
 
     def _mix(self, branches: list[Tensor]) -> Tensor:
         config = self.config
@@ -231,7 +230,7 @@ class LigerMixer(Mixer):
     # The window.
 
     def _window(self, x: MixerInput, state: LigerState | None) -> Tensor:
-        terms = dict(scale=x.scale, window=self.config.window, softcap=x.softcap)
+        terms: dict[str, Any] = {"scale": x.scale, "window": self.config.window, "softcap": x.softcap}
         if state is None:
             return window_attention(x.q, x.k, x.v, **terms)
         return attend_through(
@@ -298,11 +297,11 @@ class LigerMixer(Mixer):
         q = q.to(accumulator(q))
         return q if self._reads_raw else q.softmax(dim=-1)
 
-    def _key(self, x: MixerInput) -> Tensor:
+    def _key(self, x: MixerInput, log_decay: Tensor) -> Tensor:
         """[B, T, G, K] as the recurrence reads it."""
         config = self.config
         if config.variant == "hgrn2":
-            return -torch.expm1(self._log_decay(x))
+            return -torch.expm1(log_decay)
         k = x.k if config.rope_on_recurrent else x.k_plain
         assert k is not None
         k = k.to(accumulator(k))

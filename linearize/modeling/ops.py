@@ -4,13 +4,15 @@ Each operation has a plain torch reference of the same signature in ``reference.
 version yet, so the choice is only between the references' two forms: many queries (chunked) and few (recurrent).
 """
 
-from .gated import gated_chunked, gated_recurrent
+from .gated import gated_chunked, gated_recurrent, joined_chunked, joined_recurrent
 from .reference import fold, joint_chunked, joint_recurrent, window_chunked, window_recurrent
 
 __all__ = [
     "fold",
     "gated_attention",
     "gated_decode",
+    "joined_attention",
+    "joined_decode",
     "joint_attention",
     "joint_decode",
     "window_attention",
@@ -23,3 +25,5 @@ window_attention = window_chunked
 window_decode = window_recurrent
 gated_attention = gated_chunked
 gated_decode = gated_recurrent
+joined_attention = joined_chunked
+joined_decode = joined_recurrent

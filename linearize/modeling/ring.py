@@ -94,12 +94,14 @@ def attend_through(
     ``attend`` takes a whole sequence, ``decode`` slots with ``key_positions`` and ``query_positions``; both take
     q, k, v, and the tensors ``along`` q [B, T, ...].
     """
-    k, v = (unroll(old, new, seen, first) for old, new in zip(ring, (k, v), strict=True))
+    held = ring[0].shape[1]
+    k, v = (
+        unroll(old, new, seen, first)[:, : held + q.shape[1]] for old, new in zip(ring, (k, v), strict=True)
+    )
     if q.shape[1] == 1:
         position = first[:, None] + torch.arange(k.shape[1], device=k.device)
         position = position.masked_fill(position > seen[:, None], -1)  # columns that repeat the new token
         return decode(q, k, v, *along, key_positions=position, query_positions=seen[:, None])
-    held = ring[0].shape[1]
     q, *along_columns = (at_columns(t, held, seen, first) for t in (q, *along))
     return new_columns(attend(q, k, v, *along_columns), q.shape[1] - held, seen, first)
 
