@@ -16,7 +16,8 @@ the gates come from weights that the model has.
 Departures. The window is part of the decoding state (the public code drops it there, so that generation differs from
 the full forward); states are per key/value head; padding enters nothing; the model's q and k norms stay; nothing is
 cast to bf16. Where paper and code differ (pooling, gamma, features) this is the code, except W: 64 keys, not 65, which
-``window: 65`` gives. Fields after ``feature_map`` are ours or ablations, off by default.
+``window: 65`` gives. Fields after ``feature_map`` are ours or ablations, off by default; what they make learnable
+learns in a transfer stage or with ``finetune.train_mixer``.
 """
 
 import math
