@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from test_liger import GEOMETRY, random_input, split
-from tiny import ids, randomise, student, tiny
+from test_liger import GEOMETRY, assert_pieces_are_the_whole, random_input, split
+from tiny import FAMILIES, ids, randomise, student, tiny
 from tolerances import assert_near
 from torch import Tensor
 
@@ -117,6 +117,13 @@ def test_any_split_carries_its_tails(fields, stops, pending):
     assert int(state.folded.max()) == 80 - pending
     if not pending:
         assert_near(state.kv, whole.kv, "layer")
+
+
+@pytest.mark.parametrize("fields", [{}, dict(window=8, window_exclude=True)], ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_every_family_decodes_what_it_computes(family, fields):
+    assert_pieces_are_the_whole(family, LawcatConfig(**fields))
 
 
 @options

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny import ids, student, tiny
+from tiny import FAMILIES, ids, student, tiny
 from tolerances import assert_near
 from torch import Tensor
 
@@ -264,6 +264,24 @@ def test_right_padding_leaves_the_state_alone(name):
     for name in ("kv", "slots"):
         assert_near(getattr(state, name)[1], getattr(expected, name)[1], "layer")
     assert state.seen.tolist() == [60, 37]
+
+
+def assert_pieces_are_the_whole(family: str, config) -> None:
+    """Prefill, a step, a chunk and steps of a converted model of this family, against one forward."""
+    model, x = student(family, config), ids(2, 30)
+    expected, cache, outputs, start = model(x, use_cache=False).logits, None, [], 0
+    for stop in (9, 10, 27, 28, 29, 30):
+        output = model(x[:, start:stop], past_key_values=cache, use_cache=True)
+        cache, start = output.past_key_values, stop
+        outputs.append(output.logits)
+    assert_near(torch.cat(outputs, 1), expected, "logits")
+
+
+@pytest.mark.parametrize("variant", ["gla", "hgrn2", "gsa"])
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_every_family_decodes_what_it_computes(family, variant):
+    assert_pieces_are_the_whole(family, LigerConfig(variant=variant, window=8))
 
 
 # Parameters and options.
