@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import FAMILIES, ids, randomise, student, tiny
+from tiny import FAMILIES, ids, randomise, student, tiny, variants
 from transformers import AutoModelForCausalLM
 
 from linearize import checkpoint
@@ -75,6 +75,18 @@ def test_every_family_reloads_bit_equal_without_the_package(tmp_path):
         assert {p.dtype for m in again.mixers().values() for p in m.parameters()} == {torch.float32}
         with torch.no_grad():
             assert torch.equal(again(answers["x"]).logits, answers["logits"]), family
+        folders.append(folder)
+    result = run(WITHOUT_PACKAGE, *folders, tmp_path=tmp_path)
+    assert result.stdout.strip() == "equal", result.stderr[-2000:]
+
+
+def test_every_method_reloads_bit_equal_without_the_package(tmp_path):
+    folders = []
+    for number, config in enumerate(variants().values()):
+        folder = tmp_path / str(number)
+        answers = save_with_answers(student("llama", config, dtype=torch.float32), folder)
+        with torch.no_grad():
+            assert torch.equal(checkpoint.load(folder)[0](answers["x"]).logits, answers["logits"]), config
         folders.append(folder)
     result = run(WITHOUT_PACKAGE, *folders, tmp_path=tmp_path)
     assert result.stdout.strip() == "equal", result.stderr[-2000:]

@@ -10,6 +10,8 @@ from tolerances import assert_near
 from transformers import DynamicCache
 
 from linearize.modeling.errors import LinearizeError
+from linearize.modeling.lawcat import LawcatConfig
+from linearize.modeling.liger import LigerConfig
 from linearize.modeling.lolcats import LolcatsConfig
 from linearize.modeling.salient import SalientConfig
 from linearize.modeling.window import WindowConfig
@@ -21,11 +23,15 @@ CONFIGS = {
     "linear": LolcatsConfig(window=None),
     "window": WindowConfig(window=8, sinks=2),
     "salient": SalientConfig(budget=4, chunk=3, score_dim=6, score_context=5),
+    "liger": LigerConfig(window=8),
+    "liger gsa": LigerConfig(variant="gsa", window=4),
+    "lawcat": LawcatConfig(),
+    "lawcat window": LawcatConfig(window=8, window_exclude=True),
 }
 CASES = [("llama", name, "all") for name in CONFIGS] + [
     (family, name, layers)
     for family in FAMILIES[1:]
-    for name, layers in (("sliding", [1]), ("terraced", [1, 2]))
+    for name, layers in (("sliding", [1]), ("terraced", [1, 2]), ("liger", [1]), ("lawcat window", [1, 2]))
 ]
 cases = pytest.mark.parametrize(("family", "name", "layers"), CASES)
 

@@ -109,6 +109,18 @@ def variants() -> dict[str, MethodConfig]:
             dict(budget=6, chunk=3, score_dim=6, score_context=5),
             dict(budget=0, chunk=8),
         ],
+        "liger": [
+            dict(window=8),
+            dict(variant="hgrn2", window=4, hgrn2_lower_bound=0.2, train_mix="head"),
+            dict(variant="gsa", window=8, gsa_slots=4),
+            dict(window=None, normalize=True, train_gate_bias=True, train_key_temperature=True),
+        ],
+        "lawcat": [
+            {},
+            dict(window=8, window_exclude=True),
+            dict(window=4, kv_shared=True, conv_size=3, conv_on="k", clamp_log_decay=-0.1),
+            dict(conv_size=None, gate_rank=None, tie_qk_map=False, feature_dim=6, feature_map="t2r"),
+        ],
         "window": [dict(window=8, sinks=3), dict(window=4, window_kind="terraced")],
     }
     found = {}

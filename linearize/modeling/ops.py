@@ -1,9 +1,10 @@
 """The only door to compute: a mixer calls an operation here and never asks which version runs.
 
-Each operation has a plain torch reference of the same signature, in ``reference.py`` or ``selection.py``. There is no
-other version yet, so the choice is only between their two forms: many queries (chunked) and few queries (recurrent).
+Each operation has a plain torch reference of the same signature, in ``reference.py``, ``gated.py`` or ``selection.py``.
+There is no other version yet, so the choice is only between their two forms: many queries (chunked) and few (recurrent).
 """
 
+from .gated import gated_chunked, gated_recurrent, joined_chunked, joined_recurrent
 from .reference import fold, joint_chunked, joint_recurrent, window_chunked, window_recurrent
 from .selection import Kept, future_attention, kept_chunked, kept_recurrent, merge_kept
 
@@ -11,6 +12,10 @@ __all__ = [
     "Kept",
     "fold",
     "future_attention",
+    "gated_attention",
+    "gated_decode",
+    "joined_attention",
+    "joined_decode",
     "joint_attention",
     "joint_decode",
     "kept_attention",
@@ -26,3 +31,7 @@ window_attention = window_chunked
 window_decode = window_recurrent
 kept_attention = kept_chunked
 kept_decode = kept_recurrent
+gated_attention = gated_chunked
+gated_decode = gated_recurrent
+joined_attention = joined_chunked
+joined_decode = joined_recurrent

@@ -1,7 +1,9 @@
 """Every method by its recipe word. A new method is one file in this folder and one name here."""
 
+from .lawcat import LAWCAT
+from .liger import LIGER
 from .lolcats import LOLCATS
 from .salient import SALIENT
 from .window import SOFTMAX, WINDOW
 
-METHODS = {method.name: method for method in (LOLCATS, SALIENT, WINDOW, SOFTMAX)}
+METHODS = {method.name: method for method in (LOLCATS, LIGER, LAWCAT, SALIENT, WINDOW, SOFTMAX)}

@@ -5,6 +5,8 @@ it: ``seen`` (real tokens so far) and ``folded`` (tokens that have left for the 
 buffer holds the positions ``folded .. seen - 1``; as slots follow from positions, taking tokens back lowers ``seen``.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -73,3 +75,44 @@ def unroll(buffer: Tensor, new: Tensor, seen: Tensor, folded: Tensor) -> Tensor:
     fresh = take(new, (position - seen[:, None]).clamp(0, time - 1))
     is_old = (position < seen[:, None]).view(*position.shape, *[1] * (buffer.ndim - 2))
     return torch.where(is_old, old.to(new.dtype), fresh)
+
+
+def attend_through(
+    ring: tuple[Tensor, Tensor],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *along: Tensor,
+    seen: Tensor,
+    first: Tensor,
+    attend: Callable[..., Tensor],
+    decode: Callable[..., Tensor],
+) -> Tensor:
+    """y [B, T, H, V] of new queries on a sliding window whose older keys and values lie in two rings.
+
+    The rings hold the positions ``first`` [B] to ``seen - 1``, and the window of the first query begins among them.
+    ``attend`` takes a whole sequence, ``decode`` slots with ``key_positions`` and ``query_positions``; both take
+    q, k, v, and the tensors ``along`` q [B, T, ...].
+    """
+    held = ring[0].shape[1]
+    k, v = (
+        unroll(old, new, seen, first)[:, : held + q.shape[1]] for old, new in zip(ring, (k, v), strict=True)
+    )
+    if q.shape[1] == 1:
+        position = first[:, None] + torch.arange(k.shape[1], device=k.device)
+        position = position.masked_fill(position > seen[:, None], -1)  # columns that repeat the new token
+        return decode(q, k, v, *along, key_positions=position, query_positions=seen[:, None])
+    q, *along_columns = (at_columns(t, held, seen, first) for t in (q, *along))
+    return new_columns(attend(q, k, v, *along_columns), q.shape[1] - held, seen, first)
+
+
+def at_columns(new: Tensor, held: int, seen: Tensor, first: Tensor) -> Tensor:
+    """``new`` [B, T, ...] where :func:`unroll` puts new tokens, [B, held + T, ...]; zeros before them."""
+    return unroll(new.new_zeros(len(new), held, *new.shape[2:]), new, seen, first)
+
+
+def new_columns(y: Tensor, time: int, seen: Tensor, first: Tensor) -> Tensor:
+    """The columns of the ``time`` new tokens in ``y`` [B, held + T, ...]."""
+    if y.shape[1] == time:
+        return y
+    return take(y, (seen - first)[:, None] + torch.arange(time, device=y.device))

@@ -1,0 +1,384 @@
+"""LAWCAT: a short convolution on q and k, then normalised linear attention whose memory decays by a learned gate.
+
+Liu et al., LAWCAT: Efficient Distillation from Quadratic to Linear Attention with Convolution across Tokens for Long
+Context Modeling, arXiv 2509.18467. With q, k before the rotary embedding and h the layer's input, everything per query
+head (k, v and the gate are shared by a group, convolution and map are not),
+
+    q^_t = sum_{i<4} w_i q_{t-i},  k^_t likewise               depthwise, own taps for q and k
+    phi(x) = [softmax(xW); softmax(-xW)]                       Hedgehog's map, one W for q and k
+    log a_t = logsigmoid(W2 W1 h_t + b) / 16                   rank 16, one gate for each channel of phi
+    S_t = diag(a_t) S_{t-1} + phi(k^_t) v_t^T,  z_t = a_t z_{t-1} + phi(k^_t)
+    y_t = S_t^T phi(q^_t) / (z_t . phi(q^_t) + 1e-10)
+
+so the denominator decays with the numerator, and an output is a weighted mean of values at any length. With a window,
+g = sigmoid(window_logit) and c_t the largest score in it,
+
+    y_t = (g sum_window exp(s_tj - c_t) v_j + num) / (g sum_window exp(s_tj - c_t) + den)
+
+Half of an average weight is gone after 16 tokens at the start; ``gate_bias`` of 3 or 6 makes that 228 or 4,500. The
+paper's long-context results come from training on the task's own form; plain text is not expected to reach them.
+
+Departures. Padding enters neither sum; the model's q and k norms come before the convolution; a gate's width follows
+from the heads and not from the hidden size. ``window_exclude`` (the release counts window tokens twice), ``kv_shared``
+and ``gate_bias`` are ours. Equation numbers are not cited: what is here was read from the authors' code.
+"""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import avg_pool1d, linear, logsigmoid, pad
+
+from .errors import ConversionError
+from .feature_maps import FEATURE_MAPS
+from .mixer import Geometry, Method, MethodConfig, Mixer, MixerInput, check_window
+from .ops import gated_attention, gated_decode, joined_attention, joined_decode
+from .reference import accumulator
+from .ring import at_columns, attend_through, new_columns, resize, unroll, write
+
+
+@dataclass(frozen=True)
+class LawcatConfig(MethodConfig):
+    """Fields of a LAWCAT layer; defaults are the main recipe of arXiv 2509.18467."""
+
+    name: ClassVar[str] = "lawcat"
+    recommended: ClassVar[dict[str, Any]] = {"transfer.learning_rate": 1e-2, "finetune.learning_rate": 1e-4}
+
+    conv_size: int | None = 4
+    """Taps of the convolution, the current token's included; None is no convolution."""
+    conv_on: Literal["qk", "q", "k"] = "qk"
+    """What is convolved."""
+    conv_init: Literal["delta", "xavier", "normal"] = "delta"
+    """``delta``: the current token's tap is 1, the older ones are ``conv_older``."""
+    conv_older: float = 0.001
+    """Older taps of a ``delta`` start."""
+    conv_tied: bool = False
+    """One set of taps for q and k."""
+    feature_map: str = "hedgehog"
+    """hedgehog, hedgehog_half, t2r, elu or exp."""
+    feature_dim: int | None = None
+    """F, the width of phi and of the gate; None is the key dim."""
+    feature_init: Literal["identity", "kaiming"] = "identity"
+    """``identity`` or ``kaiming``."""
+    tie_qk_map: bool = True
+    """One map for q and k."""
+    gate_rank: int | None = 16
+    """Rank of the gate's projection; None is full."""
+    gate_init_std: float = 0.006
+    """Standard deviation of the gate's weights at the start."""
+    gate_bias: float = 0.0
+    """b at the start."""
+    gate_normalizer: float = 16.0
+    """Divisor of the log gate."""
+    clamp_log_decay: float | None = None
+    """Lower bound of the log gate, such as -1, against spikes of the loss; None is none."""
+    window: int | None = None
+    """W, tokens with exact softmax, the query's own included; None is no window."""
+    window_exclude: bool = False
+    """Leave the window's tokens out of the sums."""
+    window_logit_init: float = 0.0
+    """Logit of g at the start."""
+    rope: bool = False
+    """Rotated q and k in the sums, which an ablation found to end at the length of training."""
+    kv_shared: bool = False
+    """Convolution of k and maps per key/value head: an R times smaller state, and another model."""
+    eps: float = 1e-10
+    """Added to the denominator where there is no window."""
+
+    def check(self, geometry: Geometry | None = None) -> None:
+        check_window(self.window, "sliding", "method")
+        if self.window_exclude and self.window is None:
+            raise ConversionError(
+                "method.window_exclude: there is no window; set method.window, to 64 for one"
+            )
+        for name in ("conv_size", "gate_rank"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConversionError(f"method.{name}: {value} is impossible; give at least 1, or null")
+        if self.gate_normalizer <= 0:
+            raise ConversionError(f"method.gate_normalizer: {self.gate_normalizer}; give a number above 0")
+        if self.clamp_log_decay is not None and self.clamp_log_decay >= 0:
+            raise ConversionError(f"method.clamp_log_decay: {self.clamp_log_decay}; give a number below 0")
+        if self.feature_map not in FEATURE_MAPS:
+            raise ConversionError(
+                f"method.feature_map: {self.feature_map!r} is unknown; choose from {', '.join(FEATURE_MAPS)}"
+            )
+        if self.conv_tied and self.conv_on != "qk":
+            raise ConversionError("method.conv_tied: ties the taps of q and k; leave conv_on at 'qk'")
+        if geometry is None:
+            return
+        if self.conv_tied and self.kv_shared and geometry.heads != geometry.kv_heads:
+            raise ConversionError(
+                "method.conv_tied: taps of q are per query head, those of k are not with kv_shared; drop one"
+            )
+        width = self.feature_dim or geometry.key_dim
+        FEATURE_MAPS[self.feature_map].check(geometry.key_dim, width, self.feature_init)
+
+
+class LawcatState(NamedTuple):
+    """Bounded memory of a row: c - 1 inputs of each convolution, W tokens, and the sums.
+
+    p is the number of tokens that may be taken back, E is W with ``window_exclude`` and otherwise 0.
+    """
+
+    tail_q: Tensor
+    """[B, c - 1 + p, H, K], newest inputs of the convolution, model dtype; empty where q is not convolved."""
+    tail_k: Tensor
+    """[B, c - 1 + E + p, G, K], likewise for the keys that are not in kv."""
+    k: Tensor
+    """[B, W + p, G, K] rotated keys of the window, model dtype; empty without one."""
+    v: Tensor
+    """[B, W + p, G, V], model dtype."""
+    log_decay: Tensor
+    """[B, E + p, G, F] fp32."""
+    kv: Tensor
+    """[B, Hs, F, V + 1] fp32, S and z beside it; Hs = H, or G with ``kv_shared``."""
+    seen: Tensor
+    """[B] tokens seen."""
+    folded: Tensor
+    """[B] tokens after which kv was last decayed; with E it holds those before ``folded - E``."""
+
+
+class LawcatMixer(Mixer):
+    """One layer. Parameters, those that are used: ``taps_{q,k}``, ``map_{q,k}``, ``gate_{down,up}``, ``window_logit``.
+
+    Taps are [heads, K, c], the current token's first. What q and k share is the one of k.
+    """
+
+    wants_unrotated = True
+
+    def __init__(self, config: LawcatConfig, geometry: Geometry):
+        super().__init__(config, geometry)
+        shape, taps = geometry, config.conv_size or 0
+        self.feature_dim = config.feature_dim or shape.key_dim
+        self.state_heads = shape.kv_heads if config.kv_shared else shape.heads
+        if "q" in self._convolved and not config.conv_tied:
+            self.taps_q = nn.Parameter(torch.empty(shape.heads, shape.key_dim, taps))
+        if "k" in self._convolved:
+            self.taps_k = nn.Parameter(torch.empty(self.state_heads, shape.key_dim, taps))
+        make = FEATURE_MAPS[config.feature_map]
+        if not config.tie_qk_map:
+            self.map_q = make(shape.heads, shape.key_dim, self.feature_dim, config.feature_init)
+        self.map_k = make(self.state_heads, shape.key_dim, self.feature_dim, config.feature_init)
+        width = shape.kv_heads * self.feature_dim
+        inner = config.gate_rank or shape.hidden
+        self.gate_down = nn.Linear(shape.hidden, inner, bias=False) if config.gate_rank else None
+        self.gate_up = nn.Linear(inner, width)
+        if config.window is not None:
+            self.window_logit = nn.Parameter(torch.empty(shape.heads))
+        self.reset_parameters()
+
+    @property
+    def _convolved(self) -> str:
+        return "" if self.config.conv_size is None else self.config.conv_on
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        config = self.config
+        for name in ("taps_q", "taps_k"):
+            taps = getattr(self, name, None)
+            if taps is None:
+                continue
+            if config.conv_init == "delta":
+                taps.fill_(config.conv_older)
+                taps[..., 0] = 1.0
+            elif config.conv_init == "normal":
+                taps.normal_(0, 0.02)
+            else:  # Xavier, of a depthwise filter: c inputs and c outputs
+                taps.uniform_(-((3 / config.conv_size) ** 0.5), (3 / config.conv_size) ** 0.5)
+        for name in ("map_q", "map_k"):
+            if hasattr(self, name):
+                getattr(self, name).reset_parameters()
+        if self.gate_down is not None:
+            self.gate_down.weight.normal_(0, config.gate_init_std)
+        self.gate_up.weight.normal_(0, config.gate_init_std)
+        self.gate_up.bias.fill_(config.gate_bias)
+        if config.window is not None:
+            self.window_logit.fill_(config.window_logit_init)
+
+    def forward(self, x: MixerInput, state: LawcatState | None = None) -> tuple[Tensor, LawcatState | None]:
+        config, fresh = self.config, state is None
+        q, k = (x.q, x.k) if config.rope else (x.q_plain, x.k_plain)
+        assert q is not None and k is not None
+        state = self._start(x) if state is None else self._grow(state, x.pending)
+        total = state.seen + (x.q.shape[1] if x.lengths is None else x.lengths)
+        limit = (total - x.pending).clamp_min(0).maximum(state.folded)
+        log_decay = self._log_decay(x)
+        y, kv = self._sums(x, q, k, log_decay, state, limit, fresh)
+        if config.window is not None:
+            y = self._join(x, y, None if fresh else state)
+        if not x.use_cache:
+            return y, None
+        new = {"tail_q": q, "tail_k": k, "k": x.k, "v": x.v, "log_decay": log_decay}
+        rings = {name: write(getattr(state, name), t, state.seen, total) for name, t in new.items()}
+        return y, state._replace(**rings, kv=kv, seen=total, folded=limit)
+
+    # The sums.
+
+    def _sums(
+        self,
+        x: MixerInput,
+        q: Tensor,
+        k: Tensor,
+        log_decay: Tensor,
+        state: LawcatState,
+        limit: Tensor,
+        fresh: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """y [B, T, H, V], or with a window its sums [B, T, H, V + 1]; and kv up to ``limit``.
+
+        The scan goes over the positions from ``folded`` on; at position t the key at t - E enters it.
+        """
+        time, held, excluded = q.shape[1], self._held(state), self._excluded
+        count = held + time
+
+        def columns(ring: Tensor, new: Tensor, behind: int, first: Tensor, count: int) -> Tensor:
+            """[B, count, ...] from position ``first - behind`` on, zeros before index 0."""
+            if fresh:
+                return pad(new, (0, 0, 0, 0, behind, count - behind - time)) if count > time else new
+            first = first - behind
+            found = unroll(ring, new, state.seen, first)[:, :count]
+            before = first[:, None] + torch.arange(count, device=new.device) < 0
+            return found.masked_fill(before[:, :, None, None], 0.0) if behind else found
+
+        tail_q, tail_k = (self._tail if name in self._convolved else 0 for name in "qk")
+        q = self._convolve(columns(state.tail_q, q, tail_q, state.seen, tail_q + time), "q")
+        phi_q = at_columns(self._map_q(q), held, state.seen, state.folded) if held else self._map_q(q)
+        behind = tail_k + excluded
+        k = self._convolve(
+            columns(state.tail_k, k, behind, state.folded, behind + count)[:, : tail_k + count], "k"
+        )
+        phi_k = self.map_k(k)
+        v = columns(state.v, x.v, excluded, state.folded, excluded + count)[:, :count]
+        decay = columns(state.log_decay, log_decay, excluded, state.folded, excluded + count)
+        if excluded:
+            position = state.folded[:, None] - excluded + torch.arange(count, device=k.device)
+            phi_k = phi_k.masked_fill((position < 0)[:, :, None, None], 0.0)
+            phi_k = phi_k * torch.exp(self._per_state_head(_windowed_sum(decay[:, 1:], excluded)))
+            decay = decay[:, excluded:]
+        if self.config.window is not None:
+            v = pad(v.to(accumulator(v)), (0, 1), value=1.0)
+        y, kv = (gated_decode if count == 1 else gated_attention)(
+            phi_q,
+            phi_k,
+            v,
+            decay,
+            eps=self.config.eps if self.config.window is None else None,
+            state=None if fresh else state.kv,
+            stop=limit - state.folded if held or x.lengths is not None else None,
+        )
+        return new_columns(y, time, state.seen, state.folded), kv
+
+    def _join(self, x: MixerInput, sums: Tensor, state: LawcatState | None) -> Tensor:
+        terms: dict[str, Any] = {"scale": x.scale, "window": self.config.window, "softcap": x.softcap}
+        factor = self.window_logit.sigmoid()
+        if state is None:
+            return joined_attention(x.q, x.k, x.v, sums, factor, **terms)
+        return attend_through(
+            (state.k, state.v),
+            x.q,
+            x.k,
+            x.v,
+            sums,
+            seen=state.seen,
+            first=(state.folded - self.config.window).clamp_min(0),
+            attend=lambda *args: joined_attention(*args, factor=factor, **terms),
+            decode=lambda *args, **places: joined_decode(*args, factor=factor, **places, **terms),
+        )
+
+    def _convolve(self, x: Tensor, name: str) -> Tensor:
+        """[B, n - c + 1, heads, K] from inputs x [B, n, H or G, K]; x itself where it is not convolved."""
+        if name not in self._convolved:
+            return x
+        taps = self.taps_k if self.config.conv_tied else getattr(self, f"taps_{name}")
+        dtype = accumulator(x)
+        taps = taps.to(dtype).unflatten(0, (x.shape[2], -1))  # [G, heads / G, K, c]
+        x, length = x.to(dtype)[:, :, :, None], x.shape[1] - self._tail
+        parts = (taps[..., i] * x[:, self._tail - i :][:, :length] for i in range(taps.shape[-1]))
+        return sum(parts, start=torch.zeros((), dtype=dtype, device=x.device)).flatten(2, 3)
+
+    def _map_q(self, q: Tensor) -> Tensor:
+        if not self.config.tie_qk_map:
+            return self.map_q(q)
+        if self.state_heads == q.shape[2]:
+            return self.map_k(q)
+        rows = q.unflatten(2, (self.state_heads, -1)).transpose(2, 3)  # [B, T, R, G, K]
+        return self.map_k(rows.flatten(1, 2)).unflatten(1, rows.shape[1:3]).transpose(2, 3).flatten(2, 3)
+
+    def _log_decay(self, x: MixerInput) -> Tensor:
+        """log a [B, T, G, F], at most 0."""
+        logits, dtype = x.hidden, accumulator(x.hidden)
+        if self.gate_down is not None:
+            logits = linear(logits.to(dtype), self.gate_down.weight.to(dtype))
+        logits = linear(logits.to(dtype), self.gate_up.weight.to(dtype), self.gate_up.bias.to(dtype))
+        log_decay = (
+            logsigmoid(logits.unflatten(-1, (self.geometry.kv_heads, -1))) / self.config.gate_normalizer
+        )
+        bound = self.config.clamp_log_decay
+        return log_decay if bound is None else log_decay.clamp_min(bound)
+
+    def _per_state_head(self, x: Tensor) -> Tensor:
+        return x.repeat_interleave(self.state_heads // x.shape[2], dim=2)
+
+    # The state.
+
+    @property
+    def _tail(self) -> int:
+        """Older inputs that a convolution reads."""
+        return 0 if self.config.conv_size is None else self.config.conv_size - 1
+
+    @property
+    def _excluded(self) -> int:
+        return self.config.window if self.config.window_exclude else 0
+
+    def _sizes(self, pending: int) -> dict[str, int]:
+        """Tokens in each ring."""
+        window = self.config.window or 0
+        return {
+            "tail_q": self._tail + pending if "q" in self._convolved else 0,
+            "tail_k": (self._tail if "k" in self._convolved else 0) + self._excluded + pending,
+            "k": window + pending if window else 0,
+            "v": window + pending,
+            "log_decay": self._excluded + pending,
+        }
+
+    def _held(self, state: LawcatState) -> int:
+        """Tokens that the rings may hold and kv does not."""
+        return state.log_decay.shape[1] - self._excluded
+
+    def _start(self, x: MixerInput) -> LawcatState:
+        shape, rows, sizes = self.geometry, len(x.k), self._sizes(x.pending)
+        exact: dict[str, Any] = {"dtype": accumulator(x.v), "device": x.v.device}
+        zero = torch.zeros(rows, dtype=torch.long, device=x.k.device)
+        return LawcatState(
+            x.q.new_zeros(rows, sizes["tail_q"], shape.heads, shape.key_dim),
+            x.k.new_zeros(rows, sizes["tail_k"], shape.kv_heads, shape.key_dim),
+            x.k.new_zeros(rows, sizes["k"], shape.kv_heads, shape.key_dim),
+            x.v.new_zeros(rows, sizes["v"], shape.kv_heads, shape.value_dim),
+            torch.zeros(rows, sizes["log_decay"], shape.kv_heads, self.feature_dim, **exact),
+            torch.zeros(rows, self.state_heads, self.feature_dim, shape.value_dim + 1, **exact),
+            zero,
+            zero,
+        )
+
+    def _grow(self, state: LawcatState, pending: int) -> LawcatState:
+        larger = {
+            name: resize(getattr(state, name), state.seen, size)
+            for name, size in self._sizes(pending).items()
+        }
+        return state._replace(**larger)
+
+
+def _windowed_sum(x: Tensor, size: int) -> Tensor:
+    """[B, n - size + 1, heads, D], sums over ``size`` neighbours in x [B, n, heads, D]; no long sum is ever formed."""
+    flat = x.flatten(2).transpose(1, 2)
+    return (size * avg_pool1d(flat, size, stride=1)).transpose(1, 2).unflatten(2, x.shape[2:])
+
+
+LAWCAT = Method(
+    "lawcat",
+    LawcatConfig,
+    LawcatMixer,
+    "normalised linear attention with learned gates, after a short convolution",
+)

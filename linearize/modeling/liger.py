@@ -1,0 +1,358 @@
+"""Liger: the key projection gates a recurrence over all tokens, averaged with softmax on a short window.
+
+Lan et al., Liger: Linearizing Large Language Models to Gated Recurrent Structures, arXiv 2503.01496. (Not Liger-Kernel,
+which is a library of training kernels.) With q, k before the rotary embedding, everything per key/value head,
+
+    log a_t = logsigmoid(k_t + b) / N                                        N = 16, b = 0
+    gla     S_t = diag(a_t) S_{t-1} + softmax(k_t) v_t^T,  o_t = S_t^T softmax(q_t)                arXiv 2312.06635
+    hgrn2   S_t = diag(a_t) S_{t-1} + (1 - a_t) v_t^T,     o_t = S_t^T softmax(q_t)      N = 1     arXiv 2404.07904
+    gsa     C_t = C_{t-1} diag(a_t) + k_t (1 - a_t)^T,  p_t = softmax(C_t^T q_t)                   arXiv 2409.07146
+            D_t = diag(a_t) D_{t-1} + (1 - a_t) v_t^T,  o_t = D_t^T p_t
+    y_t = mix_window window_t + mix_recurrent o_t                            0.5 and 0.5
+
+where window_t is the model's own softmax on the last W keys, rotated, the query's own included. No parameter is new:
+the gates come from weights that the model has.
+
+Departures. The window is part of the decoding state (the public code drops it there, so that generation differs from
+the full forward); states are per key/value head; padding enters nothing; the model's q and k norms stay; nothing is
+cast to bf16. Where paper and code differ (pooling, gamma, features) this is the code, except W: 64 keys, not 65, which
+``window: 65`` gives. Fields after ``feature_map`` are ours or ablations, off by default; what they make learnable
+learns in a transfer stage or with ``finetune.train_mixer``.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import logsigmoid
+
+from .errors import ConversionError
+from .mixer import Geometry, Method, MethodConfig, Mixer, MixerInput, check_window
+from .ops import gated_attention, gated_decode, window_attention, window_decode
+from .reference import accumulator
+from .ring import at_columns, attend_through, new_columns, resize, unroll, write
+
+NORMALIZER_EPS = 1e-10
+"""Added to the normaliser of ``normalize``."""
+
+
+@dataclass(frozen=True)
+class LigerConfig(MethodConfig):
+    """Fields of a Liger layer; defaults are the paper's Liger-GLA."""
+
+    name: ClassVar[str] = "liger"
+    recommended: ClassVar[dict[str, Any]] = {"transfer.tokens": 0, "finetune.learning_rate": 1e-3}
+
+    variant: Literal["gla", "hgrn2", "gsa"] = "gla"
+    """The recurrence: gla, hgrn2 or gsa."""
+    window: int | None = 64
+    """W, keys with exact softmax, the query's own included; None is no window branch."""
+    mix_window: float = 0.5
+    """Weight of the window branch; 0 leaves it out of compute and state."""
+    mix_recurrent: float = 0.5
+    """Weight of the recurrence; 0 leaves it out."""
+    gate_normalizer: float | None = None
+    """N, the divisor of the log gate; None is 16, and 1 for hgrn2 (the authors' code)."""
+    gsa_slots: int | None = None
+    """M, memory slots of gsa, a divisor of the key dim; None is the key dim."""
+    feature_map: Literal["softmax", "identity"] = "softmax"
+    """What gla reads from q and k; ``identity`` is a table's variant."""
+    hgrn2_lower_bound: float = 0.0
+    """gamma, the floor of hgrn2's gate: gamma + (1 - gamma) a."""
+    gate_source: Literal["q", "k", "v"] = "k"
+    """The projection that makes the gate; q is averaged over the heads of a group."""
+    gate_bias: float = 0.0
+    """b; with N = 16, b = 3 moves the half-life of an average token from 16 to 228 tokens."""
+    train_gate_bias: bool = False
+    """Learn b, one for each channel of each key/value head."""
+    train_mix: Literal["layer", "head"] | None = None
+    """Learn the mix weights, as logarithms: one pair a layer, or a pair for each query head."""
+    key_temperature: float = 1.0
+    """Divides k before gla's softmax; below 1 a key fills fewer channels, and old tokens blur less."""
+    train_key_temperature: bool = False
+    """Learn it, as a logarithm, for each key/value head."""
+    rope_on_recurrent: bool = False
+    """Rotated q and k in the recurrence too (not in the gate)."""
+    normalize: bool = False
+    """Divide o_t by the sum of its weights (gla, hgrn2)."""
+
+    def check(self, geometry: Geometry | None = None) -> None:
+        check_window(self.window, "sliding", "method")
+        if min(self.mix_window, self.mix_recurrent) < 0 or not (self.has_window or self.has_recurrence):
+            raise ConversionError(
+                f"method.mix_window, mix_recurrent: {self.mix_window}, {self.mix_recurrent} with window={self.window} "
+                "leave nothing; give weights of 0 or more, and one branch that is there"
+            )
+        if self.train_mix is not None and not (self.has_window and self.has_recurrence):
+            raise ConversionError("method.train_mix: needs both branches; give both mix weights above 0")
+        if self.gate_normalizer is not None and self.gate_normalizer <= 0:
+            raise ConversionError(f"method.gate_normalizer: {self.gate_normalizer}; give a number above 0")
+        if not 0 <= self.hgrn2_lower_bound < 1:
+            raise ConversionError(
+                f"method.hgrn2_lower_bound: {self.hgrn2_lower_bound}; give 0 or more, below 1"
+            )
+        if self.key_temperature <= 0:
+            raise ConversionError(f"method.key_temperature: {self.key_temperature}; give a number above 0")
+        self._check_variant()
+        if geometry is not None:
+            self._check_geometry(geometry)
+
+    def _check_variant(self) -> None:
+        for name, variants in (
+            ("gsa_slots", ("gsa",)),
+            ("feature_map", ("gla",)),
+            ("hgrn2_lower_bound", ("hgrn2",)),
+            ("key_temperature", ("gla",)),
+            ("train_key_temperature", ("gla",)),
+            ("normalize", ("gla", "hgrn2")),
+        ):
+            if self.variant not in variants and getattr(self, name) != getattr(LigerConfig, name):
+                raise ConversionError(
+                    f"method.{name}: has no meaning for variant {self.variant!r}; only for {', '.join(variants)}"
+                )
+        if self.feature_map == "identity" and (self.normalize or self.train_key_temperature):
+            raise ConversionError(
+                "method.feature_map: 'identity' has no positive features to normalise or to sharpen; use softmax"
+            )
+
+    def _check_geometry(self, geometry: Geometry) -> None:
+        slots = self.gate_width(geometry)
+        if slots < 1 or geometry.key_dim % slots:
+            raise ConversionError(
+                f"method.gsa_slots: {slots} does not divide the key dim {geometry.key_dim}; "
+                "a slot would mix two heads"
+            )
+        if self.gate_source == "v" and geometry.value_dim % slots:
+            raise ConversionError(
+                f"method.gate_source: values of {geometry.value_dim} channels cannot gate {slots}; use k"
+            )
+
+    @property
+    def has_window(self) -> bool:
+        return self.window is not None and self.mix_window > 0
+
+    @property
+    def has_recurrence(self) -> bool:
+        return self.mix_recurrent > 0
+
+    def gate_width(self, geometry: Geometry) -> int:
+        """Channels of the gate: the key dim, or the slots of gsa."""
+        return (self.gsa_slots if self.variant == "gsa" else None) or geometry.key_dim
+
+
+class LigerState(NamedTuple):
+    """Bounded memory of a row. ``key`` and ``log_decay`` hold only tokens that may still be taken back."""
+
+    k: Tensor
+    """[B, W + p, G, K] newest rotated keys, model dtype; p tokens may be taken back. Empty without a window."""
+    v: Tensor
+    """[B, W + p, G, V], likewise; [B, p, G, V] without a window."""
+    key: Tensor
+    """[B, p, G, K] fp32, keys as the recurrence reads them."""
+    log_decay: Tensor
+    """[B, p, G, M] fp32, M the gate's width."""
+    kv: Tensor
+    """[B, G, K, V] fp32, S; gsa: D [B, G, M, V]; one column more with ``normalize``."""
+    slots: Tensor
+    """[B, G, K, M] fp32, C of gsa; empty for the others."""
+    seen: Tensor
+    """[B] tokens seen."""
+    folded: Tensor
+    """[B] tokens inside kv and slots; they are the oldest."""
+
+
+class LigerMixer(Mixer):
+    """One layer. Without options it has no parameters; else ``log_mix``, ``gate_bias``, ``log_temperature``."""
+
+    wants_unrotated = True
+
+    def __init__(self, config: LigerConfig, geometry: Geometry):
+        super().__init__(config, geometry)
+        self.width = config.gate_width(geometry)
+        if config.train_mix is not None:
+            heads = geometry.heads if config.train_mix == "head" else 1
+            self.log_mix = nn.Parameter(torch.empty(2, heads))
+        if config.train_gate_bias:
+            self.gate_bias = nn.Parameter(torch.empty(geometry.kv_heads, self.width))
+        if config.train_key_temperature:
+            self.log_temperature = nn.Parameter(torch.empty(geometry.kv_heads))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        config = self.config
+        if config.train_mix is not None:
+            for row, weight in zip(self.log_mix, (config.mix_window, config.mix_recurrent), strict=True):
+                row.fill_(math.log(weight))
+        if config.train_gate_bias:
+            self.gate_bias.fill_(config.gate_bias)
+        if config.train_key_temperature:
+            self.log_temperature.fill_(math.log(config.key_temperature))
+
+    def forward(self, x: MixerInput, state: LigerState | None = None) -> tuple[Tensor, LigerState | None]:
+        fresh = state is None
+        state = self._start(x) if state is None else self._grow(state, x.pending)
+        total = state.seen + (x.q.shape[1] if x.lengths is None else x.lengths)
+        limit = (total - x.pending).clamp_min(0).maximum(state.folded)
+        branches, new = [], {"k": x.k, "v": x.v}
+        if self.config.has_window:
+            branches.append(self._window(x, None if fresh else state))
+        if self.config.has_recurrence:
+            log_decay = self._log_decay(x)
+            key = self._key(x, log_decay)
+            new |= {"key": key, "log_decay": log_decay}
+            o, state = self._recur(x, key, log_decay, state, limit, fresh)
+            branches.append(o)
+        y = self._mix(branches).to(x.v.dtype)
+        if not x.use_cache:
+            return y, None
+        rings = {name: write(getattr(state, name), t, state.seen, total) for name, t in new.items()}
+        return y, state._replace(**rings, seen=total, folded=limit)
+
+    def _mix(self, branches: list[Tensor]) -> Tensor:
+        config = self.config
+        if config.train_mix is not None:
+            weights = list(self.log_mix.exp()[..., None])  # [H, 1] or [1, 1]
+        else:
+            weights = [
+                weight
+                for weight, there in (
+                    (config.mix_window, config.has_window),
+                    (config.mix_recurrent, config.has_recurrence),
+                )
+                if there
+            ]
+        exact = accumulator(*branches)
+        parts = [weight * y.to(exact) for weight, y in zip(weights, branches, strict=True)]
+        return parts[0] + parts[1] if len(parts) == 2 else parts[0]
+
+    # The window.
+
+    def _window(self, x: MixerInput, state: LigerState | None) -> Tensor:
+        terms: dict[str, Any] = {"scale": x.scale, "window": self.config.window, "softcap": x.softcap}
+        if state is None:
+            return window_attention(x.q, x.k, x.v, **terms)
+        return attend_through(
+            (state.k, state.v),
+            x.q,
+            x.k,
+            x.v,
+            seen=state.seen,
+            first=(state.folded - self.config.window).clamp_min(0),
+            attend=lambda *args: window_attention(*args, **terms),
+            decode=lambda *args, **places: window_decode(*args, **places, **terms),
+        )
+
+    # The recurrence.
+
+    def _recur(
+        self, x: MixerInput, key: Tensor, log_decay: Tensor, state: LigerState, limit: Tensor, fresh: bool
+    ) -> tuple[Tensor, LigerState]:
+        """o [B, T, H, V], and the state with every token before ``limit`` in kv and slots."""
+        query, v, held = self._query(x), x.v, state.key.shape[1]
+        if held:
+            seen, first = state.seen, state.folded
+            query = at_columns(query, held, seen, first)
+            key, log_decay = (
+                unroll(state.key, key, seen, first),
+                unroll(state.log_decay, log_decay, seen, first),
+            )
+            v = unroll(state.v, v, seen, first)[:, : key.shape[1]]
+        gated = gated_decode if key.shape[1] == 1 else gated_attention
+        terms: dict[str, Any] = {"stop": limit - state.folded if held or x.lengths is not None else None}
+        kv, slots = (None, None) if fresh else (state.kv, state.slots)
+        if self.config.variant == "gsa":
+            share = -torch.expm1(log_decay)
+            scores, slots = gated(query, key, share, log_decay, side="value", state=slots, **terms)
+            o, kv = gated(scores.softmax(dim=-1), share, v, log_decay, state=kv, **terms)
+            state = state._replace(slots=slots)
+        else:
+            eps = NORMALIZER_EPS if self.config.normalize else None
+            o, kv = gated(query, key, v, log_decay, eps=eps, state=kv, **terms)
+        return new_columns(o, x.q.shape[1], state.seen, state.folded), state._replace(kv=kv)
+
+    def _log_decay(self, x: MixerInput) -> Tensor:
+        """log a [B, T, G, M], at most 0."""
+        config = self.config
+        assert x.q_plain is not None and x.k_plain is not None
+        source = {"q": x.q_plain, "k": x.k_plain, "v": x.v}[config.gate_source]
+        source = source.to(accumulator(source))
+        if config.gate_source == "q":
+            source = source.unflatten(2, (self.geometry.kv_heads, -1)).mean(3)
+        if source.shape[-1] != self.width:
+            source = source.unflatten(-1, (self.width, -1)).mean(-1)
+        bias = self.gate_bias if config.train_gate_bias else config.gate_bias
+        steps = config.gate_normalizer or (1.0 if config.variant == "hgrn2" else 16.0)
+        log_decay = logsigmoid(source + bias) / steps
+        if config.hgrn2_lower_bound:
+            floor = torch.full_like(log_decay, math.log(config.hgrn2_lower_bound))
+            log_decay = torch.logaddexp(floor, log_decay + math.log1p(-config.hgrn2_lower_bound))
+        return log_decay
+
+    def _query(self, x: MixerInput) -> Tensor:
+        """[B, T, H, K] as the recurrence reads it."""
+        q = x.q if self.config.rope_on_recurrent else x.q_plain
+        assert q is not None
+        q = q.to(accumulator(q))
+        return q if self._reads_raw else q.softmax(dim=-1)
+
+    def _key(self, x: MixerInput, log_decay: Tensor) -> Tensor:
+        """[B, T, G, K] as the recurrence reads it."""
+        config = self.config
+        if config.variant == "hgrn2":
+            return -torch.expm1(log_decay)
+        k = x.k if config.rope_on_recurrent else x.k_plain
+        assert k is not None
+        k = k.to(accumulator(k))
+        if self._reads_raw:
+            return k
+        if config.train_key_temperature:
+            return (k * torch.exp(-self.log_temperature)[:, None]).softmax(dim=-1)
+        return (k / config.key_temperature).softmax(dim=-1)
+
+    @property
+    def _reads_raw(self) -> bool:
+        return self.config.variant == "gsa" or self.config.feature_map == "identity"
+
+    # The state.
+
+    def _sizes(self, pending: int) -> tuple[int, int, int]:
+        """Tokens in the rings of k, of v, and of the recurrence."""
+        config = self.config
+        window = config.window + pending if config.has_window else 0
+        recurrence = pending if config.has_recurrence else 0
+        return window, max(window, recurrence), recurrence
+
+    def _start(self, x: MixerInput) -> LigerState:
+        shape, rows, width = self.geometry, len(x.k), self.width
+        k, v, recurrence = self._sizes(x.pending)
+        exact: dict[str, Any] = {"dtype": accumulator(x.v), "device": x.v.device}
+        groups = shape.kv_heads if self.config.has_recurrence else 0
+        slots = groups if self.config.variant == "gsa" else 0
+        zero = torch.zeros(rows, dtype=torch.long, device=x.k.device)
+        return LigerState(
+            x.k.new_zeros(rows, k, shape.kv_heads, shape.key_dim),
+            x.v.new_zeros(rows, v, shape.kv_heads, shape.value_dim),
+            torch.zeros(rows, recurrence, groups, shape.key_dim, **exact),
+            torch.zeros(rows, recurrence, groups, width, **exact),
+            torch.zeros(rows, groups, width, shape.value_dim + self.config.normalize, **exact),
+            torch.zeros(rows, slots, shape.key_dim, width, **exact),
+            zero,
+            zero,
+        )
+
+    def _grow(self, state: LigerState, pending: int) -> LigerState:
+        k, v, recurrence = self._sizes(pending)
+        rings = {"k": k, "v": v, "key": recurrence, "log_decay": recurrence}
+        larger = {name: resize(getattr(state, name), state.seen, size) for name, size in rings.items()}
+        return state._replace(**larger)
+
+
+LIGER = Method(
+    "liger",
+    LigerConfig,
+    LigerMixer,
+    "a recurrence gated by the model's own keys, averaged with a softmax window",
+)
