@@ -1,7 +1,7 @@
 """The only door to compute: a mixer calls an operation here and never asks which version runs.
 
 Each operation has a plain torch reference of the same signature, in ``reference.py``, ``gated.py`` or ``selection.py``.
-There is no other version yet, so the choice is only between their two forms: many queries (chunked) and few (recurrent).
+There is no other version yet; the choice is only between their forms: many queries (chunked) and few (recurrent).
 """
 
 from .gated import gated_chunked, gated_recurrent, joined_chunked, joined_recurrent
