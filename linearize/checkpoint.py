@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import transformers
 from safetensors import SafetensorError
-from transformers import AutoTokenizer, PreTrainedConfig
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from .modeling.errors import CheckpointError
@@ -45,6 +45,11 @@ def save(
     ``extra`` maps file names to text or to JSON content written beside the weights. The folder appears complete, by a
     rename, or not at all. Raises :class:`CheckpointError` when it exists and is not empty, or cannot be written.
     """
+    if not isinstance(model, PreTrainedModel):
+        raise CheckpointError(
+            f"{type(model).__name__}: is a wrapper, not a transformers model; "
+            "merge its adapter and save the model inside"
+        )
     if not getattr(model.config, "linearize", None):
         raise CheckpointError(f"{type(model).__name__}: is not a converted model; use convert first")
     with replacing(Path(folder)) as target:

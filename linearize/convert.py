@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from .methods import spread
@@ -41,6 +41,8 @@ class Probed:
     module: str
     geometry: Geometry
     sliding_window: int | None
+    source: int
+    """The layer that its keys and values come from: itself, or an earlier one that it shares them with."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +97,7 @@ def probe(model: PreTrainedModel) -> dict[int, Probed]:
 
     Raises :class:`ConversionError` for a model whose attention cannot be replaced, naming the family and the reason.
     """
+    _require_model(model)
     family = model.config.model_type
     if model.config.is_encoder_decoder:
         raise ConversionError(
@@ -127,24 +130,44 @@ def probe(model: PreTrainedModel) -> dict[int, Probed]:
     return dict(sorted(found.items()))
 
 
+def _require_model(model: Any) -> None:
+    if not isinstance(model, PreTrainedModel):
+        raise ConversionError(
+            f"{type(model).__name__}: is a wrapper, not a transformers model; give the model inside it, "
+            "after merging an adapter"
+        )
+
+
 def _writer(model: Any, found: dict[int, Probed]) -> Recorder:
     """A recorder that writes what it sees into ``found``."""
     paths = {id(module): name for name, module in model.named_modules()}
     family, hidden = model.config.model_type, model.config.get_text_config().hidden_size
+    keys: list[tuple[int, Tensor]] = []
 
     def record(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, **kwargs: Any) -> Tensor:
         index = getattr(module, "layer_idx", None)
-        if index is None or index in found:
+        if index is None:
+            raise ConversionError(f"{family}: an attention layer has no layer_idx, so its cache has no place")
+        if index in found:
             raise ConversionError(
                 f"{family}: layer {index} calls attention more than once, which is not supported"
             )
+        if module.config is not model.config:
+            raise ConversionError(
+                f"{family}: its text layers have a configuration of their own; load the text model alone, "
+                "by its own causal-LM class, and convert that"
+            )
+        if kwargs.get("is_causal", getattr(module, "is_causal", True)) is False:
+            raise ConversionError(f"{family}: layer {index} attends in both directions; give a causal LM")
         for name, meaning in REFUSED_KEYWORDS.items():
             if kwargs.get(name) is not None:
                 raise ConversionError(
                     f"{family}: layer {index} uses {meaning} ({name}), which no method honours"
                 )
         geometry = Geometry(q.shape[1], k.shape[1], q.shape[-1], v.shape[-1], hidden)
-        found[index] = Probed(paths[id(module)], geometry, kwargs.get("sliding_window"))
+        source = next((earlier for earlier, key in keys if key is k), index)
+        keys.append((index, k))
+        found[index] = Probed(paths[id(module)], geometry, kwargs.get("sliding_window"), source)
         return _silence(q, v)
 
     return record
@@ -200,10 +223,12 @@ def convert(
     Raises :class:`ConversionError`: a family that cannot be converted, an index that does not exist, a configuration
     impossible at a layer's geometry.
     """
+    _require_model(model)
     if getattr(model.config, "linearize", None):
         raise ConversionError(f"{type(model).__name__}: is converted already; use unconvert first")
     found = probe(model)
     chosen = _choose(found, methods, layers, convert_sliding)
+    _check_memory(model, {i: found[i] for i, c in chosen.items() if METHODS[c.name].mixer}, found)
     spec: dict[str, Any] = {
         "format": FORMAT,
         "version": _version(),
@@ -253,6 +278,27 @@ def _choose(
     return dict(sorted(chosen.items()))
 
 
+def _check_memory(model: Any, chosen: Mapping[int, Probed], found: Mapping[int, Probed]) -> None:
+    """Refuse layers whose place in the cache is not theirs alone, and layers whose weights are elsewhere."""
+    family, cache = model.config.model_type, DynamicCache(config=model.config)
+    shared = {layer.source for index, layer in found.items() if layer.source != index}
+    for index, layer in chosen.items():
+        if layer.source in shared:
+            raise ConversionError(
+                f"{family}: layer {index} shares its keys and values with another layer; leave it out of layers"
+            )
+        if index < len(cache.layers) and hasattr(cache.layers[index], "update_conv_state"):
+            raise ConversionError(
+                f"{family}: layer {index} keeps a linear state of its own beside attention; leave it out of layers"
+            )
+        attention = model.get_submodule(layer.module)
+        hooked = any(hasattr(module, "_hf_hook") for module in attention.modules())
+        if hooked and next(attention.parameters()).is_meta:
+            raise ConversionError(
+                f"{family}: the weights of layer {index} are offloaded; load the model without offloading to convert it"
+            )
+
+
 def _ranges(indices: list[int]) -> str:
     if indices == list(range(len(indices))):
         return f"0 to {indices[-1]}"
@@ -270,6 +316,7 @@ def _version() -> str:
 
 def unconvert(model: Any) -> PreTrainedModel:
     """The plain model back, in place: classes, names and weights are those it was loaded with."""
+    _require_model(model)
     if not getattr(model.config, "linearize", None):
         raise ConversionError(f"{type(model).__name__}: is not a converted model")
     return unconvert_(model)

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny import FAMILIES, ids, randomise, student, tiny, variants
 from transformers import AutoModelForCausalLM
@@ -129,7 +130,8 @@ import sys
 import torch
 from transformers import AutoModelForCausalLM
 from linearize import checkpoint
-from linearize.modeling.attention import attention_mode
+from linearize.convert import unconvert
+from linearize.modeling.attention import NAME, attention_mode
 loaded = []
 for folder in sys.argv[1:]:
     loaded.append((folder, AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype="auto")))
@@ -143,8 +145,13 @@ for _ in range(2):
             assert torch.equal(model(expected["x"]).logits, expected["logits"]), folder
             with attention_mode("softmax"):
                 soft = model(expected["x"]).logits
+            # Equal code shares the mode; another version does not hear of it.
+            shares = model.config._attn_implementation == NAME
+            assert torch.equal(soft, expected["logits"]) != shares, folder
             assert torch.equal(model(expected["x"]).logits, expected["logits"]), folder
 names = {model.config._attn_implementation for _, model in loaded}
+plain = {type(unconvert(model)).__module__ for _, model in loaded}
+assert plain == {"transformers.models.llama.modeling_llama"}, plain
 print(len(names), "names")
 """
 
@@ -302,6 +309,11 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path, monkeypatch):
 def test_saving_a_plain_model_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match="not a converted model"):
         checkpoint.save(tiny(), None, tmp_path / "student")
+    wrapped = get_peft_model(student(), LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(
+        CheckpointError, match="PeftModel: is a wrapper"
+    ):  # whose own save keeps adapters only
+        checkpoint.save(wrapped, None, tmp_path / "student")
 
 
 def test_softmax_mode_reaches_a_loaded_student(tmp_path):

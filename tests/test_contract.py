@@ -49,6 +49,12 @@ def test_lengths_around_the_window(config, length):
     assert_near(in_pieces(model, x, [1] * length)[0], logits(model, x), "logits")
 
 
+def test_a_long_chunk_after_a_short_beginning(config):
+    """Longer than any piece that a mixer takes a chunk in, behind less than a window."""
+    model, x = student("llama", config, num_hidden_layers=1), ids(2, 300)
+    assert_near(in_pieces(model, x, [2, 298])[0], logits(model, x), "logits")
+
+
 def test_a_later_token_changes_no_earlier_output(config):
     model, x = student("llama", config), ids(1, T)
     other = x.clone()
@@ -103,6 +109,45 @@ def test_packed_documents_equal_separate_ones(config, how):
         kwargs |= {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": 23, "max_length_k": 23}
     together = logits(model, packed, use_cache=False, **kwargs)
     assert_near(together, torch.cat([logits(model, d) for d in documents], 1), "logits")
+
+
+def test_packed_batches_of_short_documents(config):
+    """Rows with borders in the same places, one shared row of positions, documents of a single token among them."""
+    model, lengths = student("llama", config), (1, 9, 1, 1, 20, 1)
+    documents = [ids(3, n, seed=n + i) for i, n in enumerate(lengths)]
+    positions = torch.cat([torch.arange(n) for n in lengths])[None]
+    together = logits(model, torch.cat(documents, 1), position_ids=positions, use_cache=False)
+    assert_near(together, torch.cat([logits(model, d) for d in documents], 1), "logits")
+
+
+def test_padded_chunks_crops_and_reorders_in_any_order(config):
+    """A long life of one cache: ragged and empty rows in every chunk, rejections, recording on and off, beams."""
+    model, generator = student("llama", config, num_hidden_layers=2), torch.Generator().manual_seed(0)
+    cache, x = DynamicCache(config=model.config), torch.zeros(3, 0, dtype=torch.long)
+    mask = x.clone()
+    for step, length in enumerate((3, 1, 17, 1, 40, 5, 1, 9, 1, 1, 30, 2)):
+        new = torch.randint(3, 97, (3, length), generator=generator)
+        valid = torch.rand(3, length, generator=generator) < 0.7
+        valid[step % 3] = step % 2 == 1  # a row without any token, or without padding
+        x, mask = torch.cat([x, new], 1), torch.cat([mask, valid.long()], 1)
+        positions = (mask.cumsum(1) - 1).clamp_min(0)
+        output = logits(
+            model, new, attention_mask=mask, position_ids=positions[:, -length:], past_key_values=cache
+        )
+        expected = logits(model, x, attention_mask=mask, position_ids=positions, use_cache=False)
+        assert_near(output[valid], expected[:, -length:][valid], "logits")
+        if step == 1:
+            cache.activate_past_recording()
+        if step in (4, 7):
+            cache.crop(-length)
+            x, mask = x[:, :-length], mask[:, :-length]
+        if step == 5:
+            beams = torch.tensor([2, 0, 2])
+            cache.reorder_cache(beams)
+            x, mask = x[beams], mask[beams]
+        if step == 8:  # as generate does when it hands a cache back
+            for layer in cache.layers:
+                layer.record_past = False
 
 
 def test_the_state_does_not_grow(config):

@@ -4,9 +4,17 @@ import dataclasses
 
 import pytest
 import torch
+from accelerate import cpu_offload, dispatch_model
+from peft import LoraConfig, get_peft_model
 from tiny import FAMILIES, UNSUPPORTED, ids, student, tiny
 from tolerances import assert_near
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
+    Gemma3ForConditionalGeneration,
+)
 
 from linearize.convert import convert, describe, probe, projections, unconvert
 from linearize.modeling.attention import attention_mode
@@ -158,6 +166,58 @@ def test_learned_sinks_are_refused():
         convert(model, CONFIG)
 
 
+def test_a_text_model_inside_another_is_refused():
+    """Its layers read a configuration that ours does not reach: they would keep softmax without a word."""
+    vision = dict(
+        hidden_size=8,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        image_size=4,
+        patch_size=2,
+    )
+    text = FAMILIES["gemma3_text"] | {"model_type": "gemma3_text"}
+    config = AutoConfig.for_model("gemma3", text_config=text, vision_config=vision, mm_tokens_per_image=4)
+    with pytest.raises(ConversionError, match=r"gemma3: its text layers have a configuration of their own"):
+        convert(Gemma3ForConditionalGeneration._from_config(config), CONFIG)
+
+
+def test_layers_that_look_ahead_are_refused():
+    with pytest.raises(ConversionError, match=r"gemma3_text: layer 0 attends in both directions"):
+        convert(tiny("gemma3_text", use_bidirectional_attention=True), CONFIG)
+
+
+def test_layers_that_share_keys_or_keep_a_state_of_their_own_are_refused():
+    fields = dict(num_kv_shared_layers=1, hidden_size_per_layer_input=8, vocab_size_per_layer_input=97)
+    config = AutoConfig.for_model("gemma4_text", **FAMILIES["gemma3_text"] | fields)
+    model = AutoModelForCausalLM.from_config(config)
+    for layers in ([1], [2]):
+        with pytest.raises(ConversionError, match=rf"gemma4_text: layer {layers[0]} shares its keys"):
+            convert(model, CONFIG, layers)
+    mamba = dict(mamba_d_ssm=32, mamba_n_heads=4, mamba_d_head=8, mamba_d_state=8, mamba_n_groups=1)
+    config = AutoConfig.for_model("falcon_h1", **FAMILIES["llama"] | mamba)
+    with pytest.raises(ConversionError, match=r"falcon_h1: layer 0 keeps a linear state of its own"):
+        convert(AutoModelForCausalLM.from_config(config), CONFIG)
+
+
+@torch.no_grad()
+def test_models_under_hooks_of_accelerate_are_converted_too():
+    x = ids()
+    expected = tiny()(x).logits, convert(tiny(), CONFIG)(x).logits
+    model = dispatch_model(tiny(), {"": "cpu"}, force_hooks=True)
+    assert torch.equal(convert(model, CONFIG)(x).logits, expected[1])
+    assert torch.equal(unconvert(model)(x).logits, expected[0])
+    with pytest.raises(ConversionError, match="weights of layer 0 are offloaded"):
+        convert(cpu_offload(tiny(), execution_device="cpu"), CONFIG)
+
+
+def test_wrapped_models_are_refused():
+    wrapped = get_peft_model(student(), LoraConfig(target_modules=["q_proj"]))
+    for change in (lambda: convert(wrapped, CONFIG), lambda: unconvert(wrapped)):
+        with pytest.raises(ConversionError, match="PeftModel: is a wrapper"):
+            change()
+
+
 @pytest.mark.parametrize(
     ("config", "layers", "message"),
     [
@@ -167,6 +227,7 @@ def test_learned_sinks_are_refused():
         (LolcatsConfig(window_kind="round"), "all", "window_kind: 'round' is unknown"),
         (LolcatsConfig(feature_dim=7), "all", "feature_dim: 7"),
         (LolcatsConfig(feature_dim=64), "all", "feature_dim: 64"),
+        (LolcatsConfig(feature_dim=0), "all", "feature_dim: 0"),
         (LolcatsConfig(feature_map="cosine"), "all", "feature_map: 'cosine' is unknown"),
         (LolcatsConfig(tie_qk_map=True, kv_tied_map=True), "all", "tie_qk_map"),
         (WindowConfig(sinks=-1), "all", "sinks: -1 is impossible"),

@@ -9,6 +9,8 @@ from tiny import ids, student, tiny
 from tolerances import assert_near
 from transformers import DynamicCache
 
+from linearize.convert import convert
+from linearize.modeling.attention import LinearMask, attention_mode
 from linearize.modeling.errors import LinearizeError
 from linearize.modeling.lawcat import LawcatConfig
 from linearize.modeling.liger import LigerConfig
@@ -171,35 +173,71 @@ def test_long_decoding_stays_finite_and_its_sums_exact():
 
 def test_a_cache_of_softmax_keys_is_refused():
     model, x = student(), ids(1, 8)
-    from linearize.modeling.attention import attention_mode
-
     with torch.no_grad(), attention_mode("softmax"):
         cache = model(x, use_cache=True).past_key_values
     with torch.no_grad(), pytest.raises(LinearizeError, match="layer 0 holds softmax keys of 8 tokens"):
         model(x[:, :1], past_key_values=cache)
 
 
-def test_taking_back_more_than_recorded_is_refused():
+@torch.no_grad()
+def test_a_cache_of_states_is_refused_in_softmax_mode_until_it_is_emptied():
     model, x = student(), ids(1, 8)
-    with torch.no_grad():
-        cache = model(x, use_cache=True).past_key_values
+    cache = model(x, use_cache=True).past_key_values
+    with attention_mode("softmax"):
+        with pytest.raises(LinearizeError, match="layer 0 holds a state of 8 tokens, not softmax keys"):
+            model(x[:, :1], past_key_values=cache)
+        cache.reset()
+        first, rest = (model(part, past_key_values=cache).logits for part in (x[:, :5], x[:, 5:]))
+        assert_near(torch.cat([first, rest], 1), model(x).logits, "logits")
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_softmax_mode_generates_with_a_static_cache(family):
+    model, (x, mask) = tiny(family, dtype=torch.float64), padded()
+    kwargs = dict(cache_implementation="static", disable_compile=True)
+    expected = generate(model, x, mask, **kwargs)
+    with attention_mode("softmax"):
+        assert torch.equal(generate(convert(model, CONFIGS["sliding"]), x, mask, **kwargs), expected)
+
+
+def test_packed_documents_cannot_share_a_cache():
+    ends = torch.tensor([0, 3, 8], dtype=torch.int32)
+    with torch.no_grad(), pytest.raises(LinearizeError, match=r"2 packed documents .* pass use_cache=False"):
+        student()(ids(1, 8), cu_seq_lens_q=ends, cu_seq_lens_k=ends, max_length_q=5, max_length_k=5)
+
+
+@torch.no_grad()
+def test_taking_back_more_than_recorded_is_refused():
+    model, x = student(), ids(1, 60)
+    cache = model(x[:, :8], use_cache=True).past_key_values
     with pytest.raises(LinearizeError, match="activate_past_recording"):
+        cache.crop(-2)
+    cache.activate_past_recording()
+    model(x[:, 8:20], past_key_values=cache)
+    for layer in cache.layers:
+        layer.record_past = False
+    model(x[:, 20:], past_key_values=cache)
+    with pytest.raises(LinearizeError, match="activate_past_recording"):  # what was recorded is long folded
         cache.crop(-2)
 
 
 def test_the_mask_takes_no_quadratic_memory():
     model = student("llama", CONFIGS["sliding"])
-    from linearize.modeling.attention import LinearMask
-
     masks = []
     model.model.layers[0].self_attn.register_forward_pre_hook(
         lambda m, a, k: masks.append(k["attention_mask"]), with_kwargs=True
     )
     x = ids(2, 300)
+    real = torch.ones_like(x)
+    real[0, :5] = 0
     with torch.no_grad():
-        model(x, attention_mask=torch.ones_like(x))
+        model(x, attention_mask=real)
     (mask,) = masks
     assert isinstance(mask, LinearMask) and mask.valid.shape == (2, 300) and not mask._base
+    # A layer on another device gets what it needs there.
+    elsewhere = torch.device("meta")
+    assert mask.base(x.device).shape == mask.base(elsewhere).shape == (2, 1, 300, 300)
+    assert mask.base(elsewhere).is_meta and mask.padding(elsewhere).is_meta
 
 
 def test_copies_and_pickles_compute_the_same():
@@ -209,17 +247,28 @@ def test_copies_and_pickles_compute_the_same():
     assert torch.equal(pickle.loads(pickle.dumps(model))(x).logits, expected)
 
 
-def test_offloading_a_state_brings_it_back():
+def test_a_state_is_never_offloaded():
+    """``Cache.update`` offloads a layer before its mixer has read the state."""
     model, x = student(), ids(1, 12)
     with torch.no_grad():
         cache = model(x, use_cache=True).past_key_values
     layer = cache.layers[0]
-    before = layer.state
+    layer.state = layer.state._replace(k=layer.state.k.to("meta"))  # any device but the CPU
     layer.offload()
-    layer.prefetch()
-    assert all(torch.equal(a, b) for a, b in zip(before, layer.state, strict=True))
+    assert layer.state.k.is_meta
     layer.reset()
     assert layer.get_seq_length() == 0 and layer.state is None
+
+
+def test_a_compiled_forward_is_one_graph_in_every_mode():
+    model, x = student("llama", CONFIGS["sliding"], layers=[0, 2]), ids(1, 20)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    for mode in ("linear", "softmax", "linear"):
+        with torch.no_grad(), attention_mode(mode):
+            assert torch.equal(compiled(x, use_cache=False).logits, model(x, use_cache=False).logits)
+    packed = torch.cat([torch.arange(8), torch.arange(12)])[None]
+    with torch.no_grad(), pytest.raises(RuntimeError, match="a compiled forward needs cu_seq_lens_q"):
+        compiled(x, position_ids=packed, use_cache=False)
 
 
 def test_two_rows_of_a_reordered_cache():

@@ -11,6 +11,7 @@ import functools
 import hashlib
 import inspect
 import sys
+import types
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from pathlib import Path
@@ -22,7 +23,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .cache import cache_layer
+from .cache import cache_layer, keys_layer
 from .errors import ConversionError, LinearizeError
 from .mixer import Fit, Mixer, MixerInput, Rows, rows_of
 
@@ -38,6 +39,27 @@ class Mode(NamedTuple):
 
 
 LINEAR = Mode("linear")
+
+
+class CurrentMode:
+    """The mode in force: a context variable, and beside it the plain field that compiled code can trace and guard."""
+
+    def __init__(self, name: str):
+        self.variable = ContextVar(name, default=LINEAR)
+        self.traced = LINEAR
+
+    def get(self) -> Mode:
+        return self.traced if torch.compiler.is_compiling() else self.variable.get()
+
+    @contextlib.contextmanager
+    def hold(self, mode: Mode) -> Iterator[None]:
+        token, before = self.variable.set(mode), self.traced
+        self.traced = mode
+        try:
+            yield
+        finally:
+            self.variable.reset(token)
+            self.traced = before
 
 
 def _source_hash() -> str:
@@ -67,44 +89,57 @@ def attention_mode(name: str, record: Record | None = None) -> Iterator[None]:
         raise LinearizeError(f"attention_mode: {name!r} is unknown; choose from {', '.join(MODES)}")
     if (name == "transfer") != (record is not None):
         raise LinearizeError("attention_mode: give record= with 'transfer', and only then")
-    token = MODE.set(Mode(name, record))
-    try:
+    with MODE.hold(Mode(name, record)):
         yield
-    finally:
-        MODE.reset(token)
 
 
 class LinearMask:
-    """Travels as ``attention_mask`` down to the attention function: padding in O(T), and the stock mask on demand."""
+    """Travels as ``attention_mask`` down to the attention function: padding in O(T), and the stock mask on demand.
+
+    Layers may lie on several devices: each asks for what it needs on its own.
+    """
+
+    ndim = 4
+    """What transformers takes for a finished mask, as ``generate`` makes one ahead of the forward."""
 
     def __init__(self, mode: Mode, base: str, request: dict[str, Any]):
         self.attention_mode, self.base_name, self.request = mode, base, request
-        self._base: dict[str, Any] = {}
-        self._rows: dict[bool, Rows | None] = {}
+        self._base: dict[torch.device, Any] = {}
+        self._rows: dict[tuple[torch.device, bool], Rows | None] = {}
         mask, length = request["attention_mask"], request["q_length"]
         self.valid: Tensor | None = None if mask is None else mask[:, -length:]
 
-    def base(self) -> Any:
+    def base(self, device: torch.device) -> Any:
         """The mask of the base attention implementation, for layers that compute softmax; made once a forward."""
-        if self.base_name not in self._base:
-            self._base[self.base_name] = ALL_MASK_ATTENTION_FUNCTIONS[self.base_name](**self.request)
-        return self._base[self.base_name]
+        if device not in self._base:
+            home = self.request["device"]
+            if device == home:
+                made = ALL_MASK_ATTENTION_FUNCTIONS[self.base_name](**self.request)
+            else:
+                made = self.base(home)
+                made = None if made is None else made.to(device)
+            self._base[device] = made
+        return self._base[device]
 
-    def rows(self, documents: Tensor | None) -> Rows | None:
+    def padding(self, device: torch.device) -> Tensor | None:
+        """[B, T] bool, True for a real token; None without a mask."""
+        return None if self.valid is None else self.valid.to(device)
+
+    def rows(self, documents: Tensor | None, device: torch.device) -> Rows | None:
         """The layout that takes this batch's padding (or packing) away; made once a forward."""
-        key = documents is not None
+        key = (device, documents is not None)
         if key not in self._rows:
-            self._rows[key] = rows_of(self.valid, documents)
+            self._rows[key] = rows_of(self.padding(device), documents)
         return self._rows[key]
 
 
 def _make_mask(**request: Any) -> LinearMask:
+    if hasattr(request["attention_mask"], "attention_mode"):
+        return request["attention_mask"]
     for name in ("q_offset", "kv_offset"):  # live counters of static caches would change under a lazy mask
         if isinstance(request.get(name), Tensor):
             request[name] = request[name].clone()
-    mode = MODE.get()
-    assert mode is not None
-    return LinearMask(mode, base_attention(request["config"]), request)
+    return LinearMask(MODE.get(), base_attention(request["config"]), request)
 
 
 def base_attention(config: Any) -> str:
@@ -120,9 +155,13 @@ def documents_of(
         marks = torch.zeros(batch * time + 1, dtype=torch.long, device=cu_seq_lens.device)
         marks[cu_seq_lens.long()] = 1
         return marks[:-1].cumsum(0).view(batch, time)
-    if position_ids is None or position_ids.ndim != 2 or time == 1 or torch.compiler.is_compiling():
+    if position_ids is None or position_ids.ndim != 2 or time == 1:
         return None
     breaks = position_ids.diff(dim=-1) != 1
+    if torch.compiler.is_compiling():  # which cannot branch on values, but can check them
+        line = "position_ids: a compiled forward needs cu_seq_lens_q of packed documents"
+        torch._assert_async(~breaks.any(), line)  # type: ignore[attr-defined]
+        return None
     if not bool(breaks.any()):
         return None
     documents = torch.zeros_like(position_ids)
@@ -152,8 +191,8 @@ class LinearAttention(nn.Module):
         mask, rope = call.get("attention_mask"), call.get("position_embeddings")
         cache = call.get("past_key_values", call.get("layer_past"))
         linear = _mode_of(mask).name == "linear"
-        if linear and cache is not None:
-            cache_layer(cache, self.layer_idx)
+        if cache is not None:
+            (cache_layer if linear else keys_layer)(cache, self.layer_idx)
         deferred = self.mixer.wants_unrotated and rope is not None and _mode_of(mask).name != "softmax"
         if deferred and rope is not None:
             kwargs["position_embeddings"] = (torch.ones_like(rope[0]), torch.zeros_like(rope[1]))
@@ -181,7 +220,8 @@ class LinearAttention(nn.Module):
                 *frozen, tuple(t.detach() for t in plain), mask, linear_context, kwargs, keep=False
             )
             assert mode.record is not None
-            mode.record(self.layer_idx, student, teacher.detach(), getattr(mask, "valid", None))
+            valid = mask.padding(q.device) if hasattr(mask, "attention_mode") else None
+            mode.record(self.layer_idx, student, teacher.detach(), valid)
         return teacher, weights
 
     def _mix(self, q, k, v, plain, mask, context, kwargs, keep=True) -> Tensor | Fit:
@@ -194,10 +234,15 @@ class LinearAttention(nn.Module):
         batch, time = q.shape[:2]
         hidden = context.hidden.detach() if not keep else context.hidden
         cache = context.cache if keep else None
-        documents = None
-        if cache is None and (mask is None or mask.valid is None):
-            documents = documents_of(kwargs.get("position_ids"), kwargs.get("cu_seq_lens_q"), batch, time)
-        rows = rows_of(None, documents) if mask is None else mask.rows(documents)
+        valid = None if mask is None else mask.padding(q.device)
+        documents, lens = None, kwargs.get("cu_seq_lens_q")
+        if valid is None and context.cache is None:
+            documents = documents_of(kwargs.get("position_ids"), lens, batch, time)
+        elif valid is None and lens is not None and len(lens) > 2:
+            raise LinearizeError(
+                f"cu_seq_lens_q: {len(lens) - 1} packed documents cannot share a cache; pass use_cache=False"
+            )
+        rows = rows_of(None, documents) if mask is None else mask.rows(documents, q.device)
         parts = dict(hidden=hidden, q=q, k=k, v=v)
         if self.mixer.wants_unrotated:
             parts |= dict(q_plain=plain[0].transpose(1, 2), k_plain=plain[1].transpose(1, 2))
@@ -216,7 +261,7 @@ class LinearAttention(nn.Module):
         with torch.autocast(q.device.type, enabled=False):
             y, state = self.mixer(x, None if layer is None else layer.state)
         if layer is not None:
-            layer.store(state, time, None if mask is None else mask.valid)
+            layer.store(state, time, valid)
         return rows.scatter(y) if rows is not None and isinstance(y, Tensor) else y
 
 
@@ -231,7 +276,8 @@ def attend_base(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Any, *
     home = sys.modules[own_class(module).__module__]
     function: Callable = home.eager_attention_forward if name == "eager" else ALL_ATTENTION_FUNCTIONS[name]
     kwargs.pop("linear_context", None)
-    return function(module, q, k, v, mask.base() if hasattr(mask, "attention_mode") else mask, **kwargs)
+    mask = mask.base(q.device) if hasattr(mask, "attention_mode") else mask
+    return function(module, q, k, v, mask, **kwargs)
 
 
 def rotate(module: nn.Module, q: Tensor, k: Tensor, rope: Any) -> tuple[Tensor, Tensor]:
@@ -264,12 +310,12 @@ def _trampoline(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Any, *
     return (attend or functools.partial(attend_base, module))(q, k, v, mask, **kwargs)
 
 
-def _register() -> ContextVar[Mode]:
+def _register() -> CurrentMode:
     """Register the two functions once for every version of the code, and share the mode among equal copies."""
     known = AttentionMaskInterface._global_mapping.get(NAME)
     if known is not None:
         return known.mode  # type: ignore[attr-defined]
-    mode: ContextVar[Mode] = ContextVar(NAME, default=LINEAR)
+    mode = CurrentMode(NAME)
     AttentionInterface.register(NAME, _trampoline)
     make_mask = functools.partial(_make_mask)
     make_mask.mode = mode  # type: ignore[attr-defined]
@@ -285,10 +331,16 @@ def attach(attention: nn.Module, mixer: nn.Module) -> None:
     if hasattr(attention, "mixer"):
         raise ConversionError(f"{type(attention).__name__}: already has a submodule named 'mixer'")
     attention.mixer = mixer
-    attention.__class__ = linear_class(type(attention))
+    _become(attention, linear_class(type(attention)))
 
 
 def detach(attention: nn.Module) -> None:
     """Undo :func:`attach`."""
     del attention.mixer
-    attention.__class__ = own_class(attention)
+    _become(attention, own_class(attention))
+
+
+def _become(module: nn.Module, cls: type) -> None:
+    module.__class__ = cls
+    if "_old_forward" in vars(module):  # accelerate's hooks keep the forward that they wrap
+        module._old_forward = types.MethodType(cls.forward, module)  # type: ignore[attr-defined]

@@ -46,9 +46,11 @@ class StateLayer(CacheLayerMixin):
         self.is_initialized = True
         if self.record_past:
             new = torch.ones(len(state.seen), time, dtype=torch.bool, device=state.seen.device)
-            new = new if valid is None else valid
+            new = new if valid is None else valid.to(new.device)
             old = self._recent if self._recent is not None else new[:, :0]
             self._recent = torch.cat([old, new], 1)[:, -ROLLBACK:]
+        else:
+            self._recent = None  # what was recorded before is no longer the newest
 
     @property
     def state_bytes(self) -> int:
@@ -135,13 +137,10 @@ class StateLayer(CacheLayerMixin):
         self._map(lambda t: t[indices.to(t.device)])
 
     def offload(self) -> None:
-        if self.state is not None:
-            self.device = self.state.seen.device
-            self._map(lambda t: t.to("cpu", non_blocking=True))
+        """Nothing: a state is small and constant, and ``Cache.update`` offloads a layer before its mixer has run."""
 
     def prefetch(self) -> None:
-        if self.state is not None and self.state.seen.device != self.device:
-            self._map(lambda t: t.to(self.device, non_blocking=True))
+        """Nothing: the state never left."""
 
 
 def cache_layer(cache: Any, index: int) -> Any:
@@ -164,3 +163,19 @@ def cache_layer(cache: Any, index: int) -> Any:
     if getattr(layer, "record_past", False):
         cache.layers[index].activate_past_recording()
     return cache.layers[index]
+
+
+def keys_layer(cache: Any, index: int) -> None:
+    """Put the ordinary layer back where ``cache`` has an empty state layer at ``index``, for a softmax forward.
+
+    Raises :class:`LinearizeError` when the cache already holds a state there.
+    """
+    if index >= len(cache.layers) or not getattr(cache.layers[index], "is_linearize_state", False):
+        return
+    layer = cache.layers[index]
+    if int(layer.get_seq_length()) > 0:
+        raise LinearizeError(
+            f"past_key_values: layer {index} holds a state of {int(layer.get_seq_length())} tokens, not softmax keys; "
+            "start a new cache after switching the attention mode"
+        )
+    cache.layers[index] = layer.template

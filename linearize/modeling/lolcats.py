@@ -73,9 +73,13 @@ class LolcatsConfig(MethodConfig):
                 "drop one of tie_qk_map, kv_tied_map"
             )
         if geometry is not None:
-            FEATURE_MAPS[self.feature_map].check(
-                geometry.key_dim, self.feature_dim or geometry.key_dim, self.feature_init
-            )
+            width = feature_width(self, geometry)
+            FEATURE_MAPS[self.feature_map].check(geometry.key_dim, width, self.feature_init)
+
+
+def feature_width(config: LolcatsConfig, geometry: Geometry) -> int:
+    """F of a layer of this geometry."""
+    return geometry.key_dim if config.feature_dim is None else config.feature_dim
 
 
 class LolcatsState(NamedTuple):
@@ -104,7 +108,7 @@ class LolcatsMixer(Mixer):
 
     def __init__(self, config: LolcatsConfig, geometry: Geometry):
         super().__init__(config, geometry)
-        make, width = FEATURE_MAPS[config.feature_map], config.feature_dim or geometry.key_dim
+        make, width = FEATURE_MAPS[config.feature_map], feature_width(config, geometry)
         self.feature_dim = width
         self.state_heads = geometry.kv_heads if config.kv_tied_map else geometry.heads
         self.map_q = make(geometry.heads, geometry.key_dim, width, config.feature_init)

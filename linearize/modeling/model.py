@@ -42,6 +42,9 @@ STUB = "modeling_linearize"
 class LinearConfig:
     """Mixed into a model's own configuration class."""
 
+    is_linearize: ClassVar[bool] = True
+    """By which classes of any copy of this code are known."""
+
     def _remove_keys_not_serialized(self, output: dict[str, Any]) -> None:
         super()._remove_keys_not_serialized(output)  # type: ignore[misc]
         output.pop("_linearize_base", None)
@@ -50,6 +53,7 @@ class LinearConfig:
 class LinearModel(PreTrainedModel if TYPE_CHECKING else object):
     """Mixed into a causal-LM class, before it in the bases."""
 
+    is_linearize: ClassVar[bool] = True
     methods: ClassVar[Mapping[str, Method]] = {}
 
     def __init_subclass__(cls, **kwargs: Any):
@@ -112,8 +116,8 @@ class LinearModel(PreTrainedModel if TYPE_CHECKING else object):
 
 
 def native_class(cls: type) -> Any:
-    """The model's own class, below ours."""
-    return next(c for c in cls.__mro__ if not issubclass(c, LinearModel) and c is not LinearModel)
+    """The class of a model or configuration below ours."""
+    return next(c for c in cls.__mro__ if not hasattr(c, "is_linearize"))
 
 
 def check_format(spec: Any) -> Mapping[str, Any]:
@@ -199,7 +203,7 @@ def unconvert_(model: Any) -> Any:
     del config.linearize
     config.__dict__.pop("_linearize_base", None)
     config.__dict__.pop("auto_map", None)
-    config.__class__ = next(c for c in type(config).__mro__ if not issubclass(c, LinearConfig))
+    config.__class__ = native_class(type(config))
     model.__class__ = native_class(type(model))
     model._keep_in_fp32_modules_strict = set(model._keep_in_fp32_modules_strict) - {"mixer"}
     config._attn_implementation_internal = base

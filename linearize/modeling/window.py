@@ -14,7 +14,7 @@ from torch import Tensor
 from .errors import ConversionError
 from .mixer import Geometry, Method, MethodConfig, Mixer, MixerInput, check_window
 from .ops import window_attention, window_decode
-from .ring import final, resize, span, unroll, write
+from .ring import final, resize, span, take, unroll, write
 
 PIECE = 128
 """Tokens of a chunk that meet the slots at once; bounds the score matrix of a long chunk."""
@@ -72,41 +72,39 @@ class WindowMixer(Mixer):
         size = span(config.window, config.window_kind) + x.pending
         state = state._replace(k=resize(state.k, state.seen, size), v=resize(state.v, state.seen, size))
         total = state.seen + (x.q.shape[1] if x.lengths is None else x.lengths)
-        if y is None:
-            y = self._continue(x, state)
-        limit = final(total, config.window, config.window_kind, x.pending).maximum(state.folded)
-        return y, WindowState(
-            write(state.k, x.k, state.seen, total),
-            write(state.v, x.v, state.seen, total),
+        sinks = (
             self._first(state.sink_k, x.k, state.seen, total),
             self._first(state.sink_v, x.v, state.seen, total),
-            total,
-            limit,
         )
+        if y is None:
+            y = self._continue(x, state, sinks, total)
+        limit = final(total, config.window, config.window_kind, x.pending).maximum(state.folded)
+        k, v = (write(old, new, state.seen, total) for old, new in ((state.k, x.k), (state.v, x.v)))
+        return y, WindowState(k, v, *sinks, total, limit)
 
-    def _continue(self, x: MixerInput, state: WindowState) -> Tensor:
-        """A chunk or a step: every piece of the queries meets the slots that its window can reach, and the sinks."""
+    def _continue(
+        self, x: MixerInput, state: WindowState, sinks: tuple[Tensor, Tensor], total: Tensor
+    ) -> Tensor:
+        """A chunk or a step: every piece of the queries meets the sinks and the slots that its window can reach."""
         config, size = self.config, state.k.shape[1]
-        k, v = (unroll(old, new, state.seen, state.folded) for old, new in ((state.k, x.k), (state.v, x.v)))
-        position = state.folded[:, None] + torch.arange(k.shape[1], device=k.device)
+        # Column c is position seen - size + c in every row, so the window of query i begins at column i or later.
+        start = state.seen - size
+        k, v = (unroll(old, new, state.seen, start) for old, new in ((state.k, x.k), (state.v, x.v)))
+        position = start[:, None] + torch.arange(k.shape[1], device=k.device)
+        position = position.masked_fill(position < state.folded[:, None].clamp_min(config.sinks), -1)
         first = torch.arange(config.sinks, device=k.device).expand(len(k), -1)
-        first = first.masked_fill(first >= state.folded[:, None], -1)  # still in the buffer
+        first = first.masked_fill(first >= total[:, None], -1)
         outputs = []
-        for start in range(0, x.q.shape[1], PIECE):
-            stop = min(start + PIECE, x.q.shape[1])
-            query = state.seen[:, None] + torch.arange(start, stop, device=k.device)
-            # The window of these queries begins at column `start` or later; sinks may lie before it.
-            early = position[:, : min(config.sinks, start)]
-            near = slice(start, size + stop)
+        for begin in range(0, x.q.shape[1], PIECE):
+            end = min(begin + PIECE, x.q.shape[1])
+            near = slice(begin, size + end)
             outputs.append(
                 window_decode(
-                    x.q[:, start:stop],
-                    torch.cat([state.sink_k, k[:, : early.shape[1]], k[:, near]], 1),
-                    torch.cat([state.sink_v, v[:, : early.shape[1]], v[:, near]], 1),
-                    key_positions=torch.cat(
-                        [first, early.masked_fill(early >= config.sinks, -1), position[:, near]], 1
-                    ),
-                    query_positions=query,
+                    x.q[:, begin:end],
+                    torch.cat([sinks[0], k[:, near]], 1),
+                    torch.cat([sinks[1], v[:, near]], 1),
+                    key_positions=torch.cat([first, position[:, near]], 1),
+                    query_positions=state.seen[:, None] + torch.arange(begin, end, device=k.device),
                     scale=x.scale,
                     softcap=x.softcap,
                     window=config.window,
@@ -122,8 +120,7 @@ class WindowMixer(Mixer):
             return sink
         index = torch.arange(self.config.sinks, device=new.device) - seen[:, None]
         fresh = (index >= 0) & (index < (total - seen)[:, None])
-        rows = torch.arange(len(new), device=new.device)[:, None]
-        return torch.where(fresh[..., None, None], new[rows, index.clamp(0, new.shape[1] - 1)], sink)
+        return torch.where(fresh[..., None, None], take(new, index.clamp(0, new.shape[1] - 1)), sink)
 
     def _start(self, x: MixerInput) -> WindowState:
         size = span(self.config.window, self.config.window_kind) + x.pending
