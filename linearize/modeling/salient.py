@@ -102,6 +102,10 @@ class SalientState(NamedTuple):
         return Kept(self.kept_k, self.kept_v, self.kept_score)
 
 
+GRID = 2.0**-12
+"""Step to which scores are rounded before they are ranked, so that ties go to the lower position at any split."""
+
+
 class SalientMixer(Mixer):
     """One layer. Parameters, all the score's: ``inner`` M to D, ``outer`` D to G; ``context`` M to D for the mean."""
 
@@ -209,6 +213,8 @@ class SalientMixer(Mixer):
         """What tokens are ranked by [B, T, G], inf for the first of a row, and what the tail must remember of them."""
         position = seen[:, None] + torch.arange(x.hidden.shape[1], device=x.hidden.device)
         score, inputs = self._rank(x.hidden, tail, position)
+        # Equal tokens have equal scores but for the rounding of products, which depends on how a text is split.
+        score = (score / GRID).round() * GRID
         return score.masked_fill((position == 0)[..., None], torch.inf), inputs
 
     def _rank(self, hidden: Tensor, tail: Tensor, position: Tensor) -> tuple[Tensor, Tensor | None]:
