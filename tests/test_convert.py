@@ -45,14 +45,20 @@ def test_softmax_mode_is_the_original_bit_for_bit(family, layers):
     assert not torch.equal(model(x).logits, expected[0])
 
 
+@pytest.mark.parametrize(
+    "config",
+    [WindowConfig(window=40), LolcatsConfig(window=40, window_kind="sliding"), LolcatsConfig(window=20)],
+    ids=["window", "sliding", "terraced"],
+)
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
-def test_a_window_as_long_as_the_text_is_softmax(family):
+def test_a_window_as_long_as_the_text_is_softmax(family, config):
+    """T <= W, or 2 W terraced: nothing is linear, whatever the maps are."""
     model, x = tiny(family, dtype=torch.float64), ids()
     if family == "gemma2":
         model.set_attn_implementation("eager")  # transformers' sdpa leaves the soft-cap out
     expected = model(x).logits
-    convert(model, WindowConfig(window=64)).double()
+    convert(model, config).double()
     assert_near(model(x).logits, expected, "logits", torch.float32 if family == "gemma2" else None)
 
 

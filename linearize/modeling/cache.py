@@ -28,7 +28,6 @@ class StateLayer(CacheLayerMixin):
         super().__init__()
         self.template = template
         self.is_sliding = getattr(template, "is_sliding", False)
-        self.sliding_window = getattr(template, "sliding_window", None)
         self.state: Any = None
         self.record_past = False
         self._seen = 0
@@ -68,28 +67,21 @@ class StateLayer(CacheLayerMixin):
 
     def get_seq_length(self) -> Any:
         counter = getattr(self.template, "cumulative_length", None)
-        if isinstance(counter, Tensor):  # static caches count on the device
+        if isinstance(counter, Tensor) and not self.is_sliding:  # static caches count on the device
             return torch.full_like(counter, self._seen)
         return self._seen
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        length = getattr(self.template, "max_cache_len", None)
-        if length is not None and not self.is_sliding:
-            return length, 0
-        window = self.sliding_window
-        if not self.is_sliding or window is None:
-            return self._seen + query_length, 0
-        if length is not None:
-            return self._static_sliding_sizes(query_length, length)
+        length = getattr(
+            self.template, "max_cache_len", None
+        )  # of a static layer: its window, where it has one
+        if not self.is_sliding:
+            return (self._seen + query_length if length is None else length), 0
+        window = self.template.sliding_window if length is None else length
+        offset = max(self._seen - window + 1, 0)
         if self._seen >= window:
-            return window - 1 + query_length, self._seen - window + 1
-        return self._seen + query_length, max(self._seen - window + 1, 0)
-
-    def _static_sliding_sizes(self, query_length: int, length: int) -> tuple[int, int]:
-        offset = max(self._seen - length + 1, 0)
-        if self._seen >= length:
-            return max(length, length + query_length - 1), offset
-        return max(length, self._seen + query_length), offset
+            return window - 1 + query_length, offset
+        return max(self._seen + query_length, length or 0), offset
 
     def get_max_length(self) -> int:
         return -1
