@@ -265,7 +265,9 @@ def _claimed(folder: Path, recipe: Recipe) -> Iterator[None]:
 
 
 def _continuation(student: Any, tokenizer: Any, corpus: Corpus, recipe: Recipe) -> tuple[str, str]:
-    prompt = recipe.evaluate.prompt or tokenizer.decode(corpus.held_out_tokens[:PROMPT_TOKENS])
+    prompt = recipe.evaluate.prompt or tokenizer.decode(
+        corpus.held_out_tokens[:PROMPT_TOKENS], skip_special_tokens=True
+    )
     if not recipe.evaluate.generate_tokens:
         return prompt, ""
     sampling = {"do_sample": True, "temperature": 0.8, "top_p": 0.95, "seed": recipe.seed}
