@@ -98,9 +98,6 @@ class LinearMask:
     Layers may lie on several devices: each asks for what it needs on its own.
     """
 
-    ndim = 4
-    """What transformers takes for a finished mask, as ``generate`` makes one ahead of the forward."""
-
     def __init__(self, mode: Mode, base: str, request: dict[str, Any]):
         self.attention_mode, self.base_name, self.request = mode, base, request
         self._base: dict[torch.device, Any] = {}
@@ -133,8 +130,6 @@ class LinearMask:
 
 
 def _make_mask(**request: Any) -> LinearMask:
-    if hasattr(request["attention_mask"], "attention_mode"):
-        return request["attention_mask"]
     for name in ("q_offset", "kv_offset"):  # live counters of static caches would change under a lazy mask
         if isinstance(request.get(name), Tensor):
             request[name] = request[name].clone()
