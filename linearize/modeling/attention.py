@@ -82,8 +82,8 @@ def attention_mode(name: str, record: Record | None = None) -> Iterator[None]:
 
     ``softmax``: the teacher, bit for bit, its cache included. ``transfer``: every converted layer passes its softmax
     output on and calls ``record(layer, student, teacher, valid)`` under enabled gradients with both outputs
-    [B, T, H, V] and valid [B, T] (bool, None when nothing is padding); only the mixer is inside the graph. A mixer with
-    a loss of its own gives that as ``student``, a :class:`Fit`.
+    [B, T, H, V] and valid [B, T] (bool, None without a mask); only the mixer is inside the graph. A mixer with a loss
+    of its own gives that as ``student``, a :class:`Fit`.
     """
     if name not in MODES:
         raise LinearizeError(f"attention_mode: {name!r} is unknown; choose from {', '.join(MODES)}")
@@ -98,9 +98,6 @@ class LinearMask:
 
     Layers may lie on several devices: each asks for what it needs on its own.
     """
-
-    ndim = 4
-    """What transformers takes for a finished mask, as ``generate`` makes one ahead of the forward."""
 
     def __init__(self, mode: Mode, base: str, request: dict[str, Any]):
         self.attention_mode, self.base_name, self.request = mode, base, request
@@ -125,17 +122,19 @@ class LinearMask:
         """[B, T] bool, True for a real token; None without a mask."""
         return None if self.valid is None else self.valid.to(device)
 
-    def rows(self, documents: Tensor | None, device: torch.device) -> Rows | None:
-        """The layout that takes this batch's padding (or packing) away; made once a forward."""
-        key = (device, documents is not None)
+    def rows(self, device: torch.device, packing: tuple[Any, ...] | None) -> Rows | None:
+        """The layout that takes this batch's padding away, or its packing (the arguments of :func:`documents_of`).
+
+        Made once a forward: it reads values, for which a GPU must be waited for.
+        """
+        key = (device, packing is not None)
         if key not in self._rows:
+            documents = None if packing is None else documents_of(*packing)
             self._rows[key] = rows_of(self.padding(device), documents)
         return self._rows[key]
 
 
 def _make_mask(**request: Any) -> LinearMask:
-    if hasattr(request["attention_mask"], "attention_mode"):
-        return request["attention_mask"]
     for name in ("q_offset", "kv_offset"):  # live counters of static caches would change under a lazy mask
         if isinstance(request.get(name), Tensor):
             request[name] = request[name].clone()
@@ -235,14 +234,17 @@ class LinearAttention(nn.Module):
         hidden = context.hidden.detach() if not keep else context.hidden
         cache = context.cache if keep else None
         valid = None if mask is None else mask.padding(q.device)
-        documents, lens = None, kwargs.get("cu_seq_lens_q")
+        packing, lens = None, kwargs.get("cu_seq_lens_q")
         if valid is None and context.cache is None:
-            documents = documents_of(kwargs.get("position_ids"), lens, batch, time)
+            packing = (kwargs.get("position_ids"), lens, batch, time)
         elif valid is None and lens is not None and len(lens) > 2:
             raise LinearizeError(
                 f"cu_seq_lens_q: {len(lens) - 1} packed documents cannot share a cache; pass use_cache=False"
             )
-        rows = rows_of(None, documents) if mask is None else mask.rows(documents, q.device)
+        if mask is None:
+            rows = None if packing is None else rows_of(None, documents_of(*packing))
+        else:
+            rows = mask.rows(q.device, packing)
         parts = dict(hidden=hidden, q=q, k=k, v=v)
         if self.mixer.wants_unrotated:
             parts |= dict(q_plain=plain[0].transpose(1, 2), k_plain=plain[1].transpose(1, 2))

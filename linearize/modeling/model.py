@@ -97,6 +97,11 @@ class LinearModel(PreTrainedModel if TYPE_CHECKING else object):
                     layer.activate_past_recording()
         return result
 
+    @staticmethod
+    def create_masks_for_generate(*args: Any, attention_mask: Any = None, **request: Any) -> Any:
+        """The [B, T] mask as it is; with a static cache, ``generate`` would make ours ahead of the forward."""
+        return attention_mask
+
     def _initialize_missing_keys(self, *args: Any, **kwargs: Any) -> None:
         # Loading a base checkpoint straight into this class would leave uninitialised memory in the mixers.
         for mixer in self.mixers().values():
