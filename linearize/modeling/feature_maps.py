@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import elu
 
 from .errors import ConversionError
-from .reference import accumulator, full_precision
+from .tiles import accumulator, full_precision
 
 FeatureInit = Literal["identity", "kaiming"]
 

@@ -27,23 +27,23 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .reference import (
-    _join,
-    _near,
-    _near_positions,
-    _probabilities,
-    _slot_masks,
-    _slots,
-    _tile_length,
-    _untile,
-    _with_ones,
+from .tiles import (
     accumulator,
     full_precision,
     in_window,
+    join,
+    near_of,
+    near_positions,
+    per_head,
+    probabilities_of,
+    slot_masks,
+    slots_of,
+    tile_length,
+    tiles_of,
+    untile,
     window_mask,
+    with_ones,
 )
-from .reference import _per_head as per_head
-from .reference import _tiles as window_tiles
 
 Side = Literal["key", "value"]
 
@@ -59,7 +59,7 @@ def _prepare(
         raise ValueError(f"side={side!r}: choose key or value, and key with a normaliser")
     heads = k.shape[2]
     k, v, log_decay = (per_head(x.to(dtype), heads) for x in (k, v, log_decay))
-    return k, v if eps is None else _with_ones(v), log_decay
+    return k, v if eps is None else with_ones(v), log_decay
 
 
 def _divide(y: Tensor, eps: float | None) -> Tensor:
@@ -283,7 +283,7 @@ def joined_quadratic(
     inside, _ = window_mask(q.shape[1], window, "sliding", q.device)
     scores = scores.masked_fill(~inside[:, None], -torch.inf)
     weights = factor.to(dtype)[:, None] * torch.exp(scores - scores.amax(-1, keepdim=True))
-    total = torch.einsum("bihj,bjhv->bihv", weights, per_head(_with_ones(v.to(dtype)), heads)) + sums
+    total = torch.einsum("bihj,bjhv->bihv", weights, per_head(with_ones(v.to(dtype)), heads)) + sums
     return (total[..., :-1] / total[..., -1:]).to(v.dtype)
 
 
@@ -301,13 +301,13 @@ def joined_chunked(
 ) -> Tensor:
     """y [B, T, H, V]: ``joined_quadratic`` in time and memory linear in T."""
     length, groups, dtype, out_dtype = q.shape[1], k.shape[2], accumulator(q, k, v, sums), v.dtype
-    tile = _tile_length(length, window, "sliding")
-    q, k, v, sums = (window_tiles(x, tile, groups, dtype) for x in (q, k, v, sums))
-    k, v = _near(k[:, :, :, 0]), _near(_with_ones(v[:, :, :, 0]))
-    query, key = _near_positions(q.shape[2], tile, q.device)
+    tile = tile_length(length, window, "sliding")
+    q, k, v, sums = (tiles_of(x, tile, groups, dtype) for x in (q, k, v, sums))
+    k, v = near_of(k[:, :, :, 0]), near_of(with_ones(v[:, :, :, 0]))
+    query, key = near_positions(q.shape[2], tile, q.device)
     visible = in_window(query, key, window, "sliding") & (key <= query) & (key >= 0)
-    probabilities = _probabilities(q, k, visible[None, None], scale, softcap)
-    return _untile(_join(probabilities, v, sums.flatten(3, 4), q, factor, None), length, out_dtype)
+    probabilities = probabilities_of(q, k, visible[None, None], scale, softcap)
+    return untile(join(probabilities, v, sums.flatten(3, 4), q, factor, None), length, out_dtype)
 
 
 @full_precision
@@ -326,8 +326,8 @@ def joined_recurrent(
 ) -> Tensor:
     """y [B, Tq, H, V] of a few queries against slots in any order, as ``window_recurrent``."""
     length, groups, dtype = q.shape[1], k.shape[2], accumulator(q, k, v, sums)
-    queries, sums = (window_tiles(x, length, groups, dtype) for x in (q, sums))
-    visible, _ = _slot_masks(key_positions, query_positions, window, "sliding")
-    probabilities = _probabilities(queries, _slots(k, dtype), visible, scale, softcap)
-    values = _with_ones(_slots(v, dtype))
-    return _untile(_join(probabilities, values, sums.flatten(3, 4), queries, factor, None), length, v.dtype)
+    queries, sums = (tiles_of(x, length, groups, dtype) for x in (q, sums))
+    visible, _ = slot_masks(key_positions, query_positions, window, "sliding")
+    probabilities = probabilities_of(queries, slots_of(k, dtype), visible, scale, softcap)
+    values = with_ones(slots_of(v, dtype))
+    return untile(join(probabilities, values, sums.flatten(3, 4), queries, factor, None), length, v.dtype)

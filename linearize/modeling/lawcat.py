@@ -34,8 +34,8 @@ from .errors import ConversionError
 from .feature_maps import FEATURE_MAPS
 from .mixer import Geometry, Method, MethodConfig, Mixer, MixerInput, check_window
 from .ops import gated_attention, gated_decode, joined_attention, joined_decode
-from .reference import accumulator
 from .ring import at_columns, attend_through, new_columns, resize, unroll, write
+from .tiles import accumulator
 
 
 @dataclass(frozen=True)

@@ -31,8 +31,8 @@ from torch.nn.functional import logsigmoid
 from .errors import ConversionError
 from .mixer import Geometry, Method, MethodConfig, Mixer, MixerInput, check_window
 from .ops import gated_attention, gated_decode, window_attention, window_decode
-from .reference import accumulator
 from .ring import at_columns, attend_through, new_columns, resize, unroll, write
+from .tiles import accumulator
 
 NORMALIZER_EPS = 1e-10
 """Added to the normaliser of ``normalize``."""

@@ -22,18 +22,18 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .reference import (
-    _near,
-    _near_positions,
-    _per_head,
-    _probabilities,
-    _scores,
-    _slots,
-    _tiles,
-    _untile,
+from .tiles import (
     accumulator,
     full_precision,
     in_window,
+    near_of,
+    near_positions,
+    per_head,
+    probabilities_of,
+    scores_of,
+    slots_of,
+    tiles_of,
+    untile,
 )
 
 TILES_AT_ONCE = 16
@@ -84,8 +84,8 @@ def kept_quadratic(
     q, k, v = (x.to(dtype) for x in (q, k, v))
     kept, local = kept_mask(score, chunk=chunk, size=size)
     visible = (kept | local).repeat_interleave(heads // k.shape[2], dim=1)
-    scores = _scores(q, k, scale, softcap).masked_fill(~visible, -torch.inf)
-    y = torch.einsum("bhij,bjhv->bihv", torch.softmax(scores, dim=-1), _per_head(v, heads))
+    scores = scores_of(q, k, scale, softcap).masked_fill(~visible, -torch.inf)
+    y = torch.einsum("bhij,bjhv->bihv", torch.softmax(scores, dim=-1), per_head(v, heads))
     return y.to(out_dtype)
 
 
@@ -109,9 +109,9 @@ def future_attention(
     position = torch.arange(time, device=q.device)
     for start in range(2 * chunk, time, chunk):
         stop, old = min(start + chunk, time), start - chunk
-        queries = _tiles(q[:, start:stop], stop - start, groups, dtype)  # [B, G, 1, R, C, K]
+        queries = tiles_of(q[:, start:stop], stop - start, groups, dtype)  # [B, G, 1, R, C, K]
         causal = (position[:stop] <= position[start:stop, None])[None, None, None]
-        weights = _probabilities(queries, _slots(k[:, :stop], dtype), causal, scale, softcap)[..., :old]
+        weights = probabilities_of(queries, slots_of(k[:, :stop], dtype), causal, scale, softcap)[..., :old]
         if lengths is not None:
             real = (position[start:stop] < lengths[:, None]).repeat(1, queries.shape[3])  # [B, R*C]
             weights = weights * real[:, None, None, :, None]
@@ -221,9 +221,9 @@ def kept_chunked(
     pool_k, pool_v = (x.to(dtype).transpose(1, 2) for x in (pool_k, pool_v))  # [B, G, P, D]
 
     tile = chunk if length > chunk else length
-    q, k, v = (_tiles(x, tile, groups, dtype) for x in (q, k, v))
-    near_k, near_v = _near(k[:, :, :, 0]), _near(v[:, :, :, 0])
-    query, key = _near_positions(q.shape[2], tile, q.device)
+    q, k, v = (tiles_of(x, tile, groups, dtype) for x in (q, k, v))
+    near_k, near_v = near_of(k[:, :, :, 0]), near_of(v[:, :, :, 0])
+    query, key = near_positions(q.shape[2], tile, q.device)
     local = ((key >= 0) & (key <= query))[None, None]  # two tiles are all of the local span
     outputs = []
     for start in range(0, q.shape[2], TILES_AT_ONCE):
@@ -233,9 +233,9 @@ def kept_chunked(
         values = torch.cat((_Gather.apply(pool_v, far), near_v[:, :, part]), dim=3)
         there = (found[:, :, part, None] > -torch.inf).expand(-1, -1, -1, tile, -1)
         visible = torch.cat((there, local[:, :, part].expand(*there.shape[:4], -1)), dim=-1)
-        y = _probabilities(q[:, :, part], keys, visible, scale, softcap) @ values
+        y = probabilities_of(q[:, :, part], keys, visible, scale, softcap) @ values
         outputs.append(y.unflatten(3, q.shape[3:5]))
-    return _untile(torch.cat(outputs, dim=2), length, out_dtype)
+    return untile(torch.cat(outputs, dim=2), length, out_dtype)
 
 
 @full_precision
@@ -257,12 +257,12 @@ def kept_recurrent(
     contents must be finite). Slots past the local span are not attended: ``kept`` has the best of them.
     """
     length, dtype = q.shape[1], accumulator(q, k, v)
-    queries = _tiles(q, length, k.shape[2], dtype)
+    queries = tiles_of(q, length, k.shape[2], dtype)
     key, query = key_positions[:, None, None, None], query_positions[:, None, None, :, None]
     local = (key >= 0) & (key <= query) & in_window(query, key, chunk, "terraced")  # [B, 1, 1, Tq, n]
     there = (kept.score > -torch.inf).transpose(1, 2)[:, :, None, None]  # [B, G, 1, 1, n]
     there = there.expand(-1, -1, -1, length, -1)
     visible = torch.cat((there, local.expand(-1, there.shape[1], -1, -1, -1)), dim=-1)
-    keys, values = (_slots(torch.cat(pair, dim=1), dtype) for pair in ((kept.k, k), (kept.v, v)))
-    y = _probabilities(queries, keys, visible, scale, softcap) @ values
-    return _untile(y.unflatten(3, queries.shape[3:5]), length, v.dtype)
+    keys, values = (slots_of(torch.cat(pair, dim=1), dtype) for pair in ((kept.k, k), (kept.v, v)))
+    y = probabilities_of(queries, keys, visible, scale, softcap) @ values
+    return untile(y.unflatten(3, queries.shape[3:5]), length, v.dtype)
