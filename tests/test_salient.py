@@ -13,8 +13,8 @@ from linearize.modeling.attention import attention_mode
 from linearize.modeling.errors import ConversionError
 from linearize.modeling.mixer import Fit, Geometry, MixerInput
 from linearize.modeling.ops import Kept, kept_attention, kept_decode, merge_kept
-from linearize.modeling.salient import GRID, SalientConfig, SalientMixer
-from linearize.modeling.selection import future_attention, kept_mask, kept_quadratic
+from linearize.modeling.salient import SalientConfig, SalientMixer
+from linearize.modeling.selection import GRID, future_attention, kept_mask, kept_quadratic
 from linearize.modeling.window import WindowConfig
 from linearize.recipe import Transfer
 from linearize.train.transfer import TransferStage, transfer

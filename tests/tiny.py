@@ -121,6 +121,12 @@ def variants() -> dict[str, MethodConfig]:
             dict(window=4, kv_shared=True, conv_size=3, conv_on="k", clamp_log_decay=-0.1),
             dict(conv_size=None, gate_rank=None, tie_qk_map=False, feature_dim=6, feature_map="t2r"),
         ],
+        "still": [
+            dict(chunk=4, salient_per_chunk=1, budget=3),
+            dict(chunk=3, salient_per_chunk=2, budget=None, gate="per_head", gate_bias=3.0),
+            dict(chunk=5, salient_per_chunk=2, budget=4, share_selection=True, kv_tied_map=True, gate="none"),
+            dict(chunk=8, budget=0, feature_map="hedgehog", feature_dim=8),
+        ],
         "window": [dict(window=8, sinks=3), dict(window=4, window_kind="terraced")],
     }
     found = {}

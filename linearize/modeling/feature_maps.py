@@ -7,6 +7,8 @@ A map reads a_h = x_h W_h, W [H, K, f], and F is the full width of phi: maps of 
     t2r             relu(a + bias), a bias vector for each head      arXiv 2103.13076
     elu             1 + elu(a)                                       arXiv 2006.16236
     exp             [exp(a - max a); exp(min a - a)]                 the authors' code of arXiv 2410.10254
+    np_map          hedgehog of |x| a / |a|, x reflected first       arXiv 2602.02180
+    np_map_plain    the same without the reflection
 """
 
 from typing import ClassVar, Literal
@@ -72,8 +74,14 @@ class FeatureMap(nn.Module):
         """a [B, T, heads, f]; map h reads head h // (heads/G) of x, unrepeated."""
         dtype = accumulator(x)
         groups = x.shape[2]
-        weight = self.weight.to(dtype).unflatten(0, (groups, -1)).transpose(1, 2).flatten(2, 3)  # [G, K, R*f]
-        return torch.einsum("btgk,gkf->btgf", x.to(dtype), weight).reshape(*x.shape[:2], self.heads, -1)
+        weight = self.matrix(dtype).unflatten(0, (groups, -1)).transpose(1, 2).flatten(2, 3)  # [G, K, R*f]
+        return torch.einsum("btgk,gkf->btgf", x.to(dtype), weight).reshape(
+            *x.shape[:2], self.heads, weight.shape[-1] * groups // self.heads
+        )
+
+    def matrix(self, dtype: torch.dtype) -> Tensor:
+        """W [heads, K, f]."""
+        return self.weight.to(dtype)
 
     def features(self, a: Tensor) -> Tensor:
         """phi [B, T, heads, F] from a [B, T, heads, f]."""
@@ -96,6 +104,36 @@ class Hedgehog(FeatureMap):
 
     def features(self, a: Tensor) -> Tensor:
         return torch.cat((a.softmax(dim=-1), (-a).softmax(dim=-1)), dim=-1).clamp(min=MIN_FEATURE)
+
+
+class NormPreservedPlain(Hedgehog):
+    """[softmax(b); softmax(-b)] of b = |x| a / |a|: W turns a token, and its norm alone sets how sharp phi is."""
+
+    def project(self, x: Tensor) -> Tensor:
+        a = super().project(x)
+        norm = torch.linalg.vector_norm(x.to(a.dtype), dim=-1, keepdim=True)
+        norm = norm.repeat_interleave(self.heads // x.shape[2], dim=2)
+        return a * (norm / torch.linalg.vector_norm(a, dim=-1, keepdim=True).clamp_min(MIN_FEATURE))
+
+
+class NormPreserved(NormPreservedPlain):
+    """The same of x - 2 u (u . x) / |u|^2, a learned reflection u [heads, K], which a free W could also learn."""
+
+    def __init__(self, heads: int, key_dim: int, feature_dim: int, init: FeatureInit = "identity") -> None:
+        super().__init__(heads, key_dim, feature_dim, init)
+        self.reflect = nn.Parameter(torch.randn(heads, key_dim))
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        if hasattr(self, "reflect"):  # the base class starts the weight first
+            self.reflect.normal_()
+
+    def matrix(self, dtype: torch.dtype) -> Tensor:
+        """(1 - 2 u u^T / |u|^2) W, so that reflecting costs nothing for each token."""
+        weight, u = super().matrix(dtype), self.reflect.to(dtype)
+        u = u / torch.linalg.vector_norm(u, dim=-1, keepdim=True).clamp_min(MIN_FEATURE)
+        return weight - 2 * u[:, :, None] * (u[:, None, :] @ weight)
 
 
 class HedgehogHalf(FeatureMap):
@@ -145,4 +183,6 @@ FEATURE_MAPS: dict[str, type[FeatureMap]] = {
     "t2r": T2R,
     "elu": Elu,
     "exp": Exp,
+    "np_map": NormPreserved,
+    "np_map_plain": NormPreservedPlain,
 }

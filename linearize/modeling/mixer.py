@@ -83,8 +83,8 @@ class Mixer(nn.Module):
     ``forward(x, state=None) -> (y [B, T, H, V], state)``: T == 1 with a state is a decode step, T > 1 from None a
     prefill, T > 1 from a state a chunk. All three are the same function of the tokens seen. The state is a NamedTuple
     of tensors with the batch on the first axis and a field ``seen`` [B] (real tokens so far); its size does not depend
-    on T. Where ``x.transfer`` is set, y may be a :class:`Fit` instead. ``forward`` is the only entry point: sharded
-    training, offloading and adapters hook nothing else.
+    on T, unless ``growth`` says so. Where ``x.transfer`` is set, y may be a :class:`Fit` instead. ``forward`` is the
+    only entry point: sharded training, offloading and adapters hook nothing else.
     """
 
     wants_unrotated: ClassVar[bool] = False
@@ -100,6 +100,11 @@ class Mixer(nn.Module):
 
     def reset_parameters(self) -> None:
         """Set every parameter to its initial value, in place."""
+
+    def growth(self, itemsize: int) -> float:
+        """Bytes that each further token adds to a row's state, on average; 0 where the state is bounded. ``itemsize``
+        is that of the model's dtype."""
+        return 0.0
 
     def forward(self, x: MixerInput, state: Any = None) -> tuple[Tensor | Fit, Any]:
         raise NotImplementedError

@@ -1,15 +1,18 @@
 """The only door to compute: a mixer calls an operation here and never asks which version runs.
 
-Each operation has a plain torch reference of the same signature, in ``reference.py``, ``gated.py`` or ``selection.py``.
-There is no other version yet; the choice is only between their forms: many queries (chunked) and few (recurrent).
+Each operation has a plain torch reference of the same signature, in ``reference.py``, ``gated.py``, ``selection.py`` or
+``routing.py``. There is no other version yet; the choice is only between their forms: many queries (chunked) and few
+(recurrent).
 """
 
 from .gated import gated_chunked, gated_recurrent, joined_chunked, joined_recurrent
 from .reference import fold, joint_chunked, joint_recurrent, window_chunked, window_recurrent
+from .routing import Past, route, routed_chunked, routed_recurrent, self_saliency, self_saliency_of
 from .selection import Kept, future_attention, kept_chunked, kept_recurrent, merge_kept
 
 __all__ = [
     "Kept",
+    "Past",
     "fold",
     "future_attention",
     "gated_attention",
@@ -21,6 +24,11 @@ __all__ = [
     "kept_attention",
     "kept_decode",
     "merge_kept",
+    "route",
+    "routed_attention",
+    "routed_decode",
+    "self_saliency",
+    "self_saliency_of",
     "window_attention",
     "window_decode",
 ]
@@ -35,3 +43,5 @@ gated_attention = gated_chunked
 gated_decode = gated_recurrent
 joined_attention = joined_chunked
 joined_decode = joined_recurrent
+routed_attention = routed_chunked
+routed_decode = routed_recurrent

@@ -35,6 +35,7 @@ from .tiles import (
     feature_tiles,
     from_state,
     full_precision,
+    grouped,
     in_window,
     join,
     join_state,
@@ -147,8 +148,7 @@ def joint_chunked(
     count = q.shape[2]
     k, values = k[:, :, :, 0], with_ones(values[:, :, :, 0])  # [B, G, N, C, K], [B, G, N, C, V+1]
     phi_q = feature_tiles(phi_q, tile, groups, shared, dtype)
-    phi_k = phi_k.reshape(*phi_k.shape[:2], groups, -1)  # the features of a group side by side
-    phi_k = tiles_of(phi_k, tile, groups, dtype)[:, :, :, 0]  # [B, G, N, C, r*F]
+    phi_k = tiles_of(grouped(phi_k, groups), tile, groups, dtype)[:, :, :, 0]  # [B, G, N, C, r*F]
 
     query, key = near_positions(count, tile, q.device)
     near_values = near_of(values)
@@ -263,7 +263,7 @@ def joint_recurrent(
     linear = None
     if phi_k is not None:
         phi = feature_tiles(phi_q, length, groups, phi_k.shape[2] // groups, dtype)
-        features = slots_of(phi_k.reshape(*phi_k.shape[:2], groups, -1), dtype)
+        features = slots_of(grouped(phi_k, groups), dtype)
         linear = linear_part(phi, features, values, rest[:, :, :, None, None])
     if state is not None:
         phi = feature_tiles(phi_q, length, groups, state[1].shape[1] // groups, dtype)
@@ -300,12 +300,13 @@ def window_recurrent(
 def fold(kv: Tensor, z: Tensor, phi_k: Tensor, v: Tensor, keep: Tensor) -> State:
     """The state (S [B, Hs, F, V], z [B, Hs, F]) with the kept keys added, in its precision (fp32 or more).
 
-    phi_k [B, n, Hs, F] (Hs = H or G), v [B, n, G, V], keep [B, n] bool; what is not kept may hold anything.
+    phi_k [B, n, Hs, F] (Hs = H or G), v [B, n, G, V], keep bool [B, n] or [B, n, G]; the rest may hold anything.
     """
     dtype, groups = accumulator(kv, z), v.shape[2]
-    mask = keep[:, :, None, None]
-    values = with_ones(slots_of(v.masked_fill(~mask, 0.0), dtype))[:, :, 0]  # [B, G, n, V+1]
-    features = phi_k.masked_fill(~mask, 0.0).reshape(*phi_k.shape[:2], groups, -1)
+    mask = keep if keep.ndim == 3 else keep[..., None].expand(-1, -1, groups)
+    values = with_ones(slots_of(v.masked_fill(~mask[..., None], 0.0), dtype))[:, :, 0]  # [B, G, n, V+1]
+    mask = per_head(mask[..., None], phi_k.shape[2])
+    features = grouped(phi_k.masked_fill(~mask, 0.0), groups)
     sums = (slots_of(features, dtype)[:, :, 0].transpose(-1, -2) @ values).reshape(
         *kv.shape[:-1], -1
     )  # [B, Hs, F, V+1]

@@ -4,6 +4,7 @@ from .lawcat import LAWCAT
 from .liger import LIGER
 from .lolcats import LOLCATS
 from .salient import SALIENT
+from .still import STILL
 from .window import SOFTMAX, WINDOW
 
-METHODS = {method.name: method for method in (LOLCATS, LIGER, LAWCAT, SALIENT, WINDOW, SOFTMAX)}
+METHODS = {method.name: method for method in (LOLCATS, LIGER, STILL, LAWCAT, SALIENT, WINDOW, SOFTMAX)}

@@ -32,6 +32,7 @@ from .errors import ConversionError
 from .mixer import Fit, Geometry, Method, MethodConfig, Mixer, MixerInput
 from .ops import Kept, future_attention, kept_attention, kept_decode, merge_kept
 from .ring import final, resize, span, take, unroll, write
+from .selection import rounded
 
 
 @dataclass(frozen=True)
@@ -100,10 +101,6 @@ class SalientState(NamedTuple):
     @property
     def kept(self) -> Kept:
         return Kept(self.kept_k, self.kept_v, self.kept_score)
-
-
-GRID = 2.0**-12
-"""Step to which scores are rounded before they are ranked, so that ties go to the lower position at any split."""
 
 
 class SalientMixer(Mixer):
@@ -213,9 +210,7 @@ class SalientMixer(Mixer):
         """What tokens are ranked by [B, T, G], inf for the first of a row, and what the tail must remember of them."""
         position = seen[:, None] + torch.arange(x.hidden.shape[1], device=x.hidden.device)
         score, inputs = self._rank(x.hidden, tail, position)
-        # Equal tokens have equal scores but for the rounding of products, which depends on how a text is split.
-        score = (score / GRID).round() * GRID
-        return score.masked_fill((position == 0)[..., None], torch.inf), inputs
+        return rounded(score).masked_fill((position == 0)[..., None], torch.inf), inputs
 
     def _rank(self, hidden: Tensor, tail: Tensor, position: Tensor) -> tuple[Tensor, Tensor | None]:
         """rho [B, T, G] of inputs at ``position`` [B, T]; tail: those before them, addressed by position."""

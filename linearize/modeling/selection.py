@@ -40,6 +40,15 @@ TILES_AT_ONCE = 16
 """Query tiles whose kept keys are laid out side by side; bounds what a long prefill holds beside its output."""
 
 
+GRID = 2.0**-12
+"""Step to which scores are rounded before they are ranked, so that ties go to the lower position at any split."""
+
+
+def rounded(score: Tensor) -> Tensor:
+    """Equal tokens have equal scores but for the rounding of products, which depends on how a text is split."""
+    return (score / GRID).round() * GRID
+
+
 class Kept(NamedTuple):
     """The kept tokens of every head that selects, best first."""
 
@@ -123,48 +132,74 @@ def future_attention(
 
 
 @torch.no_grad()
-def _best(score: Tensor, size: int) -> Tensor:
+def best_of(score: Tensor, size: int) -> Tensor:
     """Indices [..., size] of the best scores on the last axis, best first, equal ones in their order."""
     return score.argsort(dim=-1, descending=True, stable=True)[..., :size]
 
 
 def merge_kept(kept: Kept, k: Tensor, v: Tensor, score: Tensor) -> Kept:
     """The best of the kept tokens and of later ones k, v, score [B, m, G, ...], in as many slots as before."""
+    return ranked(kept, k, v, score, kept.score.shape[1])[0]
+
+
+def ranked(kept: Kept, k: Tensor, v: Tensor, score: Tensor, size: int) -> tuple[Kept, Kept]:
+    """The kept tokens and later ones k, v, score [B, m, G, ...] in the order of their scores: the ``size`` best of
+    them, and the others, of which there are no more than m."""
     together = torch.cat((kept.score, score), dim=1)
-    index = _best(together.transpose(1, 2), kept.score.shape[1]).transpose(1, 2)  # [B, n, G]
+    index = best_of(together.transpose(1, 2), together.shape[1]).transpose(1, 2)  # [B, n + m, G]
+    index = index[:, : size + score.shape[1]]
 
     def chosen(old: Tensor, new: Tensor) -> Tensor:
         pool = torch.cat((old, new.to(old.dtype)), dim=1)
         return pool.gather(1, index[..., None].expand(-1, -1, -1, pool.shape[-1]))
 
-    return Kept(chosen(kept.k, k), chosen(kept.v, v), together.gather(1, index))
+    order = Kept(chosen(kept.k, k), chosen(kept.v, v), together.gather(1, index))
+    return Kept(*(x[:, :size] for x in order)), Kept(*(x[:, size:] for x in order))
+
+
+class Running(NamedTuple):
+    """The kept set of every chunk, as indices into a pool of tokens, and who left it on the way there."""
+
+    index: Tensor
+    """[B, G, N, n], best first; what an empty slot points to is not kept."""
+    score: Tensor
+    """[B, G, N, n], -inf in an empty slot."""
+    left: Tensor
+    """[B, G, N, m], who was kept or came in for the chunk before, or came in for this one, and is not kept."""
+    left_score: Tensor
+    """[B, G, N, m], -inf in an empty slot."""
 
 
 @torch.no_grad()
-def running_best(score: Tensor, first: int, *, chunk: int, size: int) -> tuple[Tensor, Tensor]:
-    """For every chunk of the pool's tail the set that its queries read: indices into the pool and scores, both
-    [B, G, N, n], best first.
+def running_best(score: Tensor, first: int, *, count: int, chunk: int, size: int) -> Running:
+    """For each of ``count`` chunks the set that its queries read, and the tokens that the set loses there.
 
-    score [B, G, first + T]: the slots that are kept already, best first, then T tokens on the chunk grid. The set of
-    chunk c holds slots and tokens of chunks up to c - 2; n is ``size``, or less where the pool is smaller.
+    score [B, G, first + (at least) (count - 2) chunk]: the slots that are kept already, best first, then ``chunk``
+    candidates for every chunk. The set of chunk c holds slots and candidates of chunks up to c - 2; n is ``size``, or
+    less where the pool is smaller.
     """
-    count = -(-(score.shape[-1] - first) // chunk)
     width = min(size, first + max(0, count - 2) * chunk)
     index = torch.zeros(*score.shape[:2], count, width, dtype=torch.long, device=score.device)
     found = score.new_full(index.shape, -torch.inf)
+    left = index.new_zeros(*score.shape[:2], count, chunk if count > 2 else 0)
+    left_score = score.new_full(left.shape, -torch.inf)
     best = torch.arange(first, device=score.device).expand(*score.shape[:2], -1)[..., :width]
     for tile in range(count):
         if tile >= 2:
             start = first + (tile - 2) * chunk
             new = torch.arange(start, start + chunk, device=score.device).expand(*score.shape[:2], -1)
             best = torch.cat((best, new), dim=-1)
-            best = best.gather(-1, _best(score.gather(-1, best), width))
+            best = best.gather(-1, best_of(score.gather(-1, best), best.shape[-1]))
+            gone = best[..., width:]
+            left[:, :, tile, : gone.shape[-1]] = gone
+            left_score[:, :, tile, : gone.shape[-1]] = score.gather(-1, gone)
+            best = best[..., :width]
         index[:, :, tile, : best.shape[-1]] = best
         found[:, :, tile, : best.shape[-1]] = score.gather(-1, best)
-    return index, found
+    return Running(index, found, left, left_score)
 
 
-class _Gather(torch.autograd.Function):
+class Gather(torch.autograd.Function):
     """Rows ``index`` [B, G, N, n] of ``pool`` [B, G, P, D]: [B, G, N, n, D].
 
     A token stands in many sets, so that one scatter of the gradient would add in no fixed order on a GPU. Inside a set
@@ -217,7 +252,9 @@ def kept_chunked(
             torch.cat((old, new.to(old.dtype)), dim=1) for old, new in zip(kept, (k, v, score), strict=True)
         )
     )
-    index, found = running_best(pool_score.detach().transpose(1, 2), first, chunk=chunk, size=size)
+    sets = running_best(
+        pool_score.detach().transpose(1, 2), first, count=-(-length // chunk), chunk=chunk, size=size
+    )
     pool_k, pool_v = (x.to(dtype).transpose(1, 2) for x in (pool_k, pool_v))  # [B, G, P, D]
 
     tile = chunk if length > chunk else length
@@ -228,14 +265,24 @@ def kept_chunked(
     outputs = []
     for start in range(0, q.shape[2], TILES_AT_ONCE):
         part = slice(start, start + TILES_AT_ONCE)
-        far = index[:, :, part]
-        keys = torch.cat((_Gather.apply(pool_k, far), near_k[:, :, part]), dim=3)
-        values = torch.cat((_Gather.apply(pool_v, far), near_v[:, :, part]), dim=3)
-        there = (found[:, :, part, None] > -torch.inf).expand(-1, -1, -1, tile, -1)
+        far = sets.index[:, :, part]
+        keys = torch.cat((Gather.apply(pool_k, far), near_k[:, :, part]), dim=3)
+        values = torch.cat((Gather.apply(pool_v, far), near_v[:, :, part]), dim=3)
+        there = (sets.score[:, :, part, None] > -torch.inf).expand(-1, -1, -1, tile, -1)
         visible = torch.cat((there, local[:, :, part].expand(*there.shape[:4], -1)), dim=-1)
         y = probabilities_of(q[:, :, part], keys, visible, scale, softcap) @ values
         outputs.append(y.unflatten(3, q.shape[3:5]))
     return untile(torch.cat(outputs, dim=2), length, out_dtype)
+
+
+def exact_slots(kept: Kept, key_positions: Tensor, query_positions: Tensor, chunk: int) -> Tensor:
+    """[B, G, 1, Tq, n + m] which kept tokens and which slots of a few queries are attended, by positions as in
+    ``kept_recurrent``."""
+    key, query = key_positions[:, None, None, None], query_positions[:, None, None, :, None]
+    local = (key >= 0) & (key <= query) & in_window(query, key, chunk, "terraced")  # [B, 1, 1, Tq, m]
+    there = (kept.score > -torch.inf).transpose(1, 2)[:, :, None, None]  # [B, G, 1, 1, n]
+    shape = (-1, there.shape[1], -1, query.shape[3], -1)
+    return torch.cat((there.expand(*shape), local.expand(*shape)), dim=-1)
 
 
 @full_precision
@@ -258,11 +305,7 @@ def kept_recurrent(
     """
     length, dtype = q.shape[1], accumulator(q, k, v)
     queries = tiles_of(q, length, k.shape[2], dtype)
-    key, query = key_positions[:, None, None, None], query_positions[:, None, None, :, None]
-    local = (key >= 0) & (key <= query) & in_window(query, key, chunk, "terraced")  # [B, 1, 1, Tq, n]
-    there = (kept.score > -torch.inf).transpose(1, 2)[:, :, None, None]  # [B, G, 1, 1, n]
-    there = there.expand(-1, -1, -1, length, -1)
-    visible = torch.cat((there, local.expand(-1, there.shape[1], -1, -1, -1)), dim=-1)
+    visible = exact_slots(kept, key_positions, query_positions, chunk)
     keys, values = (slots_of(torch.cat(pair, dim=1), dtype) for pair in ((kept.k, k), (kept.v, v)))
     y = probabilities_of(queries, keys, visible, scale, softcap) @ values
     return untile(y.unflatten(3, queries.shape[3:5]), length, v.dtype)

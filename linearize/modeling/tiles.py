@@ -95,6 +95,11 @@ def feature_tiles(phi_q: Tensor, tile: int, groups: int, shared: int, dtype: tor
     return tiles_of(phi_q, tile, groups, dtype).unflatten(3, (shared, -1)).flatten(4, 5)
 
 
+def grouped(phi: Tensor, groups: int) -> Tensor:
+    """phi [B, n, Hs, F] as [B, n, G, r*F], the features of a group side by side."""
+    return phi.unflatten(2, (groups, phi.shape[2] // groups)).flatten(3)
+
+
 def untile(y: Tensor, length: int, dtype: torch.dtype) -> Tensor:
     """y [B, G, N, R, C, V] as [B, T, H, V]."""
     batch, groups, count, per_group, tile, dim = y.shape

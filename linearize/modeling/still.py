@@ -1,0 +1,397 @@
+"""STILL: salient tokens stay in softmax attention, the others go to a linear state whose features keep their norm.
+
+arXiv 2602.02180; its body was not at hand, so that formulas follow the released code where the abstract is silent.
+Every layer attends exactly to the local span (own chunk and the whole one before it) and, for every query head, to the
+p tokens of each older chunk that kept the largest share of their own window's attention; all other older tokens are
+linear, under one denominator, with a gate on the linear numerator (``routing.py`` has the equations):
+
+    phi(x) = [softmax(b); softmax(-b)],  b = |x| W r(x) / |W r(x)|,  r a learned reflection        (``np_map``)
+    rho_t  = e_tt - logsumexp over the last C tokens of e_tj                                       in each head, fp32
+    g_t    = sigmoid(W_g h_t + gate_bias) in (0, 1)^V
+
+``budget`` is ours: the release never evicts, so that its decode is O(p T / C). With a budget the best of all picked
+tokens stay, and who leaves is added to the linear state, which is exact, because sums are additive. ``share_selection``
+(one set for each key/value head, by the mean share of its query heads) and ``kv_tied_map`` (then one state each, too)
+are ours.
+
+Departures: chunk 0 sees no keys but its own (in the release a chunk of zero keys); the first token is kept on purpose,
+where the release ranks its NaN first; prefill and decode rank by the same number; padding is masked; one path, with a
+cache or without. Scores are rounded before they are ranked, so that equal tokens tie at any split.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .errors import ConversionError
+from .feature_maps import FEATURE_MAPS
+from .mixer import Geometry, Method, MethodConfig, Mixer, MixerInput
+from .ops import (
+    Kept,
+    Past,
+    fold,
+    route,
+    routed_attention,
+    routed_decode,
+    self_saliency,
+    self_saliency_of,
+)
+from .ring import at_columns, final, new_columns, resize, span, unroll, write
+from .selection import rounded
+from .tiles import per_head
+
+
+@dataclass(frozen=True)
+class StillConfig(MethodConfig):
+    """Fields of a STILL layer; defaults are the release's, but for the bounded ``budget``."""
+
+    name: ClassVar[str] = "still"
+    recommended: ClassVar[dict[str, Any]] = {
+        "transfer.learning_rate": 1e-2,
+        "transfer.loss": "mse",
+        "finetune.learning_rate": 1e-4,
+    }
+
+    chunk: int = 64
+    """C; every query sees its own chunk and the whole one before it. The score's window is as long."""
+    salient_per_chunk: int = 4
+    """p, tokens of every chunk that are picked."""
+    budget: int | None = 256
+    """Most picked tokens that stay exact, for each head; None keeps all (the release): memory grows by p a chunk."""
+    score: Literal["self_saliency", "recency", "random"] = "self_saliency"
+    """What tokens are picked by; ``recency`` and ``random`` (fixed by position) are controls."""
+    keep_first: bool = True
+    """Whether the first token is picked before all others and leaves last."""
+    feature_map: str = "np_map"
+    """np_map, np_map_plain (without the reflection) or a map of LoLCATs."""
+    feature_dim: int | None = None
+    """F, the width of phi, both halves of a two-sided map together; None is twice the key dim."""
+    feature_init: Literal["identity", "kaiming"] = "identity"
+    """``identity`` or ``kaiming`` (the release's; only the direction of W x matters to np_map)."""
+    gate: Literal["per_channel", "per_head", "none"] = "per_channel"
+    """Outputs of W_g: V for every head, one for every head, or no gate."""
+    gate_bias: float = 0.0
+    """Added before the sigmoid: 0 starts the gate near 0.5, 3 near 0.95."""
+    share_selection: bool = False
+    """One kept set for each key/value head: R times less memory, and another model."""
+    kv_tied_map: bool = False
+    """One key map, and so one linear state, for each key/value head; needs ``share_selection``."""
+    eps_den: float = 1e-6
+    """Added to the denominator."""
+
+    def check(self, geometry: Geometry | None = None) -> None:
+        least = {"chunk": 1, "salient_per_chunk": 0, "budget": 0, "eps_den": 0}
+        for field, bound in least.items():
+            value = getattr(self, field)
+            if value is not None and value < bound:
+                every = ", or null to keep every picked token" if field == "budget" else ""
+                raise ConversionError(f"method.{field}: {value} is impossible; give {bound} or more{every}")
+        if self.salient_per_chunk > self.chunk:
+            raise ConversionError(
+                f"method.salient_per_chunk: {self.salient_per_chunk} is more than a chunk has; "
+                f"give at most method.chunk={self.chunk}"
+            )
+        choices = {
+            "score": ("self_saliency", "recency", "random"),
+            "gate": ("per_channel", "per_head", "none"),
+            "feature_map": tuple(FEATURE_MAPS),
+        }
+        for field, names in choices.items():
+            if getattr(self, field) not in names:
+                raise ConversionError(
+                    f"method.{field}: {getattr(self, field)!r} is unknown; choose from {', '.join(names)}"
+                )
+        if self.kv_tied_map and not self.share_selection:
+            raise ConversionError(
+                "method.kv_tied_map: a state for each key/value head needs a kept set for each; "
+                "add method.share_selection=true"
+            )
+        if geometry is not None:
+            FEATURE_MAPS[self.feature_map].check(
+                geometry.key_dim, feature_width(self, geometry), self.feature_init
+            )
+
+
+def feature_width(config: StillConfig, geometry: Geometry) -> int:
+    """F of a layer of this geometry."""
+    return 2 * geometry.key_dim if config.feature_dim is None else config.feature_dim
+
+
+class StillState(NamedTuple):
+    """Memory of a row: rings of the newest tokens (2 C, and the droppable ones while a cache records its past), the
+    tokens that stay exact, best first, and the sums of all others. Gs = H, or G with ``share_selection``.
+
+    N is ``budget``; without one it grows by ``salient_per_chunk`` for each ``chunk`` tokens.
+    """
+
+    k: Tensor
+    """[B, n, G, K], model dtype."""
+    v: Tensor
+    """[B, n, G, V], model dtype."""
+    score: Tensor
+    """[B, n, Gs] fp32."""
+    kept_k: Tensor
+    """[B, N, Gs, K], model dtype."""
+    kept_v: Tensor
+    """[B, N, Gs, V], model dtype."""
+    kept_score: Tensor
+    """[B, N, Gs] fp32, -inf in an empty slot."""
+    kv: Tensor
+    """[B, Hs, F, V] fp32, the sum of phi_k v^T; Hs = H, or G with ``kv_tied_map``."""
+    z: Tensor
+    """[B, Hs, F] fp32, the sum of phi_k."""
+    seen: Tensor
+    """[B] tokens seen."""
+    folded: Tensor
+    """[B] oldest tokens that are kept or inside the sums; the rings hold the others."""
+
+    @property
+    def rings(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.k, self.v, self.score
+
+    @property
+    def kept(self) -> Kept:
+        return Kept(self.kept_k, self.kept_v, self.kept_score)
+
+
+class Older(NamedTuple):
+    """What a query of a state meets beside its local span."""
+
+    kept: Kept
+    kv: Tensor
+    z: Tensor
+
+
+class StillMixer(Mixer):
+    """One layer. Parameters: ``map_q``, ``map_k``, and ``output_gate`` M to H V (or H), absent without a gate."""
+
+    def __init__(self, config: StillConfig, geometry: Geometry):
+        super().__init__(config, geometry)
+        make, width = FEATURE_MAPS[config.feature_map], feature_width(config, geometry)
+        self.select_heads = geometry.kv_heads if config.share_selection else geometry.heads
+        self.state_heads = geometry.kv_heads if config.kv_tied_map else geometry.heads
+        self.map_q = make(geometry.heads, geometry.key_dim, width, config.feature_init)
+        self.map_k = make(self.state_heads, geometry.key_dim, width, config.feature_init)
+        self.output_gate = None
+        if config.gate != "none":
+            per_head = geometry.value_dim if config.gate == "per_channel" else 1
+            self.output_gate = nn.Linear(geometry.hidden, geometry.heads * per_head, bias=False)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        self.map_q.reset_parameters()
+        step = self.geometry.heads // self.state_heads
+        for ours, theirs in zip(self.map_k.parameters(), self.map_q.parameters(), strict=True):
+            ours.copy_(theirs[::step])
+        if self.output_gate is not None:
+            nn.init.normal_(self.output_gate.weight, std=0.02)
+
+    def forward(self, x: MixerInput, state: StillState | None = None) -> tuple[Tensor, StillState | None]:
+        if state is None and not x.use_cache:
+            return self._attend(x, x.q, x.k, x.v, self._score(x), self._gate(x)), None
+        started = self._start(x) if state is None else self._grow(state, x.pending)
+        total = started.seen + (x.q.shape[1] if x.lengths is None else x.lengths)
+        limit = final(total, self.config.chunk, "terraced", x.pending).maximum(started.folded)
+        if state is None:
+            fresh = (x.k, x.v, self._score(x))
+            y = self._attend(x, x.q, *fresh, self._gate(x))
+            older = self._hand_over(started, fresh, limit)
+        else:
+            k, v = (
+                unroll(*pair, started.seen, started.folded) for pair in ((started.k, x.k), (started.v, x.v))
+            )
+            step = x.q.shape[1] == 1 and x.lengths is None
+            score = (self._score_step if step else self._score_chunk)(x, started, k)
+            fresh = (x.k, x.v, score)
+            columns = (k, v, unroll(started.score, score, started.seen, started.folded))
+            older = self._hand_over(started, columns, limit)
+            y = self._step(x, started, columns, older) if step else self._chunk(x, started, columns, total)
+        k, v, score = (
+            write(old, new, started.seen, total) for old, new in zip(started.rings, fresh, strict=True)
+        )
+        return y, StillState(k, v, score, *older.kept, older.kv, older.z, total, limit)
+
+    def _chunk(self, x: MixerInput, state: StillState, columns: Sequence[Tensor], total: Tensor) -> Tensor:
+        """Several tokens: columns ``folded, ...`` stand on the chunk grid, as the parallel form needs."""
+        k, v, score = columns
+        position = state.folded[:, None] + torch.arange(k.shape[1], device=k.device)
+        score = score.masked_fill((position >= total[:, None])[..., None], -torch.inf)
+        held, place = state.k.shape[1], (state.seen, state.folded)
+        gate = self._gate(x)
+        past = Past(state.kept, self.map_k(state.kept_k), state.kv, state.z)
+        y = self._attend(
+            x,
+            at_columns(x.q, held, *place),
+            k,
+            v,
+            score,
+            None if gate is None else at_columns(gate, held, *place),
+            past,
+        )
+        return new_columns(y, x.q.shape[1], *place)
+
+    def _step(self, x: MixerInput, state: StillState, columns: Sequence[Tensor], older: Older) -> Tensor:
+        """One token a row: it meets the kept tokens, the rings and the sums."""
+        k, v, _ = columns
+        if x.pending:  # what may still be taken back is routed for this query alone
+            older = self._hand_over(state, columns, final(state.seen + 1, self.config.chunk, "terraced"))
+        return routed_decode(
+            x.q,
+            k,
+            v,
+            self.map_q(x.q),
+            *older,
+            self._gate(x),
+            **positions(state, k),
+            scale=x.scale,
+            chunk=self.config.chunk,
+            eps=self.config.eps_den,
+            softcap=x.softcap,
+        )
+
+    def _attend(
+        self,
+        x: MixerInput,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        score: Tensor,
+        gate: Tensor | None,
+        past: Past | None = None,
+    ) -> Tensor:
+        config = self.config
+        return routed_attention(
+            q,
+            k,
+            v,
+            self.map_q(q),
+            self.map_k(k),
+            score,
+            gate,
+            scale=x.scale,
+            chunk=config.chunk,
+            picks=config.salient_per_chunk,
+            size=config.budget,
+            eps=config.eps_den,
+            softcap=x.softcap,
+            past=past,
+        )
+
+    def _hand_over(self, state: StillState, columns: Sequence[Tensor], limit: Tensor) -> Older:
+        """What has left the local span once columns ``folded .. limit - 1`` have; column 0 is position ``folded``."""
+        config, leaving = self.config, limit - state.folded
+        count = int(leaving.max())
+        if count <= 0:
+            return Older(state.kept, state.kv, state.z)
+        k, v, score = (column[:, :count] for column in columns)
+        slots = config.budget
+        if slots is None:
+            slots = int(limit.max()) // config.chunk * config.salient_per_chunk
+        kept, left, loose = route(
+            state.kept, k, v, score, leaving, chunk=config.chunk, picks=config.salient_per_chunk, size=slots
+        )
+        sums = fold(state.kv, state.z, self.map_k(k), per_head(v, self.select_heads), loose)
+        return Older(kept, *fold(*sums, self.map_k(left.k), left.v, left.score > -torch.inf))
+
+    # What tokens are picked by: [B, T, Gs] for the new tokens of a call.
+
+    def _score(self, x: MixerInput) -> Tensor:
+        rho = None
+        if self.config.score == "self_saliency":
+            rho = self_saliency(x.q, x.k, scale=x.scale, window=self.config.chunk, softcap=x.softcap)
+        return self._ranks(x, rho, torch.zeros(len(x.k), dtype=torch.long, device=x.k.device))
+
+    def _score_chunk(self, x: MixerInput, state: StillState, k: Tensor) -> Tensor:
+        rho = None
+        if self.config.score == "self_saliency":
+            place = (state.seen, state.folded)
+            q = at_columns(x.q, state.k.shape[1], *place)
+            rho = self_saliency(q, k, scale=x.scale, window=self.config.chunk, softcap=x.softcap)
+            rho = new_columns(rho, x.q.shape[1], *place)
+        return self._ranks(x, rho, state.seen)
+
+    def _score_step(self, x: MixerInput, state: StillState, k: Tensor) -> Tensor:
+        rho = None
+        if self.config.score == "self_saliency":
+            rho = self_saliency_of(
+                x.q, k, **positions(state, k), scale=x.scale, window=self.config.chunk, softcap=x.softcap
+            )
+        return self._ranks(x, rho, state.seen)
+
+    def _ranks(self, x: MixerInput, rho: Tensor | None, seen: Tensor) -> Tensor:
+        """What the heads that select rank by, from rho [B, T, H] or, without it, from the positions alone."""
+        position = seen[:, None] + torch.arange(x.q.shape[1], device=x.q.device)
+        dtype = torch.promote_types(x.v.dtype, torch.float32)
+        if rho is None:
+            ranks = position if self.config.score == "recency" else shuffled(position)
+            score = ranks.to(dtype)[..., None].expand(-1, -1, self.select_heads)
+        else:  # the group's mean share
+            groups = rho.unflatten(2, (self.select_heads, -1))
+            score = rounded(groups.logsumexp(-1) - math.log(groups.shape[-1]))
+        return score.masked_fill((position == 0)[..., None], torch.inf) if self.config.keep_first else score
+
+    def _gate(self, x: MixerInput) -> Tensor | None:
+        """g [B, T, H, V or 1]."""
+        if self.output_gate is None:
+            return None
+        logits = self.output_gate(x.hidden.to(self.output_gate.weight.dtype)) + self.config.gate_bias
+        return logits.sigmoid().unflatten(-1, (self.geometry.heads, -1))
+
+    def growth(self, itemsize: int) -> float:
+        config, shape = self.config, self.geometry
+        if config.budget is not None:
+            return 0.0
+        token = (shape.key_dim + shape.value_dim) * itemsize + 4
+        return config.salient_per_chunk / config.chunk * self.select_heads * token
+
+    def _start(self, x: MixerInput) -> StillState:
+        rows, config, shape = len(x.k), self.config, self.geometry
+        ring, slots = span(config.chunk, "terraced") + x.pending, config.budget or 0
+        exact = torch.promote_types(x.v.dtype, torch.float32)
+        zero = torch.zeros(rows, dtype=torch.long, device=x.k.device)
+        score = x.v.new_zeros(rows, ring, self.select_heads, dtype=exact)
+        return StillState(
+            x.k.new_zeros(rows, ring, *x.k.shape[2:]),
+            x.v.new_zeros(rows, ring, *x.v.shape[2:]),
+            score,
+            x.k.new_zeros(rows, slots, self.select_heads, shape.key_dim),
+            x.v.new_zeros(rows, slots, self.select_heads, shape.value_dim),
+            score.new_full((rows, slots, self.select_heads), -torch.inf),
+            x.v.new_zeros(rows, self.state_heads, self.map_q.feature_dim, shape.value_dim, dtype=exact),
+            x.v.new_zeros(rows, self.state_heads, self.map_q.feature_dim, dtype=exact),
+            zero,
+            zero,
+        )
+
+    def _grow(self, state: StillState, pending: int) -> StillState:
+        size = span(self.config.chunk, "terraced") + pending
+        k, v, score = (resize(ring, state.seen, size) for ring in state.rings)
+        return state._replace(k=k, v=v, score=score)
+
+
+def positions(state: StillState, columns: Tensor) -> dict[str, Tensor]:
+    """Positions of a step's query and of the columns ``folded, ...``, of which those after it repeat it."""
+    position = state.folded[:, None] + torch.arange(columns.shape[1], device=columns.device)
+    position = position.masked_fill(position > state.seen[:, None], -1)
+    return {"key_positions": position, "query_positions": state.seen[:, None]}
+
+
+def shuffled(position: Tensor) -> Tensor:
+    """A fixed number below 2^24 for every position, without order: the mixing steps of a 32-bit hash."""
+    x = position
+    for shift, factor in ((16, 0x45D9F3B), (16, 0x45D9F3B)):
+        x = ((x ^ (x >> shift)) * factor) & 0xFFFFFFFF
+    return (x ^ (x >> 16)) & 0xFFFFFF
+
+
+STILL = Method(
+    "still",
+    StillConfig,
+    StillMixer,
+    "exact softmax on the local span and picked older tokens, norm-preserved linear attention on the others",
+)
