@@ -51,7 +51,9 @@ def test_a_shipped_recipe_trains_its_family(name, tmp_path):
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("method", sorted(METHODS.keys() - {WINDOW.name, SOFTMAX.name}))  # controls
 def test_every_method_has_a_recipe_for_every_model(model, method):
-    recipe = Recipe.resolve(f"{model}/{method}")
+    name = f"{model}/{method}"
+    assert name in shipped_recipes(), f"recipes/{name}.yaml is missing"
+    recipe = Recipe.resolve(name)
     assert recipe.method.name == method
     assert set(model.split("-")) <= set(recipe.teacher.name.partition("/")[2].lower().split("-"))
 
