@@ -1,4 +1,4 @@
-"""The quality run, whole, with budgets of two steps: both recipes, their lines, and the table beside the marks."""
+"""The quality run, whole, with budgets of two steps: two students, their lines, and the table beside the marks."""
 
 import importlib.util
 import json
@@ -10,6 +10,7 @@ import pytest
 
 from linearize.evaluate import Results
 from linearize.modeling.errors import LinearizeError
+from linearize.modeling.registry import METHODS
 from linearize.recipe import Recipe
 from linearize.tasks.words import WORDS
 from linearize.teacher import BUNDLED
@@ -49,36 +50,29 @@ def books(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("name", ["lolcats", "window"])
-def test_recipes_follow_the_protocol_of_the_marks(name):
-    recipe = Recipe.from_file(SCRIPT.with_name(f"{name}-books-19m.yaml"))
-    assert recipe.method.name == name
-    assert (recipe.method.window, recipe.method.window_kind, recipe.layers) == (64, "sliding", "all")
-    assert recipe.transfer.tokens == (3_000_000 if name == "lolcats" else 0)
-    assert (recipe.finetune.tokens, recipe.finetune.batch_size) == (3_000_000, 16)
-    assert [(s.kind, s.weight) for s in recipe.data.sources] == [("text", 0.85), ("recall", 0.15)]
-    assert (recipe.data.seq_len, recipe.evaluate.sequences, recipe.evaluate.recall_samples) == (1024, 32, 100)
-    assert (recipe.precision, recipe.teacher.dtype) == ("fp32", "float32")
+def test_every_student_follows_the_protocol_of_the_marks(quality):
+    options = quality.arguments(["--teacher=x", "--data=x", "--out=x"])
+    marks = json.loads(options.marks.read_text())["rows"]
+    recipes = {name: quality.recipe_of(name, options) for name in quality.students(options.students)}
+    assert {recipe.method.name for recipe in recipes.values()} == set(METHODS) - {"softmax"}
+    assert set(marks) <= {*recipes, "teacher"}
+    for name, recipe in recipes.items():
+        length = 2048 if name == "salient-by-layer" else 1024
+        assert recipe.data.seq_len == length, name
+        for stage in (recipe.transfer, recipe.finetune):
+            assert stage.batch_size * length == 16 * 1024, name
+        assert recipe.transfer.tokens in (0, 3_000_000) or name == "salient-by-layer"
+        assert recipe.finetune.tokens == (6_000_000 if name == "liger-6M" else 3_000_000)
+        assert (recipe.finetune.lora.rank, recipe.finetune.lora.alpha) == (8, 16)
+        assert recipe.layers == "all" or isinstance(recipe.layers, dict)
+        assert [(s.kind, s.weight) for s in recipe.data.sources] == [("text", 0.85), ("recall", 0.15)]
+        assert (recipe.evaluate.sequences, recipe.evaluate.recall_samples) == (32, 100)
+        assert (recipe.precision, recipe.teacher.dtype) == ("fp32", "float32")
 
 
-def test_the_recipe_of_salient_follows_its_own_protocol():
-    recipe = Recipe.from_file(SCRIPT.with_name("salient-books-19m.yaml"))
-    method = recipe.method
-    assert (method.name, method.budget, method.chunk, recipe.layers) == ("salient", 256, 64, "all")
-    assert (recipe.transfer.tokens, recipe.transfer.batch_size, recipe.transfer.learning_rate) == (
-        3_000_000,
-        16,
-        3e-3,
-    )
-    assert (recipe.finetune.tokens, recipe.finetune.batch_size, recipe.finetune.learning_rate) == (
-        3_000_000,
-        16,
-        5e-4,
-    )
-    assert (recipe.finetune.next_token, recipe.finetune.kl) == (0, 1)
-    assert (recipe.finetune.lora.rank, recipe.finetune.lora.alpha) == (8, 16)
-    assert [(s.kind, s.weight) for s in recipe.data.sources] == [("text", 0.85), ("recall", 0.15)]
-    assert (recipe.data.seq_len, recipe.evaluate.sequences, recipe.evaluate.recall_samples) == (1024, 32, 100)
+def test_an_unknown_student_is_refused(quality):
+    with pytest.raises(LinearizeError, match=r"--student lolcat: not in .* choose from window, lolcats"):
+        quality.main(["--teacher=x", "--data=x", "--out=x", "--student=lolcat"])
 
 
 def test_both_students_are_measured_and_told_beside_their_marks(quality, books, tmp_path, capsys):
@@ -88,10 +82,12 @@ def test_both_students_are_measured_and_told_beside_their_marks(quality, books, 
         f"--data={books}",
         f"--out={out}",
         f"--work={tmp_path / 'work'}",
+        "--student=lolcats",
+        "--student=window",
     ]
     quality.main([*words, *SMALL])
     lines = [json.loads(line) for line in out.read_text().splitlines()]
-    assert [line["method"] for line in lines] == ["lolcats", "window"]
+    assert [line["student"] for line in lines] == ["lolcats", "window"]
     for line in lines:
         assert {"model.safetensors", "config.json", "books-train.txt.xz", "books-eval.txt.xz"} <= set(
             line["sha256"]

@@ -1,21 +1,24 @@
 """Students of a teacher under the protocol of the marks: one JSON line each, and a table beside the marks.
 
-    python evals/quality/run.py --teacher DIR --data DIR --out evals/quality/results.jsonl
+    python evals/quality/run.py --teacher DIR --data DIR --out evals/quality/results.jsonl --jobs 4
 
-The data folder holds books-train.txt.xz and books-eval.txt.xz. The recipes beside this file are run in turn
-through `linearize.run`; words `key=value` change both. Fidelity is measured on the first windows of T + 1
-tokens of the evaluation text, tokenised whole. A line is appended as soon as its student is measured.
+The data folder holds books-train.txt.xz and books-eval.txt.xz. The students of students.yaml are made through
+`linearize.run`, all of them or those named by `--student`; words `key=value` change every one. Fidelity is measured on
+the first windows of T + 1 tokens of the evaluation text, tokenised whole. A line is appended as soon as its student is
+measured.
 """
 
 import argparse
 import hashlib
 import json
 import lzma
+import multiprocessing
 import platform
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ProcessPoolExecutor
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -26,6 +29,7 @@ import torch
 from linearize.evaluate import Results, digest_of_windows
 from linearize.evaluate.likelihood import TEACHER
 from linearize.modeling.errors import LinearizeError
+from linearize.overrides import read_yaml
 from linearize.progress import Progress
 from linearize.recipe import Recipe
 from linearize.report import markdown
@@ -33,26 +37,27 @@ from linearize.run import run
 from linearize.teacher import load_teacher
 
 HERE = Path(__file__).parent
-RECIPES = (HERE / "lolcats-books-19m.yaml", HERE / "window-books-19m.yaml")
 TRAIN, EVAL = "books-train.txt.xz", "books-eval.txt.xz"
 
 
 def main(words: list[str] | None = None) -> None:
     options = arguments(words)
-    torch.backends.cuda.matmul.allow_tf32 = options.tf32
-    marks = json.loads(options.marks.read_text())
-    hashes = {
-        **sha256_of(options.teacher.iterdir()),
-        **sha256_of(options.data / name for name in (TRAIN, EVAL)),
-    }
-    lines = []
-    for file in options.recipe or RECIPES:
-        lines.append(measure(file, options, hashes))
-        with options.out.open("a") as out:
-            out.write(json.dumps(lines[-1]) + "\n")
-    print(beside_marks(lines, marks))
+    asked = options.student or list(students(options.students))
+    for name in asked:
+        recipe_of(name, options)  # a word that is wrong is told before anything runs
+    if options.jobs == 1:
+        for name in asked:
+            append(name, options)
+    else:
+        fresh = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(options.jobs, mp_context=fresh, max_tasks_per_child=1) as pool:
+            for running in [pool.submit(append, name, options) for name in asked]:
+                running.result()
+    newest = {line["student"]: line for line in map(json.loads, options.out.read_text().splitlines())}
+    lines = [newest[name] for name in asked]
+    print(beside_marks(lines, json.loads(options.marks.read_text())))
     for line in lines:
-        print(f"## {line['method']}\n\n{markdown(Results.from_dict(line['results']))}")
+        print(f"## {line['student']}\n\n{markdown(Results.from_dict(line['results']))}")
 
 
 def arguments(words: list[str] | None) -> argparse.Namespace:
@@ -62,8 +67,10 @@ def arguments(words: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--teacher", type=Path, required=True, help="folder of the teacher")
     parser.add_argument("--data", type=Path, required=True, help=f"folder with {TRAIN} and {EVAL}")
     parser.add_argument("--out", type=Path, required=True, help="JSON lines, appended")
+    parser.add_argument("--student", action="append", help="may be repeated; default: every one")
+    parser.add_argument("--students", type=Path, default=HERE / "students.yaml")
     parser.add_argument(
-        "--recipe", type=Path, action="append", help="may be repeated; default: both beside this file"
+        "--jobs", type=int, default=1, help="students at a time, each in a process of its own"
     )
     parser.add_argument("--marks", type=Path, default=HERE / "marks.json")
     parser.add_argument("--work", type=Path, default=Path("runs/quality"), help="where the runs are kept")
@@ -73,27 +80,61 @@ def arguments(words: list[str] | None) -> argparse.Namespace:
     return parser.parse_intermixed_args(words)
 
 
-def measure(file: Path, options: argparse.Namespace, hashes: dict[str, str]) -> dict[str, Any]:
-    """Run one recipe; its line."""
-    folders = [
-        f"teacher.name={options.teacher}",
-        f"data.sources.0.path={options.data / TRAIN}",
-        f"data.held_out.0.path={options.data / EVAL}",
-        f"output={options.work / file.stem}",
-    ]
-    recipe = Recipe.from_file(file, overrides=[*options.overrides, *folders])
+def students(file: Path) -> dict[str, dict[str, Any]]:
+    """Name -> recipe, the shared protocol with what each student says differently."""
+    tree = read_yaml(file)
+    return {name: merged(tree["protocol"], changes) for name, changes in tree["students"].items()}
+
+
+def merged(tree: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    found = dict(tree)
+    for key, value in changes.items():
+        old = found.get(key)
+        found[key] = merged(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return found
+
+
+def recipe_of(name: str, options: argparse.Namespace, folders: Iterable[str] = ()) -> Recipe:
+    found = students(options.students)
+    if name not in found:
+        raise LinearizeError(f"--student {name}: not in {options.students}; choose from {', '.join(found)}")
+    return Recipe.from_dict(found[name], place=f"{options.students}: {name}").override(
+        [*options.overrides, *folders]
+    )
+
+
+def append(name: str, options: argparse.Namespace) -> None:
+    """Make one student and append its line."""
+    torch.backends.cuda.matmul.allow_tf32 = options.tf32
+    line = measure(name, options)
+    with options.out.open("a") as out:
+        out.write(json.dumps(line) + "\n")
+
+
+def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Make one student; its line."""
+    recipe = recipe_of(
+        name,
+        options,
+        [
+            f"teacher.name={options.teacher}",
+            f"data.sources.0.path={options.data / TRAIN}",
+            f"data.held_out.0.path={options.data / EVAL}",
+            f"output={options.work / name}",
+        ],
+    )
     started = time.perf_counter()
-    done = run(recipe, progress=Reporter(file.stem))
+    done = run(recipe, progress=Reporter(name))
     seconds = time.perf_counter() - started
     check_windows(done.results, recipe, options.data / EVAL)
-    text = Recipe.from_file(file, overrides=options.overrides).to_yaml()  # without the folders of one machine
+    text = recipe_of(name, options).to_yaml()  # without the folders of one machine
     return {
+        "student": name,
         "method": recipe.method.name,
-        "recipe_file": file.name,
         "recipe": text,
         "recipe_sha256": hashlib.sha256(text.encode()).hexdigest(),
         "teacher": options.teacher.name,
-        "sha256": hashes,
+        "sha256": sha256_of([*options.teacher.iterdir(), options.data / TRAIN, options.data / EVAL]),
         "tokens": {"transfer": recipe.transfer.tokens, "finetune": recipe.finetune.tokens},
         "seconds": {
             "all": round(seconds, 1),
@@ -129,7 +170,7 @@ def check_windows(results: Results, recipe: Recipe, text: Path) -> None:
 def beside_marks(lines: list[dict[str, Any]], marks: dict[str, Any]) -> str:
     """A Markdown table: what was measured, each row followed by its mark."""
     measured = {TEACHER: figures(lines[0], TEACHER)} if lines else {}
-    measured |= {line["method"]: figures(line, student(line)) for line in lines}
+    measured |= {line["student"]: figures(line, converted(line)) for line in lines}
     lengths = sorted({length for row in measured.values() for length in row["ppl"]}, key=int)
     asked = sorted(
         {(task, n) for row in measured.values() for task in row["recall"] for n in row["recall"][task]},
@@ -169,7 +210,7 @@ def figures(line: dict[str, Any], model: str) -> dict[str, dict]:
     }
 
 
-def student(line: dict[str, Any]) -> str:
+def converted(line: dict[str, Any]) -> str:
     return next(name for name in line["results"]["models"] if name != TEACHER)
 
 
