@@ -24,6 +24,10 @@ OPTIONS = {
     "no convolution": dict(conv_size=None, window=16, window_exclude=True),
     "q only": dict(conv_on="q", rope=True),
     "wide": dict(feature_dim=12, clamp_log_decay=-0.05),
+    "values": dict(conv_on="qkv", conv_tied=True),
+    "values window": dict(conv_on="v", window=3, conv_size=6),
+    "values window excluded": dict(conv_on="kv", window=5, window_exclude=True, kv_shared=True, conv_size=3),
+    "unnormalised": dict(normalize=False, conv_on="qv"),
 }
 options = pytest.mark.parametrize("fields", OPTIONS.values(), ids=OPTIONS)
 
@@ -47,7 +51,7 @@ def loop(mixer: LawcatMixer, x: MixerInput) -> Tensor:
     def convolve(u: Tensor, name: str) -> Tensor:
         if config.conv_size is None or name not in config.conv_on:
             return u
-        taps = mixer.taps_k if config.conv_tied else getattr(mixer, f"taps_{name}")
+        taps = getattr(mixer, "taps_k" if config.conv_tied and name == "q" else f"taps_{name}")
         taps = taps.repeat_interleave(4 // len(taps), 0)
         padded = torch.cat([torch.zeros_like(u[:, : config.conv_size]), u], 1)
         start = config.conv_size
@@ -61,6 +65,7 @@ def loop(mixer: LawcatMixer, x: MixerInput) -> Tensor:
     assert mixer.map_k.weight.shape[0] == 4 // shared
     phi_q = features(convolve(q, "q"), mixer.map_k if config.tie_qk_map else mixer.map_q)
     phi_k = features(convolve(k, "k"), mixer.map_k)
+    values = convolve(v, "v")
     a = x.hidden
     for linear in (mixer.gate_down, mixer.gate_up):
         a = a if linear is None else linear(a)
@@ -75,7 +80,10 @@ def loop(mixer: LawcatMixer, x: MixerInput) -> Tensor:
         weights = torch.einsum(
             "bhf,bjhf,bjhf->bjh", phi_q[:, t], phi_k[:, seen], (total[:, t, None] - total[:, seen]).exp()
         )
-        num, den = torch.einsum("bjh,bjhv->bhv", weights, v[:, seen]), weights.sum(1)[..., None]
+        num, den = torch.einsum("bjh,bjhv->bhv", weights, values[:, seen]), weights.sum(1)[..., None]
+        if not config.normalize:
+            outputs.append(mixer.norm * num / (num.square().mean(-1, keepdim=True) + 1e-6).sqrt())
+            continue
         if config.window is None:
             outputs.append(num / (den + 1e-10))
             continue
@@ -136,7 +144,11 @@ def test_right_padding_leaves_the_state_alone(fields):
     assert_near(state.kv[1], expected.kv[1], "layer")
 
 
-@options
+@pytest.mark.parametrize(
+    "fields",
+    [f for f in OPTIONS.values() if f.get("normalize", True) and "v" not in f.get("conv_on", "")],
+    ids=str,
+)
 @torch.no_grad()
 def test_constant_values_are_preserved(fields):
     """The weights of every output sum to one, the window's included."""
@@ -180,6 +192,27 @@ def test_gates_of_one_and_a_bare_convolution_are_plain_linear_attention():
     phi_q, phi_k = mixer.map_k(x.q_plain), mixer.map_k(k)
     plain = joint_quadratic(x.q, x.k, x.v, phi_q, phi_k, torch.ones(4), scale=1.0, window=None)
     assert_near(mixer(x)[0], plain, "layer", torch.float32)  # another eps
+
+
+@pytest.mark.parametrize("fields", [{}, dict(window=9), dict(normalize=False)], ids=str)
+@torch.no_grad()
+def test_bare_taps_on_values_change_nothing(fields):
+    x, plain, convolved = random_input(100), layer(**fields), layer(conv_on="qkv", **fields)
+    convolved.load_state_dict(plain.state_dict(), strict=False)
+    assert (convolved(x)[0] - plain(x)[0]).abs().max() > 0.1
+    convolved.taps_v.zero_()[..., 0] = 1
+    assert_near(convolved(x)[0], plain(x)[0], "layer")
+
+
+@torch.no_grad()
+def test_without_a_normaliser_outputs_have_the_size_of_the_norm():
+    """Whatever the values' size; and there is one column less to remember."""
+    x, mixer = random_input(70), layer(normalize=False)
+    x = x._replace(v=100 * x.v)  # far above the epsilon
+    y, state = mixer(x)
+    assert_near((y / mixer.norm).square().mean(-1), torch.ones(2, 70, 4).double(), "layer", torch.float32)
+    assert_near(mixer(x._replace(v=9 * x.v))[0], y, "layer", torch.float32)
+    assert state.kv.shape == (2, 4, 8, 8)
 
 
 @torch.no_grad()
@@ -314,6 +347,7 @@ def test_transfer_lowers_every_layers_error():
         (dict(feature_dim=7), "feature_dim: 7"),
         (dict(conv_tied=True, conv_on="q"), "conv_tied"),
         (dict(conv_tied=True, kv_shared=True), "conv_tied"),
+        (dict(normalize=False, window=8), "normalize: the window shares the denominator"),
     ],
     ids=str,
 )

@@ -19,18 +19,6 @@ def test_what_is_written_reads_back_equal(name, tmp_path):
     assert Recipe.from_file(path).differences(recipe) == []
 
 
-@pytest.mark.parametrize("name", shipped_recipes())
-def test_a_shipped_recipe_says_only_what_differs_from_the_defaults(name):
-    given = yaml.safe_load(shipped_recipes()[name].read_text())
-    resolved = Recipe.resolve(name)
-    default = Recipe.resolve("x/y", method=resolved.method.name)
-    same = {"method.name", "transfer.mse_factor", "finetune.next_token"}  # said for the reader
-    for section in ("transfer", "finetune", "evaluate", "control"):
-        for key, value in given.get(section, {}).items():
-            if f"{section}.{key}" not in same:
-                assert getattr(getattr(default, section), key) != value, f"{section}.{key}"
-
-
 def test_nothing_means_the_quickstart_and_a_model_means_the_defaults():
     assert Recipe.resolve() == Recipe.resolve(QUICKSTART)
     assert Recipe.resolve().teacher.name == "books-5m"

@@ -120,6 +120,7 @@ def variants() -> dict[str, MethodConfig]:
             dict(window=8, window_exclude=True),
             dict(window=4, kv_shared=True, conv_size=3, conv_on="k", clamp_log_decay=-0.1),
             dict(conv_size=None, gate_rank=None, tie_qk_map=False, feature_dim=6, feature_map="t2r"),
+            dict(conv_on="qkv", normalize=False),
         ],
         "still": [
             dict(chunk=4, salient_per_chunk=1, budget=3),

@@ -20,7 +20,8 @@ paper's long-context results come from training on the task's own form; plain te
 
 Departures. Padding enters neither sum; the model's q and k norms come before the convolution; a gate's width follows
 from the heads and not from the hidden size. ``window_exclude`` (the release counts window tokens twice), ``kv_shared``
-and ``gate_bias`` are ours. Equation numbers are not cited: what is here was read from the authors' code.
+and ``gate_bias`` are ours, and so is the form of the norm that replaces ``normalize``. Equation numbers are not cited:
+what is here was read from the authors' code.
 """
 
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import avg_pool1d, linear, logsigmoid, pad
+from torch.nn.functional import avg_pool1d, linear, logsigmoid, pad, rms_norm
 
 from .errors import ConversionError
 from .feature_maps import FEATURE_MAPS
@@ -36,6 +37,9 @@ from .mixer import Geometry, Method, MethodConfig, Mixer, MixerInput, check_wind
 from .ops import gated_attention, gated_decode, joined_attention, joined_decode
 from .ring import at_columns, attend_through, new_columns, resize, unroll, write
 from .tiles import accumulator
+
+NORM_EPS = 1e-6
+"""Under the root of the norm that stands in for the denominator without ``normalize``, as in Llama's."""
 
 
 @dataclass(frozen=True)
@@ -47,8 +51,8 @@ class LawcatConfig(MethodConfig):
 
     conv_size: int | None = 4
     """Taps of the convolution, the current token's included; None is no convolution."""
-    conv_on: Literal["qk", "q", "k"] = "qk"
-    """What is convolved."""
+    conv_on: Literal["q", "k", "v", "qk", "qv", "kv", "qkv"] = "qk"
+    """What is convolved; values only where they enter the sums, never in the window."""
     conv_init: Literal["delta", "xavier", "normal"] = "delta"
     """``delta``: the current token's tap is 1, the older ones are ``conv_older``."""
     conv_older: float = 0.001
@@ -85,6 +89,8 @@ class LawcatConfig(MethodConfig):
     """Convolution of k and maps per key/value head: an R times smaller state, and another model."""
     eps: float = 1e-10
     """Added to the denominator where there is no window."""
+    normalize: bool = True
+    """Without it y_t = RMSNorm(S_t^T phi(q^_t)), with a learnt scale for each channel of each query head."""
 
     def check(self, geometry: Geometry | None = None) -> None:
         check_window(self.window, "sliding", "method")
@@ -104,8 +110,12 @@ class LawcatConfig(MethodConfig):
             raise ConversionError(
                 f"method.feature_map: {self.feature_map!r} is unknown; choose from {', '.join(FEATURE_MAPS)}"
             )
-        if self.conv_tied and self.conv_on != "qk":
+        if self.conv_tied and not {"q", "k"} <= set(self.conv_on):
             raise ConversionError("method.conv_tied: ties the taps of q and k; leave conv_on at 'qk'")
+        if not self.normalize and self.window is not None:
+            raise ConversionError(
+                "method.normalize: the window shares the denominator; leave it true, or set window=null"
+            )
         if geometry is None:
             return
         if self.conv_tied and self.kv_shared and geometry.heads != geometry.kv_heads:
@@ -129,11 +139,11 @@ class LawcatState(NamedTuple):
     k: Tensor
     """[B, W + p, G, K] rotated keys of the window, model dtype; empty without one."""
     v: Tensor
-    """[B, W + p, G, V], model dtype."""
+    """[B, W + p, G, V], model dtype; with convolved values as many as tail_k if that is more."""
     log_decay: Tensor
     """[B, E + p, G, F] fp32."""
     kv: Tensor
-    """[B, Hs, F, V + 1] fp32, S and z beside it; Hs = H, or G with ``kv_shared``."""
+    """[B, Hs, F, V + 1] fp32, S and, if it is to ``normalize``, z beside it; Hs = H, or G with ``kv_shared``."""
     seen: Tensor
     """[B] tokens seen."""
     folded: Tensor
@@ -141,9 +151,9 @@ class LawcatState(NamedTuple):
 
 
 class LawcatMixer(Mixer):
-    """One layer. Parameters, those that are used: ``taps_{q,k}``, ``map_{q,k}``, ``gate_{down,up}``, ``window_logit``.
+    """One layer. Parameters, some of: ``taps_{q,k,v}``, ``map_{q,k}``, ``gate_{down,up}``, ``window_logit``, ``norm``.
 
-    Taps are [heads, K, c], the current token's first. What q and k share is the one of k.
+    Taps are [heads, K or V, c], the current token's first. What q and k share is the one of k.
     """
 
     wants_unrotated = True
@@ -157,6 +167,8 @@ class LawcatMixer(Mixer):
             self.taps_q = nn.Parameter(torch.empty(shape.heads, shape.key_dim, taps))
         if "k" in self._convolved:
             self.taps_k = nn.Parameter(torch.empty(self.state_heads, shape.key_dim, taps))
+        if "v" in self._convolved:
+            self.taps_v = nn.Parameter(torch.empty(self.state_heads, shape.value_dim, taps))
         make = FEATURE_MAPS[config.feature_map]
         if not config.tie_qk_map:
             self.map_q = make(shape.heads, shape.key_dim, self.feature_dim, config.feature_init)
@@ -167,6 +179,8 @@ class LawcatMixer(Mixer):
         self.gate_up = nn.Linear(inner, width)
         if config.window is not None:
             self.window_logit = nn.Parameter(torch.empty(shape.heads))
+        if not config.normalize:
+            self.norm = nn.Parameter(torch.empty(shape.heads, shape.value_dim))
         self.reset_parameters()
 
     @property
@@ -176,7 +190,7 @@ class LawcatMixer(Mixer):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         config = self.config
-        for name in ("taps_q", "taps_k"):
+        for name in ("taps_q", "taps_k", "taps_v"):
             taps = getattr(self, name, None)
             if taps is None:
                 continue
@@ -196,6 +210,8 @@ class LawcatMixer(Mixer):
         self.gate_up.bias.fill_(config.gate_bias)
         if config.window is not None:
             self.window_logit.fill_(config.window_logit_init)
+        if not config.normalize:
+            self.norm.fill_(1.0)
 
     def forward(self, x: MixerInput, state: LawcatState | None = None) -> tuple[Tensor, LawcatState | None]:
         config, fresh = self.config, state is None
@@ -208,6 +224,9 @@ class LawcatMixer(Mixer):
         y, kv = self._sums(x, q, k, log_decay, state, limit, fresh)
         if config.window is not None:
             y = self._join(x, y, None if fresh else state)
+        if not config.normalize:
+            y = rms_norm(y, y.shape[-1:], eps=NORM_EPS) * self.norm.to(y.dtype)
+        y = y.to(x.v.dtype)
         if not x.use_cache:
             return y, None
         new = {"tail_q": q, "tail_k": k, "k": x.k, "v": x.v, "log_decay": log_decay}
@@ -242,29 +261,33 @@ class LawcatMixer(Mixer):
             before = first[:, None] + torch.arange(count, device=new.device) < 0
             return found.masked_fill(before[:, :, None, None], 0.0) if behind else found
 
-        tail_q, tail_k = (self._tail if name in self._convolved else 0 for name in "qk")
-        q = self._convolve(columns(state.tail_q, q, tail_q, state.seen, tail_q + time), "q")
+        def entering(ring: Tensor, new: Tensor, name: str) -> Tensor:
+            """[B, count, ...] keys or values, convolved, as they enter the sums: E positions late."""
+            tail = self._tail(name)
+            behind = tail + excluded
+            found = columns(ring, new, behind, state.folded, behind + count)
+            return self._convolve(found[:, : tail + count], name)
+
+        tail = self._tail("q")
+        q = self._convolve(columns(state.tail_q, q, tail, state.seen, tail + time), "q")
         phi_q = at_columns(self._map_q(q), held, state.seen, state.folded) if held else self._map_q(q)
-        behind = tail_k + excluded
-        k = self._convolve(
-            columns(state.tail_k, k, behind, state.folded, behind + count)[:, : tail_k + count], "k"
-        )
-        phi_k = self.map_k(k)
-        v = columns(state.v, x.v, excluded, state.folded, excluded + count)[:, :count]
+        phi_k = self.map_k(entering(state.tail_k, k, "k"))
+        v = entering(state.v, x.v, "v")
         decay = columns(state.log_decay, log_decay, excluded, state.folded, excluded + count)
         if excluded:
             position = state.folded[:, None] - excluded + torch.arange(count, device=k.device)
             phi_k = phi_k.masked_fill((position < 0)[:, :, None, None], 0.0)
             phi_k = phi_k * torch.exp(self._per_state_head(_windowed_sum(decay[:, 1:], excluded)))
             decay = decay[:, excluded:]
+        v = v.to(accumulator(v))
         if self.config.window is not None:
-            v = pad(v.to(accumulator(v)), (0, 1), value=1.0)
+            v = pad(v, (0, 1), value=1.0)
         y, kv = (gated_decode if count == 1 else gated_attention)(
             phi_q,
             phi_k,
             v,
             decay,
-            eps=self.config.eps if self.config.window is None else None,
+            eps=self.config.eps if self.config.normalize and self.config.window is None else None,
             state=None if fresh else state.kv,
             stop=limit - state.folded if held or x.lengths is not None else None,
         )
@@ -288,14 +311,15 @@ class LawcatMixer(Mixer):
         )
 
     def _convolve(self, x: Tensor, name: str) -> Tensor:
-        """[B, n - c + 1, heads, K] from inputs x [B, n, H or G, K]; x itself where it is not convolved."""
+        """[B, n - c + 1, heads, D] from inputs x [B, n, H or G, D]; x itself where it is not convolved."""
         if name not in self._convolved:
             return x
-        taps = self.taps_k if self.config.conv_tied else getattr(self, f"taps_{name}")
+        taps = getattr(self, "taps_k" if self.config.conv_tied and name == "q" else f"taps_{name}")
         dtype = accumulator(x)
         taps = taps.to(dtype).unflatten(0, (x.shape[2], -1))  # [G, heads / G, K, c]
-        x, length = x.to(dtype)[:, :, :, None], x.shape[1] - self._tail
-        parts = (taps[..., i] * x[:, self._tail - i :][:, :length] for i in range(taps.shape[-1]))
+        older = self._tail(name)
+        x, length = x.to(dtype)[:, :, :, None], x.shape[1] - older
+        parts = (taps[..., i] * x[:, older - i :][:, :length] for i in range(older + 1))
         return sum(parts, start=torch.zeros((), dtype=dtype, device=x.device)).flatten(2, 3)
 
     def _map_q(self, q: Tensor) -> Tensor:
@@ -323,10 +347,9 @@ class LawcatMixer(Mixer):
 
     # The state.
 
-    @property
-    def _tail(self) -> int:
-        """Older inputs that a convolution reads."""
-        return 0 if self.config.conv_size is None else self.config.conv_size - 1
+    def _tail(self, name: str) -> int:
+        """Older inputs that the convolution of q, k or v reads."""
+        return self.config.conv_size - 1 if name in self._convolved else 0
 
     @property
     def _excluded(self) -> int:
@@ -336,10 +359,10 @@ class LawcatMixer(Mixer):
         """Tokens in each ring."""
         window = self.config.window or 0
         return {
-            "tail_q": self._tail + pending if "q" in self._convolved else 0,
-            "tail_k": (self._tail if "k" in self._convolved else 0) + self._excluded + pending,
+            "tail_q": self._tail("q") + pending if "q" in self._convolved else 0,
+            "tail_k": self._tail("k") + self._excluded + pending,
             "k": window + pending if window else 0,
-            "v": window + pending,
+            "v": max(window, self._tail("v") + self._excluded) + pending,
             "log_decay": self._excluded + pending,
         }
 
@@ -351,13 +374,14 @@ class LawcatMixer(Mixer):
         shape, rows, sizes = self.geometry, len(x.k), self._sizes(x.pending)
         exact: dict[str, Any] = {"dtype": accumulator(x.v), "device": x.v.device}
         zero = torch.zeros(rows, dtype=torch.long, device=x.k.device)
+        width = shape.value_dim + self.config.normalize
         return LawcatState(
             x.q.new_zeros(rows, sizes["tail_q"], shape.heads, shape.key_dim),
             x.k.new_zeros(rows, sizes["tail_k"], shape.kv_heads, shape.key_dim),
             x.k.new_zeros(rows, sizes["k"], shape.kv_heads, shape.key_dim),
             x.v.new_zeros(rows, sizes["v"], shape.kv_heads, shape.value_dim),
             torch.zeros(rows, sizes["log_decay"], shape.kv_heads, self.feature_dim, **exact),
-            torch.zeros(rows, self.state_heads, self.feature_dim, shape.value_dim + 1, **exact),
+            torch.zeros(rows, self.state_heads, self.feature_dim, width, **exact),
             zero,
             zero,
         )
