@@ -103,6 +103,8 @@ def variants() -> dict[str, MethodConfig]:
             dict(window=4, window_kind="terraced", kv_tied_map=True),
             dict(window=8, window_kind="terraced", affine_factors=True, feature_map="t2r"),
             dict(window=None, feature_map="elu"),
+            dict(window=4, window_kind="terraced", sparse_cache=5),
+            dict(window=3, window_kind="terraced", sparse_cache=7, kv_tied_map=True, affine_factors=True),
         ],
         "salient": [
             dict(budget=3, chunk=4, score_dim=6),
@@ -121,6 +123,7 @@ def variants() -> dict[str, MethodConfig]:
             dict(window=4, kv_shared=True, conv_size=3, conv_on="k", clamp_log_decay=-0.1),
             dict(conv_size=None, gate_rank=None, tie_qk_map=False, feature_dim=6, feature_map="t2r"),
         ],
+        "linear": [dict(feature_map="elu"), dict(kv_tied_map=True, feature_dim=6)],
         "window": [dict(window=8, sinks=3), dict(window=4, window_kind="terraced")],
     }
     found = {}

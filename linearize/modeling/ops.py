@@ -1,15 +1,18 @@
 """The only door to compute: a mixer calls an operation here and never asks which version runs.
 
-Each operation has a plain torch reference of the same signature, in ``reference.py``, ``gated.py`` or ``selection.py``.
+Each operation has a plain torch reference of the same signature, in ``reference.py``, ``gated.py``, ``selection.py`` or
+``lola.py``.
 There is no other version yet; the choice is only between their forms: many queries (chunked) and few (recurrent).
 """
 
 from .gated import gated_chunked, gated_recurrent, joined_chunked, joined_recurrent
+from .lola import Sparse, hand_over_all, sparse_chunked, sparse_recurrent
 from .reference import fold, joint_chunked, joint_recurrent, window_chunked, window_recurrent
 from .selection import Kept, future_attention, kept_chunked, kept_recurrent, merge_kept
 
 __all__ = [
     "Kept",
+    "Sparse",
     "fold",
     "future_attention",
     "gated_attention",
@@ -21,6 +24,9 @@ __all__ = [
     "kept_attention",
     "kept_decode",
     "merge_kept",
+    "sparse_attention",
+    "sparse_decode",
+    "sparse_hand_over",
     "window_attention",
     "window_decode",
 ]
@@ -35,3 +41,6 @@ gated_attention = gated_chunked
 gated_decode = gated_recurrent
 joined_attention = joined_chunked
 joined_decode = joined_recurrent
+sparse_attention = sparse_chunked
+sparse_decode = sparse_recurrent
+sparse_hand_over = hand_over_all

@@ -2,8 +2,9 @@
 
 from .lawcat import LAWCAT
 from .liger import LIGER
+from .linear import LINEAR
 from .lolcats import LOLCATS
 from .salient import SALIENT
 from .window import SOFTMAX, WINDOW
 
-METHODS = {method.name: method for method in (LOLCATS, LIGER, LAWCAT, SALIENT, WINDOW, SOFTMAX)}
+METHODS = {method.name: method for method in (LOLCATS, LIGER, LAWCAT, SALIENT, LINEAR, WINDOW, SOFTMAX)}
