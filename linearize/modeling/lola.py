@@ -1,8 +1,8 @@
 """A bounded exact memory behind LoLCATs' window for what the sums recall worst: definition, chunked, recurrent.
 
 McDermott, Heath and Parhi, LoLA: Low-Rank Linear Attention with Sparse Caching, arXiv 2505.23666. Letters as in
-``reference.py``; C(t) = floor(t / W). When a query first enters block c, block c - 2 leaves the window as a whole. Its
-pairs and the N cached ones are candidates, and each is asked what the sums of all others that left would recall for it:
+``reference.py``; t stands in block floor(t / W). When a query first enters block n, block n - 2 leaves the window as a
+whole. Its pairs and the N cached ones are candidates, ranked by what the sums S, z as they are recall for their keys:
 
     e_j = || S^T phi_k(k_j) / (z . phi_k(k_j)) - v_j ||^2        inf where the denominator is 0 (nothing was summed yet)
 

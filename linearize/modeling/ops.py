@@ -1,8 +1,8 @@
 """The only door to compute: a mixer calls an operation here and never asks which version runs.
 
 Each operation has a plain torch reference of the same signature, in ``reference.py``, ``gated.py``, ``selection.py`` or
-``lola.py``.
-There is no other version yet; the choice is only between their forms: many queries (chunked) and few (recurrent).
+``lola.py``. There is no other version yet; the choice is only between their forms: many queries (chunked) and few
+(recurrent).
 """
 
 from .gated import gated_chunked, gated_recurrent, joined_chunked, joined_recurrent
