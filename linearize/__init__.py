@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .generate import generate
     from .hub import push
     from .loading import load
+    from .methods import adjust
     from .recipe import Recipe
     from .run import run
     from .train.finetune import finetune
@@ -31,6 +32,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Recipe",
     "__version__",
+    "adjust",
     "build",
     "convert",
     "evaluate",
@@ -46,6 +48,7 @@ __all__ = [
 
 _HOME = {
     "Recipe": "recipe",
+    "adjust": "methods",
     "build": "data",
     "convert": "convert",
     "evaluate": "evaluate",

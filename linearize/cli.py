@@ -88,6 +88,12 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="[key.sub=value]", show_default=False, help="Recipe overrides."),
 ]
+Fields = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[method.field=value]", show_default=False, help="As `linearize eval` takes them."
+    ),
+]
 Method = Annotated[
     str | None, typer.Option(help="The method, with its defaults; see `linearize list methods`.")
 ]
@@ -248,7 +254,7 @@ def unconvert_(checkpoint: Checkpoint, output: Output) -> None:
 def eval_(checkpoint: Checkpoint, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Measure a saved student beside its teacher.
 
-    By the recipe that was saved with it, changed by overrides.
+    By the recipe that was saved with it, changed by overrides, method.sparse_cache=256 among them.
     """
     from .run import evaluate_checkpoint
 
@@ -264,6 +270,7 @@ def eval_(checkpoint: Checkpoint, overrides: Overrides = None, as_json: AsJson =
 def generate_(
     checkpoint: Annotated[str, typer.Argument(help="A saved student, or any model that can be a teacher.")],
     prompt: Annotated[str, typer.Argument(help="The text to continue; - reads it from stdin.")],
+    words: Fields = None,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to write.")] = 60,
     sample: Annotated[
         bool, typer.Option("--sample", help="Sample instead of taking the likeliest token.")
@@ -275,12 +282,17 @@ def generate_(
     """Continue a prompt."""
     from .generate import generate
     from .loading import load
+    from .methods import adjust, method_words
 
     if not sample and (temperature is not None or seed is not None):
         _fail("--temperature, --seed: nothing is sampled; add --sample")
     if prompt == "-":
         prompt = sys.stdin.read().rstrip("\n")
+    fields, others = method_words(words or [])
+    if others:
+        _fail(f"{others[0]}: is not a method's field; put the prompt in quotes, or write method.field=value")
     model, tokenizer = load(checkpoint)
+    adjust(model, **fields)
     defaults = {"do_sample": True, "temperature": 1.0, "seed": 0}
     given = {"temperature": temperature, "seed": seed}
     sampling = defaults | {k: v for k, v in given.items() if v is not None} if sample else {}

@@ -12,6 +12,7 @@ from pydantic import BeforeValidator, ConfigDict, ValidationError, create_model
 
 from .complaints import complaint, near
 from .modeling.errors import LinearizeError, RecipeError
+from .overrides import parse_override
 
 STRICT = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, coerce_numbers_to_str=True)
 DEFAULT_METHOD = "lolcats"
@@ -79,6 +80,38 @@ def build_method(given: Any, *, place: str = "method") -> Any:
     except LinearizeError as error:
         raise type(error)(str(error).replace("method.", f"{place}.", 1)) from None
     return method
+
+
+def adjust(model: Any, **fields: Any) -> Any:
+    """Set inference-time fields of a student anew, in place, in every layer whose method has them; returns the model.
+
+    ``adjust(model, sparse_cache=256)``: only fields that no weight depends on (a method's ``adjustable``). Saving the
+    model keeps them; caches made before belong to the student as it was.
+    """
+    mixers = model.mixers() if getattr(model.config, "linearize", None) else {}
+    offered = {field for mixer in mixers.values() for field in mixer.config.adjustable}
+    for field in fields.keys() - offered:
+        choice = "what can be set anew is " + ", ".join(f"method.{name}" for name in sorted(offered))
+        raise RecipeError(
+            f"method.{field}: was settled when the student was made; {choice if offered else 'leave it out'}"
+        )
+    adjusted = {}
+    for index, mixer in mixers.items():
+        own = {field: value for field, value in fields.items() if field in mixer.config.adjustable}
+        given = {"name": mixer.config.name, **dataclasses.asdict(mixer.config), **own}
+        adjusted[index] = build_method(given) if own else mixer.config
+    for index, config in adjusted.items():  # all are possible
+        mixers[index].config = config
+        method = {"name": config.name, **dataclasses.asdict(config)}
+        model.config.linearize["layers"][str(index)]["method"] = method
+    return model
+
+
+def method_words(words: Collection[str]) -> tuple[dict[str, Any], list[str]]:
+    """The fields that ``method.field=value`` words name, for :func:`adjust`, and the other words."""
+    mine = [word for word in words if word.startswith("method.")]
+    fields = {key.removeprefix("method."): value for key, value in map(parse_override, mine)}
+    return fields, [word for word in words if word not in mine]
 
 
 def build_layers(given: Mapping[Any, Any], method: Any) -> dict[str, Any]:

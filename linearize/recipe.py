@@ -190,9 +190,10 @@ class Finetune(Stage):
 
 
 class Control(Section):
-    """A window-only student, given the same LoRA tokens: what the linear branch has to beat."""
+    """Students that have a part of the method and the same training: what the whole has to beat."""
 
     enabled: bool = False
+    methods: list[Literal["window", "linear"]] = Field(default=["window"], min_length=1)
     window: Positive | None = None
     sinks: Count = 0
 

@@ -5,13 +5,14 @@
   data/                 the tokens, sampled or read once
   transfer/ finetune/   metrics.jsonl, checkpoints while they run, then the weights (see train/resume.py)
   student/              the checkpoint: what is measured, and what may be published
-  control/              finetune/ and student/ of the window-only student, where the recipe asks for one
+  control/<method>/     transfer/, finetune/ and student/ of each control that the recipe asks for
   timings.json          seconds per phase, over all the calls that it took
   results.json table.md what was measured, with its origin; written last
 """
 
 import contextlib
 import copy
+import dataclasses
 import datetime
 import json
 import os
@@ -31,10 +32,12 @@ from .convert import convert, unconvert
 from .data import Corpus, build
 from .evaluate import Results, check, evaluate
 from .generate import generate
+from .methods import adjust, build_method, method_words
 from .modeling.errors import LinearizeError, RecipeError
+from .modeling.linear import LinearConfig
 from .modeling.mixer import MethodConfig
 from .progress import Progress, Watch
-from .recipe import Recipe, build_method
+from .recipe import Recipe
 from .teacher import load_teacher
 from .train.finetune import finetune
 from .train.transfer import transfer
@@ -83,15 +86,17 @@ def run(recipe: Recipe, *, progress: Watch | None = None) -> RunResult:
     model = _converted(model, recipe)
     _teach(model, tokenizer, corpus, recipe, folder, clock, progress)
 
+    saved = {"student": folder / "student"}
     if recipe.control.enabled:
-        model, _ = load_teacher(recipe.teacher, device)
-        model = _converted(model, recipe, control_method(recipe))
-        below = folder / "control"
-        _teach(model, tokenizer, corpus, recipe, below, clock.under("control"), _under("control", progress))
+        for method in control_methods(recipe):
+            name, below = f"{method.name} control", folder / "control" / method.name
+            model, _ = load_teacher(recipe.teacher, device)
+            model = _converted(model, recipe, method)
+            _teach(model, tokenizer, corpus, recipe, below, clock.under(name), _under(name, progress))
+            saved[name] = below / "student"
 
     with clock("evaluate"):
-        saved = {"student": folder / "student", "window control": folder / "control" / "student"}
-        students = {k: checkpoint.load(at, device=device)[0] for k, at in saved.items() if at.exists()}
+        students = {name: checkpoint.load(at, device=device)[0] for name, at in saved.items()}
         teacher, tokenizer = load_teacher(recipe.teacher, device)
         results = evaluate(students, teacher, tokenizer, corpus, recipe.evaluate, recipe.seed, progress)
         prompt, text = _continuation(students["student"], tokenizer, corpus, recipe)
@@ -142,10 +147,12 @@ def evaluate_checkpoint(
     """The measurements of a saved student beside its teacher, by the recipe that was saved with it.
 
     ``overrides`` change it: ``data.held_out=[{kind: text, path: my.txt}]`` for other text, say. Without other text,
-    what was held out in training is found again: other sources or lengths would move its border.
+    what was held out in training is found again: other sources or lengths would move its border. ``method.field=value``
+    sets what no weight depends on (:func:`linearize.adjust`).
     """
     folder = Path(folder)
-    student, _ = checkpoint.load(folder)
+    fields, overrides = method_words(overrides)
+    student = adjust(checkpoint.load(folder)[0], **fields)
     if not (folder / "recipe.yaml").is_file():
         raise RecipeError(
             f"{folder}: has no recipe.yaml, which names teacher and text; write one there with Recipe.to_yaml"
@@ -190,11 +197,18 @@ def folder_of(recipe: Recipe) -> Path:
     return Path("runs") / f"{Path(recipe.teacher.name).name.lower()}-{recipe.method_name}"
 
 
-def control_method(recipe: Recipe) -> MethodConfig:
-    """The control's method: a sliding window as long as the student's, and nothing behind it."""
+def control_methods(recipe: Recipe) -> list[MethodConfig]:
+    """The controls asked for: a window as long as the student's and nothing behind it; its maps without a window."""
     window = recipe.control.window or getattr(recipe.method, "window", None)
-    fields = {"name": "window", "sinks": recipe.control.sinks}
-    return build_method(fields | ({"window": window} if window else {}))
+    fields = {
+        "window": {"sinks": recipe.control.sinks} | ({"window": window} if window else {}),
+        "linear": {
+            field.name: getattr(recipe.method, field.name)
+            for field in dataclasses.fields(LinearConfig)
+            if isinstance(recipe.method, LinearConfig)
+        },
+    }
+    return [build_method({"name": name, **fields[name]}) for name in recipe.control.methods]
 
 
 def device_of(recipe: Recipe) -> str:

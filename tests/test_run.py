@@ -9,12 +9,15 @@ import pytest
 import torch
 from tiny import tiny
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from typer.testing import CliRunner
 
 import linearize
+from linearize.cli import app
 from linearize.convert import describe
 from linearize.modeling.errors import LinearizeError, RecipeError
+from linearize.modeling.linear import LinearConfig
 from linearize.recipe import Recipe
-from linearize.run import control_method, evaluate_checkpoint, folder_of, run
+from linearize.run import control_methods, evaluate_checkpoint, folder_of, run
 from linearize.teacher import BUNDLED
 
 ROAD = sys.modules["linearize.run"]  # linearize.run itself is the function
@@ -28,7 +31,7 @@ WORDS = [
     "finetune.tokens=512",
     "finetune.batch_size=2",
     "finetune.kl=1",
-    "control.enabled=true",
+    "control={enabled: true, methods: [window, linear]}",
     "evaluate.seq_lens=[64]",
     "evaluate.sequences=2",
     "evaluate.recall_lens=[128]",
@@ -86,14 +89,17 @@ def test_a_run_leaves_what_its_folder_promises(made, recipe):
 
 def test_teacher_student_and_control_are_measured(made):
     result, _ = made
-    assert result.results.models == ["teacher", "student", "window control"]
-    assert "| 64 | window control |" in (result.folder / "table.md").read_text()
+    assert result.results.models == ["teacher", "student", "window control", "linear control"]
+    table = (result.folder / "table.md").read_text()
+    for name in ("window control", "linear control"):
+        assert f"| 64 | {name} |" in table and f"| KL | 64 | {name} |" in table
 
 
 def test_every_long_phase_reports_to_its_end(made):
     _, seen = made
     last = {at.phase: at for at in seen}
-    assert {"transfer", "finetune", "control finetune", "evaluate"} <= set(last)
+    assert {"transfer", "finetune", "window control finetune", "evaluate"} <= set(last)
+    assert {"linear control transfer", "linear control finetune"} <= set(last)
     assert all(at.done == at.total for at in last.values())
     assert all(a.done <= b.done for a, b in itertools.pairwise(seen) if a.phase == b.phase)
 
@@ -195,7 +201,31 @@ def test_a_student_is_measured_on_other_text_without_what_it_was_trained_on(made
     assert sorted(path.name for path in tmp_path.iterdir()) == ["my.txt", "student"]
 
 
-@pytest.mark.parametrize("word", ["method.window=4", "layers=all", "transfer.tokens=1", "output=elsewhere"])
+def test_a_sparse_cache_is_measured_without_training_again(made):
+    """The state grows by the pairs, the KL changes, the checkpoint does not."""
+    before = made[0].results
+    after = evaluate_checkpoint(made[0].checkpoint, ["method.sparse_cache=24", "evaluate.recall_tasks=[]"])
+    assert after.memory["student"].state == before.memory["student"].state + 2 * 24 * 4 * (16 + 16) * 4
+    assert after.likelihood[64]["student"].kl != before.likelihood[64]["student"].kl
+    assert after.likelihood[64]["teacher"].ppl == before.likelihood[64]["teacher"].ppl
+    assert linearize.load(made[0].checkpoint)[0].mixers()[0].config.sparse_cache is None
+    with pytest.raises(RecipeError, match=r"^method\.window: was settled .* is method\.sparse_cache"):
+        evaluate_checkpoint(made[0].checkpoint, ["method.window=4"])
+
+
+def test_a_sparse_cache_may_write(made):
+    def write(*words):
+        text = "The old man went down to the sea and " * 3
+        return CliRunner().invoke(app, ["generate", str(made[0].checkpoint), text, *words])
+
+    plain, sparse = write(), write("method.sparse_cache=16", "--max-new-tokens", "60")
+    assert plain.exit_code == sparse.exit_code == 0, sparse.output
+    assert plain.stdout != sparse.stdout
+    wrong = write("man")
+    assert wrong.exit_code == 2 and wrong.stderr.startswith("error: man: is not a method's field")
+
+
+@pytest.mark.parametrize("word", ["layers=all", "transfer.tokens=1", "output=elsewhere"])
 def test_measuring_does_not_change_what_training_has_settled(word, made):
     with pytest.raises(RecipeError, match=rf"^{word.partition('=')[0]}: was settled .* is teacher, data"):
         evaluate_checkpoint(made[0].checkpoint, [word])
@@ -233,14 +263,15 @@ def test_layers_of_different_methods_take_one_road(teacher, tmp_path):
     words = [word for word in WORDS if not word.startswith(("method", "layers"))]
     recipe = Recipe.resolve(teacher, overrides=[*words, layers, f"output={tmp_path / 'run'}"])
     done = run(recipe)
-    assert done.results.models == ["teacher", "student", "window control"]
+    assert done.results.models == ["teacher", "student", "window control", "linear control"]
     assert [r.method for r in describe(linearize.load(done.checkpoint)[0])] == [
         "lolcats",
         "softmax",
         "salient",
     ]
-    control = linearize.load(done.folder / "control" / "student")[0]
-    assert [r.method for r in describe(control)] == ["window", "softmax", "window"]
+    for name in ("window", "linear"):
+        control = linearize.load(done.folder / "control" / name / "student")[0]
+        assert [r.method for r in describe(control)] == [name, "softmax", name]
     plain = AutoModelForCausalLM.from_pretrained(done.checkpoint, trust_remote_code=True)
     tokens = torch.arange(5, 60)[None]
     with torch.no_grad():
@@ -262,4 +293,13 @@ def test_the_folder_is_named_after_teacher_and_method():
     [(["method.window=48"], 48), (["control.window=16"], 16), (["method.window=null"], 64)],
 )
 def test_the_control_has_the_window_of_the_student_unless_told(words, window):
-    assert control_method(Recipe.resolve("x/y", overrides=words)).window == window
+    (control,) = control_methods(Recipe.resolve("x/y", overrides=words))
+    assert control.name == "window" and control.window == window
+
+
+def test_the_linear_control_has_the_maps_of_the_student():
+    words = ["control.methods=[linear]", "method={name: lolcats, feature_map: exp, kv_tied_map: true}"]
+    (control,) = control_methods(Recipe.resolve("x/y", overrides=words))
+    assert control == LinearConfig(feature_map="exp", kv_tied_map=True)
+    (control,) = control_methods(Recipe.resolve("x/y", "salient", words[:1]))
+    assert control == LinearConfig()

@@ -103,6 +103,8 @@ def variants() -> dict[str, MethodConfig]:
             dict(window=4, window_kind="terraced", kv_tied_map=True),
             dict(window=8, window_kind="terraced", affine_factors=True, feature_map="t2r"),
             dict(window=None, feature_map="elu"),
+            dict(window=4, window_kind="terraced", sparse_cache=5),
+            dict(window=3, window_kind="terraced", sparse_cache=7, kv_tied_map=True, affine_factors=True),
         ],
         "salient": [
             dict(budget=3, chunk=4, score_dim=6),
@@ -128,6 +130,7 @@ def variants() -> dict[str, MethodConfig]:
             dict(chunk=5, salient_per_chunk=2, budget=4, share_selection=True, kv_tied_map=True, gate="none"),
             dict(chunk=8, budget=0, feature_map="hedgehog", feature_dim=8),
         ],
+        "linear": [dict(feature_map="elu"), dict(kv_tied_map=True, feature_dim=6)],
         "window": [dict(window=8, sinks=3), dict(window=4, window_kind="terraced")],
     }
     found = {}

@@ -13,80 +13,64 @@ linear term is not rescaled by it.
 Departures. Terraced blocks start at the first real token (the public code aligns them to the end, so that an output
 depends on how long its sequence is); decoding uses the window of training; states are fp32; padding is masked; the
 window is stored per key/value head. ``kv_tied_map`` (one key map, and so one state, per key/value head) is ours.
+
+``sparse_cache`` is LoLA's (McDermott, Heath and Parhi, arXiv 2505.23666), for inference on students trained without it:
+of the pairs that leave the window, the N that the sums recall worst move from P(i) to S(i). ``lola.py`` has the rule,
+and how it departs from the paper.
 """
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from .errors import ConversionError
-from .feature_maps import FEATURE_MAPS
-from .mixer import Geometry, Method, MethodConfig, Mixer, MixerInput, check_window
-from .ops import fold, joint_attention, joint_decode
-from .ring import final, resize, span, take, unroll, write
+from .linear import LinearConfig, LinearMixer
+from .mixer import Geometry, Method, MixerInput, check_window
+from .ops import Sparse, sparse_attention, sparse_decode, sparse_hand_over
+from .ring import final
 
 
 @dataclass(frozen=True)
-class LolcatsConfig(MethodConfig):
+class LolcatsConfig(LinearConfig):
     """Fields of a LoLCATs layer; defaults are the paper's main setting."""
 
     name: ClassVar[str] = "lolcats"
-    recommended: ClassVar[dict[str, Any]] = {"transfer.learning_rate": 1e-2, "finetune.learning_rate": 1e-4}
+    adjustable: ClassVar[frozenset[str]] = frozenset({"sparse_cache"})
 
     window: int | None = 64
     """W, tokens with exact softmax, the query's own included; None is pure linear attention."""
     window_kind: Literal["sliding", "terraced"] = "terraced"
     """``sliding`` (the last W tokens) or ``terraced`` (the query's block of W and the whole block before it)."""
-    feature_map: str = "hedgehog"
-    """hedgehog, hedgehog_half, t2r, elu or exp."""
-    feature_dim: int | None = None
-    """F, the width of phi, both halves of a two-sided map together; None is the key dim."""
-    feature_init: Literal["identity", "kaiming"] = "identity"
-    """``identity`` or ``kaiming``."""
-    tie_qk_map: bool = False
-    """One map for queries and keys."""
-    kv_tied_map: bool = False
-    """One key map per key/value head instead of per query head: an R times smaller state, and another model."""
     window_logit_init: float = -2.1972245773362196
     """Logit of the window factor g at the start; ln(1/9), so g = 0.1 (arXiv 2410.10254, appendix)."""
     train_window_logit: bool = True
     """Whether g is learned."""
     affine_factors: bool = False
     """Weight the linear term by 1 - g instead of 1."""
+    sparse_cache: int | None = None
+    """N, exact pairs kept per head behind the window (arXiv 2505.23666); None is off. It needs no training."""
 
     def check(self, geometry: Geometry | None = None) -> None:
         check_window(self.window, self.window_kind, "method")
-        if self.feature_map not in FEATURE_MAPS:
+        if self.sparse_cache is not None and self.sparse_cache < 0:
             raise ConversionError(
-                f"method.feature_map: {self.feature_map!r} is unknown; choose from {', '.join(FEATURE_MAPS)}"
+                f"method.sparse_cache: {self.sparse_cache} is impossible; give 0 or more, or null for no cache"
             )
-        if (
-            self.tie_qk_map
-            and self.kv_tied_map
-            and geometry is not None
-            and geometry.heads != geometry.kv_heads
-        ):
+        if self.sparse_cache and (self.window is None or self.window_kind != "terraced"):
             raise ConversionError(
-                "method.tie_qk_map: a map shared by queries and keys cannot also be shared by the heads of a group; "
-                "drop one of tie_qk_map, kv_tied_map"
+                f"method.sparse_cache: {self.sparse_cache} pairs are chosen when a whole block leaves the window; "
+                "give method.window a length and set method.window_kind=terraced, or leave it out"
             )
-        if geometry is not None:
-            width = feature_width(self, geometry)
-            FEATURE_MAPS[self.feature_map].check(geometry.key_dim, width, self.feature_init)
-
-
-def feature_width(config: LolcatsConfig, geometry: Geometry) -> int:
-    """F of a layer of this geometry."""
-    return geometry.key_dim if config.feature_dim is None else config.feature_dim
+        super().check(geometry)
 
 
 class LolcatsState(NamedTuple):
     """Bounded memory of a row; nothing grows with the tokens seen.
 
     k, v hold the newest n tokens (n = W sliding, 2 W terraced, and the droppable ones while a cache records its past);
-    kv and z sum everything older.
+    the others are in kv and z, but for the pairs in the sparse cache.
     """
 
     k: Tensor
@@ -97,141 +81,110 @@ class LolcatsState(NamedTuple):
     """[B, Hs, F, V] fp32, the sum of phi_k v^T; Hs = H, or G with ``kv_tied_map``."""
     z: Tensor
     """[B, Hs, F] fp32, the sum of phi_k."""
+    kept_k: Tensor
+    """[B, N, Hs, K], model dtype; empty slots first, then by position. N is 0 without ``sparse_cache``."""
+    kept_v: Tensor
+    """[B, N, Hs, V], likewise."""
     seen: Tensor
     """[B] tokens seen."""
     folded: Tensor
-    """[B] tokens inside kv and z; they are the oldest."""
+    """[B] tokens that have left the window; they are the oldest."""
 
 
-class LolcatsMixer(Mixer):
+class LolcatsMixer(LinearMixer):
     """One layer. Parameters: ``map_q``, ``map_k`` (absent when tied to ``map_q``), ``window_logit`` [H]."""
 
     def __init__(self, config: LolcatsConfig, geometry: Geometry):
         super().__init__(config, geometry)
-        make, width = FEATURE_MAPS[config.feature_map], feature_width(config, geometry)
-        self.feature_dim = width
-        self.state_heads = geometry.kv_heads if config.kv_tied_map else geometry.heads
-        self.map_q = make(geometry.heads, geometry.key_dim, width, config.feature_init)
-        if not config.tie_qk_map:
-            self.map_k = make(self.state_heads, geometry.key_dim, width, config.feature_init)
+        self.window, self.window_kind = config.window, config.window_kind
         self.window_logit = nn.Parameter(
-            torch.empty(geometry.heads), requires_grad=config.train_window_logit and config.window is not None
+            torch.full((geometry.heads,), config.window_logit_init),
+            requires_grad=config.train_window_logit and config.window is not None,
         )
-        self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        self.map_q.reset_parameters()
-        if not self.config.tie_qk_map:
-            self.map_k.reset_parameters()
+        super().reset_parameters()
         nn.init.constant_(self.window_logit, self.config.window_logit_init)
-
-    def forward(self, x: MixerInput, state: LolcatsState | None = None) -> tuple[Tensor, LolcatsState | None]:
-        if state is None:
-            phi_k = self._map_k(x.k)
-            y = self._joint(x, x.q, x.k, x.v, phi_k, None)
-            if not x.use_cache:
-                return y, None
-            state = self._start(x)
-            total, limit = self._advance(x, state)
-            sums = self._fold(state, phi_k, x.v, limit)
-        else:
-            state = self._grow(state, x.pending)
-            total, limit = self._advance(x, state)
-            step = x.q.shape[1] == 1 and x.lengths is None
-            y, sums = (self._step if step else self._chunk)(x, state, limit)
-        k, v = (write(old, new, state.seen, total) for old, new in ((state.k, x.k), (state.v, x.v)))
-        return y, LolcatsState(k, v, *sums, total, limit)
-
-    def _advance(self, x: MixerInput, state: LolcatsState) -> tuple[Tensor, Tensor]:
-        """Tokens seen, and tokens folded, after this call; both [B]."""
-        total = state.seen + (x.q.shape[1] if x.lengths is None else x.lengths)
-        limit = final(total, self.config.window, self.config.window_kind, x.pending)
-        return total, limit.maximum(state.folded)
-
-    def _step(
-        self, x: MixerInput, state: LolcatsState, limit: Tensor
-    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """One token a row: fold what leaves the window, then meet the slots that are left and the state."""
-        k, v = (unroll(old, new, state.seen, state.folded) for old, new in ((state.k, x.k), (state.v, x.v)))
-        sums = (state.kv, state.z)
-        leaving = int((limit - state.folded).max())
-        if leaving:
-            sums = self._fold(state, self._map_k(k[:, :leaving]), v[:, :leaving], limit)
-        position = state.folded[:, None] + torch.arange(k.shape[1], device=k.device)
-        # Columns after the new token repeat it wherever the buffer is not full.
-        empty = (position < limit[:, None]) | (position > state.seen[:, None])
-        outside = k.shape[1] - 1 > span(self.config.window, self.config.window_kind)
-        y = joint_decode(
-            x.q,
-            k,
-            v,
-            self.map_q(x.q),
-            self._map_k(k) if outside else None,
-            *self._factors(),
-            key_positions=position.masked_fill(empty, -1),
-            query_positions=state.seen[:, None],
-            state=sums,
-            **self._terms(x),
-        )
-        return y, sums
-
-    def _chunk(
-        self, x: MixerInput, state: LolcatsState, limit: Tensor
-    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """Several tokens: columns ``folded, ...`` stand on the window's grid, as the parallel form needs."""
-        k, v = (unroll(old, new, state.seen, state.folded) for old, new in ((state.k, x.k), (state.v, x.v)))
-        phi_k = self._map_k(k)
-        no_query = x.q.new_zeros(len(x.q), state.k.shape[1], *x.q.shape[2:])
-        q = unroll(no_query, x.q, state.seen, state.folded)
-        y = self._joint(x, q, k, v, phi_k, (state.kv, state.z))
-        column = (state.seen - state.folded)[:, None] + torch.arange(x.q.shape[1], device=k.device)
-        return take(y, column), self._fold(state, phi_k, v, limit)
-
-    def _joint(
-        self,
-        x: MixerInput,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        phi_k: Tensor,
-        state: tuple[Tensor, Tensor] | None,
-    ) -> Tensor:
-        return joint_attention(q, k, v, self.map_q(q), phi_k, *self._factors(), state=state, **self._terms(x))
-
-    def _fold(self, state: LolcatsState, phi_k: Tensor, v: Tensor, limit: Tensor) -> tuple[Tensor, Tensor]:
-        """The sums with columns ``folded .. limit - 1`` added; column 0 of phi_k and v is position ``folded``."""
-        keep = torch.arange(v.shape[1], device=v.device) < (limit - state.folded)[:, None]
-        return fold(state.kv, state.z, phi_k, v, keep)
-
-    def _map_k(self, k: Tensor) -> Tensor:
-        return (self.map_q if self.config.tie_qk_map else self.map_k)(k)
 
     def _factors(self) -> tuple[Tensor, Tensor | None]:
         g = self.window_logit.sigmoid()
         return g, 1 - g if self.config.affine_factors else None
 
-    def _terms(self, x: MixerInput) -> dict[str, Any]:
-        return dict(
-            scale=x.scale, window=self.config.window, window_kind=self.config.window_kind, softcap=x.softcap
-        )
-
     def _start(self, x: MixerInput) -> LolcatsState:
-        shape, rows = self.geometry, len(x.k)
-        size = span(self.config.window, self.config.window_kind) + x.pending
-        exact = torch.promote_types(x.v.dtype, torch.float32)
-        zero = torch.zeros(rows, dtype=torch.long, device=x.k.device)
-        return LolcatsState(
-            x.k.new_zeros(rows, size, shape.kv_heads, shape.key_dim),
-            x.v.new_zeros(rows, size, shape.kv_heads, shape.value_dim),
-            x.v.new_zeros(rows, self.state_heads, self.feature_dim, shape.value_dim, dtype=exact),
-            x.v.new_zeros(rows, self.state_heads, self.feature_dim, dtype=exact),
-            zero,
-            zero,
-        )
+        k, v, kv, z, *counters = super()._start(x)
+        shape = (len(x.k), self.config.sparse_cache or 0, self.state_heads)
+        kept_k, kept_v = (t.new_zeros(*shape, t.shape[-1]) for t in (x.k, x.v))
+        return LolcatsState(k, v, kv, z, kept_k, kept_v, *counters)
 
-    def _grow(self, state: LolcatsState, pending: int) -> LolcatsState:
-        size = span(self.config.window, self.config.window_kind) + pending
-        return state._replace(k=resize(state.k, state.seen, size), v=resize(state.v, state.seen, size))
+    # With a sparse cache: the same columns, and another road for what leaves the window.
+
+    def _many(
+        self,
+        x: MixerInput,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        state: LolcatsState | None = None,
+        limit: Tensor | None = None,
+    ) -> tuple[Tensor, LolcatsState | None]:
+        if not self.config.sparse_cache:
+            return super()._many(x, q, k, v, state, limit)
+        older = self._start(x) if state is None else state
+        leaving = None if limit is None else limit - older.folded
+        y, memory = sparse_attention(
+            q,
+            k,
+            v,
+            self.map_q(q),
+            self._map_k,
+            *self._factors(),
+            memory=_memory(older),
+            leaving=leaving,
+            scale=x.scale,
+            window=self.config.window,
+            softcap=x.softcap,
+        )
+        return y, None if state is None else _remember(state, memory)
+
+    def _step(self, x: MixerInput, state: LolcatsState, limit: Tensor) -> tuple[Tensor, LolcatsState]:
+        if not self.config.sparse_cache:
+            return super()._step(x, state, limit)
+        k, v = self._columns(x, state)
+
+        def handed_over(upto: Tensor) -> Sparse:
+            return sparse_hand_over(
+                k,
+                v,
+                self._map_k,
+                memory=_memory(state),
+                leaving=upto - state.folded,
+                window=self.config.window,
+            )
+
+        memory = met = handed_over(limit)
+        if x.pending:  # what may still be taken back is ranked for this query alone
+            met = handed_over(final(state.seen + 1, self.config.window, "terraced"))
+        y = sparse_decode(
+            x.q,
+            k,
+            v,
+            self.map_q(x.q),
+            *self._factors(),
+            memory=met,
+            **self._positions(k, state, limit),
+            scale=x.scale,
+            window=self.config.window,
+            softcap=x.softcap,
+        )
+        return y, _remember(state, memory)
+
+
+def _memory(state: LolcatsState) -> Sparse:
+    return Sparse(state.kept_k, state.kept_v, state.kv, state.z, state.folded)
+
+
+def _remember(state: LolcatsState, memory: Sparse) -> LolcatsState:
+    return state._replace(kept_k=memory.k, kept_v=memory.v, kv=memory.kv, z=memory.z)
 
 
 LOLCATS = Method(

@@ -34,6 +34,8 @@ class MethodConfig:
     name: ClassVar[str]
     recommended: ClassVar[Mapping[str, Any]] = {}
     """Recipe keys (dotted) and the values this method trains best with; a user's own values win."""
+    adjustable: ClassVar[frozenset[str]] = frozenset()
+    """Fields that no weight depends on, so that they may be set anew on a trained student."""
 
     def check(self, geometry: Geometry | None = None) -> None:
         """Raise :class:`ConversionError` for values that no layer (or no layer of this geometry) can have."""

@@ -1,11 +1,12 @@
 """The only door to compute: a mixer calls an operation here and never asks which version runs.
 
-Each operation has a plain torch reference of the same signature, in ``reference.py``, ``gated.py``, ``selection.py`` or
-``routing.py``. There is no other version yet; the choice is only between their forms: many queries (chunked) and few
-(recurrent).
+Each operation has a plain torch reference of the same signature, in ``reference.py``, ``gated.py``, ``selection.py``,
+``routing.py`` or ``lola.py``. There is no other version yet; the choice is only between their forms: many queries
+(chunked) and few (recurrent).
 """
 
 from .gated import gated_chunked, gated_recurrent, joined_chunked, joined_recurrent
+from .lola import Sparse, hand_over_all, sparse_chunked, sparse_recurrent
 from .reference import fold, joint_chunked, joint_recurrent, window_chunked, window_recurrent
 from .routing import Past, route, routed_chunked, routed_recurrent, self_saliency, self_saliency_of
 from .selection import Kept, future_attention, kept_chunked, kept_recurrent, merge_kept
@@ -13,6 +14,7 @@ from .selection import Kept, future_attention, kept_chunked, kept_recurrent, mer
 __all__ = [
     "Kept",
     "Past",
+    "Sparse",
     "fold",
     "future_attention",
     "gated_attention",
@@ -29,6 +31,9 @@ __all__ = [
     "routed_decode",
     "self_saliency",
     "self_saliency_of",
+    "sparse_attention",
+    "sparse_decode",
+    "sparse_hand_over",
     "window_attention",
     "window_decode",
 ]
@@ -45,3 +50,6 @@ joined_attention = joined_chunked
 joined_decode = joined_recurrent
 routed_attention = routed_chunked
 routed_decode = routed_recurrent
+sparse_attention = sparse_chunked
+sparse_decode = sparse_recurrent
+sparse_hand_over = hand_over_all

@@ -2,9 +2,12 @@
 
 from .lawcat import LAWCAT
 from .liger import LIGER
+from .linear import LINEAR
 from .lolcats import LOLCATS
 from .salient import SALIENT
 from .still import STILL
 from .window import SOFTMAX, WINDOW
 
-METHODS = {method.name: method for method in (LOLCATS, LIGER, STILL, LAWCAT, SALIENT, WINDOW, SOFTMAX)}
+METHODS = {
+    method.name: method for method in (LOLCATS, LIGER, STILL, LAWCAT, SALIENT, LINEAR, WINDOW, SOFTMAX)
+}
