@@ -1,11 +1,13 @@
 """Every registered method on every kind of attention, in fp64: what the contract of one family does not show.
 
-The families differ in what stands around a mixer: a norm of q and k (qwen3), layers with windows of their own, a scale of
-their own and capped logits (gemma2, which caps scores as well, and gemma3), a rotation of half the channels, a parallel
-block and no groups of heads (gpt_neox), one fused projection (phi3). Methods and variants come from the registry.
+The families differ in what stands around a mixer: a norm of q and k (qwen3), layers with windows of their own, a scale
+of their own and capped logits (gemma2, which caps scores as well, and gemma3), a rotation of half the channels, one
+fused projection and no groups of heads (gpt_neox), another fused one with groups (phi3). Methods and variants come from
+the registry.
 """
 
 import functools
+import inspect
 import sys
 
 import pytest
@@ -23,6 +25,7 @@ from linearize.convert import convert, describe
 from linearize.modeling.attention import attention_mode
 from linearize.modeling.errors import ConversionError
 from linearize.modeling.registry import METHODS
+from linearize.modeling.window import SoftmaxConfig
 from linearize.train.finetune import FinetuneStage
 from linearize.train.transfer import error_and_power
 
@@ -65,7 +68,7 @@ def method_of(family, method):
 
 @each_family
 @each_variant
-@pytest.mark.parametrize("pieces", [[1] * T, [5, 11, 1, 1, 9], [16, 11]], ids=["steps", "ragged", "chunks"])
+@pytest.mark.parametrize("pieces", [[1] * T, [5, 11, 1, 1, 9]], ids=["steps", "ragged"])
 def test_any_split_gives_the_same_output(family, variant, pieces):
     model, x = variant_of(family, variant), ids(2, T)
     assert_near(in_pieces(model, x, pieces)[0], logits(model, x), "logits")
@@ -84,6 +87,27 @@ def test_lengths_around_the_window(family, variant):
         assert_near(last, whole[:, length : length + 1], "logits")
 
 
+EXACT = {
+    "lolcats": dict(window=64, window_kind="sliding"),
+    "liger": dict(window=64, mix_window=1.0, mix_recurrent=0.0),
+    "lawcat": dict(window=64, window_exclude=True),
+    "salient": dict(chunk=64),
+    "window": dict(window=64),
+}
+"""Where a method has an exact part: fields that leave the whole text to it."""
+
+
+@each_family
+@pytest.mark.parametrize("method", EXACT)
+def test_the_exact_part_is_the_familys_own_softmax(family, method):
+    """Its scale, its soft-cap, its norms and its rotation reach the mixer."""
+    model, x = build(family, METHODS[method].config(**EXACT[method])), ids(2, T)
+    model.set_attn_implementation("eager")  # transformers' sdpa leaves the soft-cap of scores out
+    with attention_mode("softmax"):
+        expected = logits(model, x)
+    assert_near(logits(model, x), expected, "logits", torch.float32)  # eager's softmax is fp32
+
+
 def swap_for_meaning(monkeypatch):
     """Put the quadratic twin in the place of every chunked operation, wherever a mixer finds it; returns the calls."""
     calls = []
@@ -93,10 +117,13 @@ def swap_for_meaning(monkeypatch):
             sys.modules[chunked.__module__], chunked.__name__.replace("_chunked", "_quadratic")
         )
 
+        places = inspect.signature(quadratic).parameters
+
         def call(*args, **kwargs):
             calls.append(quadratic.__name__)
-            # Some have no place for what came before; here nothing did.
-            return quadratic(*args, **{name: value for name, value in kwargs.items() if value is not None})
+            # One without a place for what came before is not given the None that says nothing did.
+            given = {name: value for name, value in kwargs.items() if name in places or value is not None}
+            return quadratic(*args, **given)
 
         return call
 
@@ -188,14 +215,14 @@ def test_grouped_heads_equal_repeated_ones(family, variant):
 @each_family
 @each_variant
 def test_the_state_is_what_the_report_says_at_any_length(family, variant):
-    model, x, reports = variant_of(family, variant), ids(3, 40), describe(variant_of(family, variant))
+    model, x = variant_of(family, variant), ids(3, 40)
+    reports = describe(model)
     assert any(report.state_bytes for report in reports)
-    for length in (1, 9, 40):
-        for report, layer in zip(
-            reports, in_pieces(model, x, [length, 40 - length][: 1 + (length < 40)])[1].layers, strict=True
-        ):
+    for pieces in ([1], [9], [9, 31]):
+        cache = in_pieces(model, x[:, : sum(pieces)], pieces)[1]
+        for report, layer in zip(reports, cache.layers, strict=True):
             if report.method == "softmax":
-                assert report.kv_tokens == 6
+                assert report.kv_tokens == 6  # bounded by its own window
             else:
                 assert layer.state_bytes == 3 * report.state_bytes == 3 * report.cache_bytes(10**6)
 
@@ -296,7 +323,9 @@ def test_beams_with_and_without_cache(family, method):
 def test_assisted_equals_greedy(family, method):
     """By prompt lookup in a prompt that repeats, and by a model near enough to be believed at times."""
     model, x = method_of(family, method), ids(1, 9).repeat(1, 3)
-    assistant, mask = build(family, representatives()[method]), torch.ones_like(x)
+    # A sliding layer in the assistant cannot take tokens back, in transformers' plain models neither.
+    full = {"layer_types": ["full_attention"] * 2} if "layer_types" in FAMILIES[family] else {}
+    assistant, mask = build(family, representatives()[method], **full), torch.ones_like(x)
     with torch.no_grad():
         for number, parameter in enumerate(assistant.parameters()):
             generator = torch.Generator().manual_seed(number)
@@ -309,30 +338,28 @@ def test_assisted_equals_greedy(family, method):
 # Folders.
 
 
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    """(family, method) -> its saved folder and its answers; written once."""
-
-    @functools.cache
-    def write(family, method):
-        folder = tmp_path_factory.mktemp(f"{family}-{method}") / "student"
-        model = build(family, representatives()[method], dtype=torch.float32)
-        return folder, save_with_answers(model, folder)
-
-    return write
-
-
 @each_family
 @each_method
-def test_saved_and_loaded_is_bit_equal(family, method, saved):
-    folder, answers = saved(family, method)
-    again, _ = checkpoint.load(folder)
-    assert torch.equal(logits(again, answers["x"]), answers["logits"])
-    assert [r.method for r in describe(again)][-1] == method
+def test_saved_and_loaded_is_bit_equal(family, method, tmp_path):
+    model, x = build(family, representatives()[method], dtype=torch.float32), ids(2, T)
+    again, _ = checkpoint.load(checkpoint.save(model, None, tmp_path / "student"))
+    assert torch.equal(logits(again, x), logits(model, x))
+    assert [r.method for r in describe(again)] == [r.method for r in describe(model)]
 
 
-def test_every_pair_reloads_bit_equal_without_the_package(saved, tmp_path):
-    folders = [saved(family, method)[0] for family in FAMILIES for method in METHOD_NAMES]
+def test_every_pair_reloads_bit_equal_without_the_package(tmp_path):
+    """One folder a family, whose layers have a method each; a folder for each method alone is test_checkpoint's."""
+    folders = []
+    for family, fields in FAMILIES.items():
+        methods, changes = representatives(), {}
+        if "layer_types" in fields:  # one layer keeps its own window
+            methods = {"softmax": SoftmaxConfig()} | methods
+            changes["layer_types"] = ["sliding_attention"] + ["full_attention"] * len(METHOD_NAMES)
+        configs = dict(enumerate(methods.values()))
+        model = build(family, configs, dtype=torch.float32, num_hidden_layers=len(methods), **changes)
+        assert [r.method for r in describe(model)] == list(methods)
+        save_with_answers(model, tmp_path / family)
+        folders.append(tmp_path / family)
     result = run(WITHOUT_PACKAGE, *folders, tmp_path=tmp_path)
     assert result.stdout.strip() == "equal", result.stderr[-2000:]
 
