@@ -1,6 +1,7 @@
 """Write and read a saved student: an ordinary Hugging Face folder, complete or absent, never half of one."""
 
 import contextlib
+import fcntl
 import json
 import logging
 import os
@@ -21,6 +22,8 @@ from .modeling.model import PREFIX, check_format, linear_model_class
 from .modeling.registry import METHODS
 
 CONFIG = "config.json"
+PARTIAL = ".partial"
+"""Ends the name of a folder that is being written."""
 
 
 def is_checkpoint(folder: str | Path) -> bool:
@@ -65,27 +68,32 @@ def save(
 
 @contextlib.contextmanager
 def replacing(folder: Path) -> Iterator[Path]:
-    """A temporary folder beside ``folder`` that takes its name when the block ends well and is removed otherwise."""
+    """A temporary folder beside ``folder`` that takes its name when the block ends well and is removed otherwise.
+
+    Those of writers that were killed are removed by the next one.
+    """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise CheckpointError(
             f"{folder}: exists already and is not empty; choose another folder or remove it"
         )
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        target = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+        _remove_abandoned(folder)
+        target = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=PARTIAL, dir=folder.parent))
     except OSError as error:
         raise CheckpointError(
             f"{folder}: cannot be written ({error.strerror}); choose another place"
         ) from error
     try:
-        yield target
-        for path in target.rglob("*"):
-            _sync(path)
-        _sync(target)
-        target.chmod(0o755)  # mkdtemp makes it private
-        if folder.exists():
-            folder.rmdir()
-        target.rename(folder)
+        with _locked(target):
+            yield target
+            for path in target.rglob("*"):
+                _sync(path)
+            _sync(target)
+            target.chmod(0o755)  # mkdtemp makes it private
+            if folder.exists():
+                folder.rmdir()
+            target.rename(folder)
         _sync(folder.parent)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or str(error)
@@ -94,6 +102,30 @@ def replacing(folder: Path) -> Iterator[Path]:
         ) from error
     finally:
         shutil.rmtree(target, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[bool]:
+    """Holds a lock that ends with its process, however that ends; gives whether it was to be had."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        held = True
+    except OSError:  # a writer has it, or the file system knows no locks
+        held = False
+    try:
+        yield held
+    finally:
+        os.close(descriptor)
+
+
+def _remove_abandoned(folder: Path) -> None:
+    """Remove the temporary folders of ``folder`` whose writers are gone, as far as they are ours to remove."""
+    for path in folder.parent.iterdir():
+        if path.name.startswith(f".{folder.name}.") and path.name.endswith(PARTIAL):
+            with contextlib.suppress(OSError), _locked(path) as abandoned:
+                if abandoned:
+                    shutil.rmtree(path)
 
 
 def _sync(path: Path) -> None:

@@ -271,10 +271,9 @@ class Recipe(Section):
                 f"layers: {self.layers} is not a list of distinct layer numbers, such as [0, 1, 2]"
             )
         for place, method in self.methods.items():
-            for field, spans in (
-                ("window", 1),
-                ("chunk", 2),
-            ):  # a query sees its own chunk and the one before
+            # A query sees its own block of these tokens and the whole one before it.
+            blocks = {"window": 2 if getattr(method, "window_kind", None) == "terraced" else 1, "chunk": 2}
+            for field, spans in blocks.items():
                 value = getattr(method, field, None)
                 if value is not None and spans * value >= self.data.seq_len:
                     raise ValueError(

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 
@@ -304,6 +305,40 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path, monkeypatch):
     with pytest.raises(CheckpointError, match="No space left on device"):
         checkpoint.save(student(dtype=torch.float32), None, tmp_path / "student")
     assert not list(tmp_path.iterdir())
+
+
+def test_what_a_killed_writer_left_is_removed_by_the_next_one(tmp_path):
+    folder, other = tmp_path / "student", tmp_path / ".student.mine"
+    other.mkdir()
+    child = os.fork()
+    if not child:
+        with checkpoint.replacing(folder) as target:
+            (target / "config.json").write_text("half")
+            os.kill(os.getpid(), signal.SIGKILL)
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+    (left,) = {*tmp_path.iterdir()} - {other}
+    assert [p.name for p in left.iterdir()] == ["config.json"]
+    with checkpoint.replacing(tmp_path / "another"):  # whose leftovers they are not
+        assert left.exists()
+    with checkpoint.replacing(folder):
+        assert not left.exists()
+    assert {p.name for p in tmp_path.iterdir()} == {"student", "another", ".student.mine"}
+
+
+def test_a_writer_at_work_is_not_disturbed(tmp_path):
+    folder = tmp_path / "student"
+
+    def race():
+        with checkpoint.replacing(folder) as first:
+            with checkpoint.replacing(folder) as second:
+                assert first.exists()
+                (second / "config.json").write_text("second")
+            (first / "config.json").write_text("first")
+
+    with pytest.raises(CheckpointError, match="student: could not be written"):
+        race()
+    assert [p.name for p in tmp_path.iterdir()] == ["student"]
+    assert (folder / "config.json").read_text() == "second"
 
 
 def test_saving_a_plain_model_is_refused(tmp_path):

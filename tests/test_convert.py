@@ -16,7 +16,7 @@ from transformers import (
     Gemma3ForConditionalGeneration,
 )
 
-from linearize.convert import convert, describe, probe, projections, unconvert
+from linearize.convert import convert, describe, projections, unconvert
 from linearize.modeling.attention import attention_mode
 from linearize.modeling.errors import ConversionError, LinearizeError
 from linearize.modeling.lolcats import LOLCATS, LolcatsConfig, LolcatsMixer
@@ -24,6 +24,7 @@ from linearize.modeling.mixer import Method
 from linearize.modeling.registry import METHODS
 from linearize.modeling.salient import SalientConfig
 from linearize.modeling.window import SoftmaxConfig, WindowConfig
+from linearize.probe import probe
 
 CONFIG = LolcatsConfig(window=8, window_kind="sliding")
 

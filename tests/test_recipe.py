@@ -152,6 +152,7 @@ REFUSED = {
     "layers={rest: {name: window, window: 0}}": "layers.rest.window: 0 is impossible",
     "layers={rest: {name: window, window: 4000}}": "layers.rest.window: 4000 covers all of data.seq_len=1024",
     "method={name: salient, chunk: 512}": "method.chunk: 512 covers all of data.seq_len=1024",
+    "method.window=512": "method.window: 512 covers all of data.seq_len=1024",  # terraced: two blocks of it
     "method.widow=3": "method.widow: unknown key; did you mean 'window'?",
     "method=lolcat": "method.name: 'lolcat' is unknown; did you mean 'lolcats'?",
     "method=3": "method.name: 3 is unknown; choose from",

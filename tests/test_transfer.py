@@ -14,6 +14,7 @@ from tiny import ids, tiny
 
 from linearize.convert import convert
 from linearize.modeling.attention import attention_mode
+from linearize.modeling.errors import TrainingError
 from linearize.modeling.registry import METHODS
 from linearize.recipe import Transfer
 from linearize.tracking import read
@@ -207,6 +208,52 @@ def learn(folder, **changes):
         folder=folder,
         seed=5,
     )
+
+
+class Cut(Text):
+    """Batches from number `start` on, of `lengths[number]` tokens a row; the last of them from then on."""
+
+    def __init__(self, *lengths, start=0):
+        self.lengths, self.start = lengths, start
+
+    def batch(self, index, *, batch_size, stage):
+        index += self.start
+        length = self.lengths[min(index, len(self.lengths) - 1)]
+        return {k: t[:, :length] for k, t in super().batch(index, batch_size=batch_size, stage=stage).items()}
+
+
+@pytest.mark.parametrize("way", ["immediate", "deferred"])
+def test_a_step_whose_texts_are_all_inside_the_window_is_refused_in_words(tmp_path, way):
+    """Two windows of a terraced mixer are exact: 16 tokens teach nothing, 17 do."""
+    model = student()
+    with pytest.raises(
+        TrainingError, match=r"transfer: batch 0 reaches no parameter; .* raise data\.seq_len"
+    ) as error:
+        transfer(model, Cut(2 * WINDOW), recipe(backward=way), folder=tmp_path / "short")
+    assert "\n" not in str(error.value)
+    transfer(model, Cut(2 * WINDOW + 1), recipe(backward=way, tokens=4 * 17), folder=tmp_path / "long")
+
+
+def test_a_short_batch_adds_nothing_to_a_step_that_has_longer_ones(tmp_path):
+    results = []
+    for start, accumulate in ((0, 2), (1, 1)):
+        model, config = student(), recipe(accumulate=accumulate, tokens=1, clip=None)
+        transfer(model, Cut(9, 32, start=start), config, folder=tmp_path / str(start))
+        parameters = [p for mixer in model.mixers().values() for p in mixer.parameters()]
+        results.append(torch.cat([p.detach().flatten() for p in parameters]))
+    torch.testing.assert_close(*results, rtol=0, atol=1e-5)  # AdamW's first step forgets the batch's share
+
+
+def test_a_layer_that_is_exact_on_a_batch_lets_the_others_learn(tmp_path):
+    lolcats = METHODS["lolcats"].config
+    model = convert(tiny().requires_grad_(False), {0: lolcats(window=4), 1: lolcats(window=32)})
+    before = [[p.clone() for p in mixer.parameters()] for mixer in model.mixers().values()]
+    transfer(model, Text(), recipe(tokens=1), folder=tmp_path)
+    moved = [
+        any(not torch.equal(p, old) for p, old in zip(mixer.parameters(), values, strict=True))
+        for mixer, values in zip(model.mixers().values(), before, strict=True)
+    ]
+    assert moved == [True, False]
 
 
 def test_two_processes_learn_what_one_learns_from_the_same_batches(tmp_path):

@@ -145,3 +145,11 @@ def variants() -> dict[str, MethodConfig]:
 def ids(batch: int = 2, length: int = 40, *, vocab: int = 97, seed: int = 1) -> torch.Tensor:
     """Random token ids [batch, length] without special tokens."""
     return torch.randint(3, vocab, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def representatives() -> dict[str, MethodConfig]:
+    """The first variant of every method, by the method's name."""
+    found: dict[str, MethodConfig] = {}
+    for config in variants().values():
+        found.setdefault(config.name, config)
+    return found

@@ -2,7 +2,8 @@
 
 kernel   one operation against its reference, or against another split of itself
 layer    one attention layer, outputs or weights
-logits   a whole model: relative to the largest fp32 logit
+logits   a whole model: relative to the largest fp32 logit; bf16: relative norm of the median token, because a choice
+         that is a near tie (which tokens to keep) may fall otherwise after rounding
 golden   committed fp32 arrays of the authors' code, absolute
 liger    committed fp64 arrays of Liger-GLA, absolute
 norm     the norm of a difference over the norm of what is expected

@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
-from ..convert import describe, probe
+from ..convert import describe
+from ..probe import probe
 from .likelihood import TEACHER
 
 

@@ -179,6 +179,11 @@ def _train(
             for batch, scale in batches.of_step(at.step):
                 with accelerator.autocast():
                     _add(readings, stage.backward(batch, scale), scale)
+            if not any_process(accelerator, any(p.grad is not None for p in trained)):
+                raise TrainingError(
+                    f"{stage.name}: batch {batches.span(at.step)} reaches no parameter; a sequence within the window "
+                    "of its method teaches nothing: give longer texts, raise data.seq_len or lower method.window"
+                )
             sum_gradients(accelerator, trained, readings)
 
             # Clipping: each group by its own norm; nothing is applied unless everything is finite
@@ -232,6 +237,8 @@ def schedule(config: Recipe, step: int, steps: int) -> float:
 def clip(group: Sequence[torch.nn.Parameter], largest: float | None) -> Tensor:
     """Norm of the group's gradients, scaled down afterwards to `largest` if above; no wait for the device."""
     gradients = [p.grad for p in group if p.grad is not None]
+    if not gradients:
+        return torch.zeros((), device=group[0].device)
     norm = torch.nn.utils.get_total_norm(gradients)
     if largest is not None:
         torch.nn.utils.clip_grads_with_norm_(group, largest, norm)

@@ -117,9 +117,10 @@ class TransferStage:
             errors.append(relative.detach())
             loss = relative if self.config.loss == "relative" else self._share * error
             losses.append(loss.detach())
-            if self.config.backward == "immediate":
+            # Inside what its mixer leaves exact a batch has nothing to teach, and makes no graph.
+            if loss.requires_grad and self.config.backward == "immediate":
                 backward(loss * scale)
-            else:
+            elif loss.requires_grad:
                 waiting.append(loss)
             if layer == self._learning[-1] and self._stops:
                 raise _TrunkDone
