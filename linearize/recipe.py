@@ -100,7 +100,10 @@ class HubSource(Section):
 
 
 class ChatSource(Section):
-    """Prompt and response pairs through the tokenizer's chat template; only the response is learnt."""
+    """Prompt and response pairs through the tokenizer's chat template; only the response is learnt.
+
+    ``context`` names a field whose text, where there is any, follows the prompt after an empty line (Alpaca's ``input``).
+    """
 
     kind: Literal["chat"] = "chat"
     weight: PositiveRate = 1.0
@@ -108,6 +111,7 @@ class ChatSource(Section):
     dataset: str | None = None
     split: str = "train"
     prompt: str = "instruction"
+    context: str | None = None
     response: str = "output"
 
     @model_validator(mode="after")

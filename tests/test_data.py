@@ -22,7 +22,7 @@ from linearize import recipe
 from linearize.data import Pool, build, load_pool
 from linearize.data.corpus import pack
 from linearize.data.sampling import sample_pool
-from linearize.data.sources import text_pool
+from linearize.data.sources import Turn, pairs, text_pool
 from linearize.modeling.errors import DataError
 from linearize.tasks import TASKS, from_tokens, generator
 from linearize.teacher import load_teacher
@@ -353,6 +353,22 @@ def test_chat_learns_the_response_only(tmp_path, tokenizer):
         tokenizer.chat_template = None
     with pytest.raises(DataError, match="no chat template"):
         build(data(recipe.ChatSource(path=str(path))), tokenizer)
+
+
+def test_a_context_follows_the_prompt_where_there_is_one(tmp_path):
+    path = tmp_path / "chat.jsonl"
+    rows = [
+        {"instruction": "Sum up.", "input": "A tale.", "output": "Short."},
+        {"instruction": "Sing.", "input": "", "output": "La."},
+        {"instruction": "Count.", "input": None, "output": "One."},
+    ]
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    turn = Turn("instruction", "output", "input")
+    expected = [("Sum up.\n\nA tale.", "Short."), ("Sing.", "La."), ("Count.", "One.")]
+    assert list(pairs(str(path), turn)) == expected
+    assert list(pairs(str(path), turn._replace(context=None)))[0] == ("Sum up.", "Short.")
+    with pytest.raises(DataError, match=r"line 1: .*'story'"):
+        list(pairs(str(path), turn._replace(context="story")))
 
 
 @pytest.mark.parametrize(

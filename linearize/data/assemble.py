@@ -113,11 +113,11 @@ def load_pool(
                 origin = (source.dataset, source.subset, source.split, source.revision, source.max_documents)
                 return read.text_pool(read.hub_texts(*origin, source.field), tokenizer)
             case "chat":
-                fields = (source.prompt, source.response)
+                turn = read.Turn(source.prompt, source.response, source.context)
                 found = (
-                    read.pairs(source.path, *fields)
+                    read.pairs(source.path, turn)
                     if source.path
-                    else read.hub_pairs(source.dataset, source.split, *fields)
+                    else read.hub_pairs(source.dataset, source.split, turn)
                 )
                 return read.chat_pool(found, tokenizer, _label(source))
         raise DataError(f"data.sources: kind {source.kind!r} has no text of its own")

@@ -5,7 +5,7 @@ import json
 import lzma
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 
@@ -53,15 +53,35 @@ def texts(path: str, field: str, mark: str | None) -> Iterator[str]:
             yield from (_text(record, field, where) for record, where in _records(file, (field,)))
 
 
-def pairs(path: str, prompt: str, response: str) -> Iterator[tuple[str, str]]:
+class Turn(NamedTuple):
+    """The fields of a record that make a dialogue of one turn."""
+
+    prompt: str
+    response: str
+    context: str | None = None
+    """Follows the prompt after an empty line, where there is any."""
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        return tuple(field for field in self if field is not None)
+
+    def read(self, record: dict[str, Any], where: str) -> tuple[str, str]:
+        """Prompt and response of a record."""
+        prompt = _text(record, self.prompt, where)
+        context = _text(record, self.context, where) if self.context else ""
+        return f"{prompt}\n\n{context}" if context.strip() else prompt, _text(record, self.response, where)
+
+
+def pairs(path: str, turn: Turn) -> Iterator[tuple[str, str]]:
     """Prompt and response of every line of local .jsonl or .parquet files."""
     for file in files_of(path):
         if _format(file) == ".txt":
             raise DataError(
-                f"{file}: a chat source needs fields {prompt!r} and {response!r}; give .jsonl or .parquet"
+                f"{file}: a chat source needs fields {turn.prompt!r} and {turn.response!r}; "
+                "give .jsonl or .parquet"
             )
-        for record, where in _records(file, (prompt, response)):
-            yield _text(record, prompt, where), _text(record, response, where)
+        for record, where in _records(file, turn.fields):
+            yield turn.read(record, where)
 
 
 def hub_records(
@@ -101,9 +121,9 @@ def hub_texts(
         yield _text(record, field, where)
 
 
-def hub_pairs(dataset: str, split: str, prompt: str, response: str) -> Iterator[tuple[str, str]]:
-    for record, where in hub_records(dataset, None, split, None, None, (prompt, response)):
-        yield _text(record, prompt, where), _text(record, response, where)
+def hub_pairs(dataset: str, split: str, turn: Turn) -> Iterator[tuple[str, str]]:
+    for record, where in hub_records(dataset, None, split, None, None, turn.fields):
+        yield turn.read(record, where)
 
 
 def text_pool(documents: Iterable[str], tokenizer: Any) -> Pool:
