@@ -102,7 +102,7 @@ class HubSource(Section):
 class ChatSource(Section):
     """Prompt and response pairs through the tokenizer's chat template; only the response is learnt.
 
-    ``context`` names a field whose text, where there is any, follows the prompt after an empty line (Alpaca's ``input``).
+    ``context`` names a field whose text, if there is any, follows the prompt after an empty line (Alpaca's ``input``).
     """
 
     kind: Literal["chat"] = "chat"

@@ -366,7 +366,7 @@ def test_a_context_follows_the_prompt_where_there_is_one(tmp_path):
     turn = Turn("instruction", "output", "input")
     expected = [("Sum up.\n\nA tale.", "Short."), ("Sing.", "La."), ("Count.", "One.")]
     assert list(pairs(str(path), turn)) == expected
-    assert list(pairs(str(path), turn._replace(context=None)))[0] == ("Sum up.", "Short.")
+    assert next(pairs(str(path), turn._replace(context=None))) == ("Sum up.", "Short.")
     with pytest.raises(DataError, match=r"line 1: .*'story'"):
         list(pairs(str(path), turn._replace(context="story")))
 

@@ -24,15 +24,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import table
 import torch
 
 from linearize.evaluate import Results, digest_of_windows
-from linearize.evaluate.likelihood import TEACHER
 from linearize.modeling.errors import LinearizeError
 from linearize.overrides import read_yaml
 from linearize.progress import Progress
 from linearize.recipe import Recipe
-from linearize.report import markdown
 from linearize.run import run
 from linearize.teacher import load_teacher
 
@@ -53,11 +52,7 @@ def main(words: list[str] | None = None) -> None:
         with ProcessPoolExecutor(options.jobs, mp_context=fresh, max_tasks_per_child=1) as pool:
             for running in [pool.submit(append, name, options) for name in asked]:
                 running.result()
-    newest = {line["student"]: line for line in map(json.loads, options.out.read_text().splitlines())}
-    lines = [newest[name] for name in asked]
-    print(beside_marks(lines, json.loads(options.marks.read_text())))
-    for line in lines:
-        print(f"## {line['student']}\n\n{markdown(Results.from_dict(line['results']))}")
+    print(table.markdown(table.newest(options.out, asked), json.loads(options.marks.read_text())))
 
 
 def arguments(words: list[str] | None) -> argparse.Namespace:
@@ -165,53 +160,6 @@ def check_windows(results: Results, recipe: Recipe, text: Path) -> None:
             raise LinearizeError(
                 f"{text}: windows of {length} are not the text's first {count}, tokenised whole"
             )
-
-
-def beside_marks(lines: list[dict[str, Any]], marks: dict[str, Any]) -> str:
-    """A Markdown table: what was measured, each row followed by its mark."""
-    measured = {TEACHER: figures(lines[0], TEACHER)} if lines else {}
-    measured |= {line["student"]: figures(line, converted(line)) for line in lines}
-    lengths = sorted({length for row in measured.values() for length in row["ppl"]}, key=int)
-    asked = sorted(
-        {(task, n) for row in measured.values() for task in row["recall"] for n in row["recall"][task]},
-        key=lambda key: (key[0], int(key[1])),
-    )
-    header = [
-        "student",
-        *(f"{name} {n}" for n in lengths for name in ("PPL", "KL", "top-1")),
-        *(f"{task} {n}" for task, n in asked),
-    ]
-    rows = [header, ["---"] * len(header)]
-    for name, row in measured.items():
-        for label, source in ((name, row), (f"{name}, mark", marks["rows"].get(name))):
-            if source is None:
-                continue
-            cells = [
-                form.format(source[key][n]) if n in source[key] else "-"
-                for n in lengths
-                for key, form in (("ppl", "{:.2f}"), ("kl", "{:.3f}"), ("top1", "{:.3f}"))
-            ]
-            cells += [f"{source['recall'].get(task, {}).get(n, '-')}" for task, n in asked]
-            rows.append([label, *cells])
-    table = "\n".join("| " + " | ".join(row) + " |" for row in rows)
-    return f"{table}\n\nMarks: {marks['source']}.\n"
-
-
-def figures(line: dict[str, Any], model: str) -> dict[str, dict]:
-    """The figures of one model in the layout of marks.json."""
-    results = line["results"]
-    by_length = {length: by_model[model] for length, by_model in results["likelihood"].items()}
-    recall: dict[str, dict] = {}
-    for cell in results["recall"]:
-        if cell["model"] == model:
-            recall.setdefault(cell["task"], {})[str(cell["length"])] = cell["correct"] / cell["samples"]
-    return {key: {n: row[key] for n, row in by_length.items()} for key in ("ppl", "kl", "top1")} | {
-        "recall": recall
-    }
-
-
-def converted(line: dict[str, Any]) -> str:
-    return next(name for name in line["results"]["models"] if name != TEACHER)
 
 
 def sha256_of(files: Iterable[Path]) -> dict[str, str]:
