@@ -150,7 +150,7 @@ def test_identity_start_sees_the_first_channels(name):
 def test_reset_brings_the_start_back(name):
     made = random_map(name, dtype=torch.float32)
     before = [parameter.clone() for parameter in made.parameters()]
-    torch.manual_seed(0)
+    torch.manual_seed(5)
     made.reset_parameters()
     assert not any(map(torch.equal, before, made.parameters()))
     bound = 1.0  # (6 / K) ** 0.5
