@@ -225,7 +225,8 @@ def convert_(output: Output, words: Words = None, method: Method = None, as_json
         (
             f"layer {layer.index}",
             layer.method,
-            f"{layer.parameters:,} new parameters, {layer.state_bytes:,} bytes of state",
+            f"{layer.parameters:,} new parameters, {layer.state_bytes:,} bytes of state"
+            + (f", {layer.growth:,.0f} more with every token" if layer.growth else ""),
         )
         for layer in describe(loaded)
     )

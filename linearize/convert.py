@@ -1,5 +1,6 @@
 """Give a model's layers mixers, report what changed, and undo it."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,16 +28,18 @@ class LayerReport:
     geometry: Geometry
     parameters: int
     state_bytes: int
-    """Of the mixer's state, constant; 0 where softmax is kept."""
+    """Of the mixer's state, before it grows; 0 where softmax is kept."""
+    growth: float
+    """What each further token adds to the mixer's state, on average; 0 where the state is constant."""
     kv_bytes_per_token: int
     """What softmax attention would store (or stores) for each token."""
     kv_tokens: int | None
     """Most tokens a kept softmax layer stores: its own sliding window, or None without a bound; 0 if converted."""
 
     def cache_bytes(self, length: int) -> int:
-        """Bytes of this layer's memory after ``length`` tokens."""
+        """Bytes of this layer's memory after ``length`` tokens, at most."""
         kept = length if self.kv_tokens is None else min(length, self.kv_tokens)
-        return self.state_bytes + kept * self.kv_bytes_per_token
+        return self.state_bytes + math.ceil(length * self.growth) + kept * self.kv_bytes_per_token
 
     def teacher_bytes(self, length: int) -> int:
         """Bytes of this layer's cache in the teacher after ``length`` tokens."""
@@ -192,6 +195,7 @@ def describe(model: Any) -> list[LayerReport]:
                 geometry=geometry,
                 parameters=0 if mixer is None else sum(p.numel() for p in mixer.parameters()),
                 state_bytes=0 if mixer is None else state_bytes(mixer, dtype),
+                growth=0.0 if mixer is None else mixer.growth(dtype.itemsize),
                 kv_bytes_per_token=geometry.kv_heads
                 * (geometry.key_dim + geometry.value_dim)
                 * dtype.itemsize,
@@ -203,7 +207,7 @@ def describe(model: Any) -> list[LayerReport]:
 
 @torch.no_grad()
 def state_bytes(mixer: Any, dtype: torch.dtype) -> int:
-    """Bytes of one row's state, by making one."""
+    """Bytes of one row's state after its first token, by making one."""
     shape: Geometry = mixer.geometry
     device = next(mixer.parameters(), torch.empty(0)).device
     heads = {

@@ -167,7 +167,8 @@ class Transfer(Stage):
 
 
 class Lora(Section):
-    """Low-rank adapters; ``targets: attention`` is every projection that the attention probe found."""
+    """Low-rank adapters; ``targets: attention`` is every projection that the attention probe found. Names given instead
+    may be those of linear modules inside mixers too, such as STILL's ``output_gate``."""
 
     rank: Positive = 8
     alpha: PositiveRate = 16.0

@@ -168,14 +168,14 @@ def memory(results: Results, lengths: Sequence[int] = MEMORY_LENS) -> Table:
     header = [
         "model",
         "constant state",
-        "KV cache per token",
+        "added per token",
         *(f"at {_thousands(length)}" for length in lengths),
     ]
     note = "Bytes per sequence: states of converted layers plus the KV cache of layers that keep softmax."
     return Table("Memory", note, header, rows)
 
 
-def bytes_text(count: int) -> str:
+def bytes_text(count: float) -> str:
     """1536 -> "1.5 KiB"."""
     size = float(count)
     for unit in ("B", "KiB", "MiB", "GiB"):

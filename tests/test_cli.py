@@ -1,6 +1,7 @@
 """The command line: what it prints where, how it exits, how soon it answers."""
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -86,6 +87,20 @@ def test_an_interruption_says_how_to_go_on(monkeypatch):
     made = call("show")
     assert made.exit_code == 130
     assert made.stderr.startswith("interrupted; the same command goes on")
+
+
+def test_convert_tells_what_every_layer_remembers(tmp_path):
+    made = call(
+        *("convert", "books-5m", "--method", "still", "--output", str(tmp_path / "student")),
+        *("layers=[0,2]", "method.budget=null"),
+    )
+    assert made.exit_code == 0, made.output
+    told = made.stdout.splitlines()
+    assert re.search(
+        r"layer 0 +still +[\d,]+ new parameters, [\d,]+ bytes of state, [\d,]+ more with every token$",
+        told[0],
+    )
+    assert re.search(r"layer 1 +softmax +0 new parameters, 0 bytes of state$", told[1])
 
 
 def test_convert_and_unconvert_are_inverse(tmp_path):

@@ -23,6 +23,7 @@ from linearize.modeling.lolcats import LOLCATS, LolcatsConfig, LolcatsMixer
 from linearize.modeling.mixer import Method
 from linearize.modeling.registry import METHODS
 from linearize.modeling.salient import SalientConfig
+from linearize.modeling.still import StillConfig
 from linearize.modeling.window import SoftmaxConfig, WindowConfig
 from linearize.probe import probe
 
@@ -121,6 +122,22 @@ def test_report_counts_bytes_of_what_a_cache_holds():
         else:
             assert report.cache_bytes(50) == report.cache_bytes(10**6) == layer.state_bytes
     assert [r.parameters for r in reports] == [2 * 4 * 16 * 8 + 4, 0, 2 * 4 * 16 * 8 + 4]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_state_that_grows_is_not_reported_as_constant(dtype):
+    """Four chunks of four leave the local span by token 24, and two tokens of each stay in every head."""
+    config = StillConfig(chunk=4, salient_per_chunk=2, budget=None)
+    model = student("llama", config, layers=[1], dtype=dtype)
+    with torch.no_grad():
+        held = model(ids(1, 24), use_cache=True).past_key_values.layers[1].state_bytes
+    report = describe(model)[1]
+    assert report.growth == 2 / 4 * 4 * ((16 + 16) * dtype.itemsize + 4)
+    assert held == report.state_bytes + 4 * 4 * report.growth
+    assert report.cache_bytes(24) == report.state_bytes + 24 * report.growth >= held
+    assert report.cache_bytes(10**6) > 10**6 * report.growth
+    bounded = describe(student("llama", StillConfig(chunk=4, budget=2), layers=[1], dtype=dtype))[1]
+    assert bounded.growth == 0 and bounded.cache_bytes(10**6) == bounded.state_bytes
 
 
 @pytest.mark.parametrize(

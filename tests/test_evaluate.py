@@ -9,8 +9,10 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from linearize.convert import convert
 from linearize.evaluate import Results, evaluate
+from linearize.evaluate.memory import memory
 from linearize.modeling.errors import EvaluationError
 from linearize.modeling.registry import METHODS
+from linearize.modeling.still import StillConfig
 from linearize.recipe import Evaluate
 from linearize.report import markdown
 from linearize.teacher import BUNDLED
@@ -93,6 +95,20 @@ def test_memory_of_converted_layers_does_not_grow(results):
     assert window.per_token == 0
     assert window.bytes_at(100_000) == window.state > 0
     assert kept.bytes_at(1000) == teacher.bytes_at(1000)
+
+
+def test_memory_of_states_that_grow_is_counted(tokenizer):
+    teacher = llama(len(tokenizer))
+    grows, bounded = (
+        convert(llama(len(tokenizer)), StillConfig(chunk=8, salient_per_chunk=2, budget=budget))
+        for budget in (None, 4)
+    )
+    found = memory(teacher, {"grows": grows, "bounded": bounded})
+    a_token = 2 * 2 / 8 * 2 * ((16 + 16) * 4 + 4)  # layers, picks of a chunk, heads, key, value and score
+    assert found["grows"].per_token == a_token
+    assert found["grows"].bytes_at(1000) == found["grows"].state + 1000 * a_token
+    assert found["bounded"].per_token == 0
+    assert found["bounded"].bytes_at(1000) == found["bounded"].state
 
 
 def test_results_are_a_function_of_their_seed(results, students, tokenizer, text):

@@ -25,13 +25,30 @@ def inputs(heads: int, dtype: torch.dtype = torch.float64) -> Tensor:
     return torch.randn(2, 5, heads, KEY_DIM, generator=torch.Generator().manual_seed(1)).to(dtype)
 
 
+def halves(a: Tensor) -> Tensor:
+    return torch.cat((a.softmax(-1), (-a).softmax(-1)), dim=-1)
+
+
+def reflected(x: Tensor, u: Tensor) -> Tensor:
+    return x - 2 * u * (u @ x) / (u @ u)
+
+
+def rescaled(a: Tensor, x: Tensor) -> Tensor:
+    return a * x.norm() / a.norm()
+
+
 MEANING = {
-    "hedgehog": lambda a, _: torch.cat((a.softmax(-1), (-a).softmax(-1)), dim=-1),
-    "hedgehog_half": lambda a, _: a.softmax(-1),
-    "t2r": lambda a, bias: torch.relu(a + bias),
-    "elu": lambda a, _: 1 + elu(a),
-    "exp": lambda a, _: torch.cat(((a - a.max()).exp(), (a.min() - a).exp()), dim=-1),
+    "hedgehog": lambda x, phi, h: halves(x @ phi.weight[h]),
+    "hedgehog_half": lambda x, phi, h: (x @ phi.weight[h]).softmax(-1),
+    "t2r": lambda x, phi, h: torch.relu(x @ phi.weight[h] + phi.bias[h]),
+    "elu": lambda x, phi, h: 1 + elu(x @ phi.weight[h]),
+    "exp": lambda x, phi, h: torch.cat(
+        [(s - s.max()).exp() for s in (x @ phi.weight[h], -x @ phi.weight[h])]
+    ),
+    "np_map": lambda x, phi, h: halves(rescaled(reflected(x, phi.reflect[h]) @ phi.weight[h], x)),
+    "np_map_plain": lambda x, phi, h: halves(rescaled(x @ phi.weight[h], x)),
 }
+NORM_PRESERVED = ["np_map", "np_map_plain"]
 
 
 @pytest.mark.parametrize("groups", [1, 2, 4])
@@ -42,9 +59,8 @@ def test_each_head_is_its_formula(name, groups):
     actual = phi(x)
     assert actual.shape == (2, 5, HEADS, WIDTH)
     for batch, t, head in ((0, 0, 0), (1, 4, 3), (0, 2, 1), (1, 3, 2)):
-        a = x[batch, t, head // (HEADS // groups)] @ phi.weight[head]
-        bias = phi.bias[head] if name == "t2r" else None
-        assert_near(actual[batch, t, head], MEANING[name](a, bias), "kernel")
+        one = x[batch, t, head // (HEADS // groups)]
+        assert_near(actual[batch, t, head], MEANING[name](one, phi, head), "kernel")
 
 
 @pytest.mark.parametrize("name", FEATURE_MAPS)
@@ -74,10 +90,53 @@ def test_features_are_fp32_or_higher(name):
     assert phi(x.double()).dtype == torch.float64
 
 
-def test_hedgehog_halves_sum_to_one_and_never_vanish():
-    phi = random_map("hedgehog")(inputs(2) * 100)
+@pytest.mark.parametrize("name", ["hedgehog", *NORM_PRESERVED])
+def test_both_halves_sum_to_one_and_never_vanish(name):
+    phi = random_map(name)(inputs(2) * 100)
     assert_near(phi.unflatten(-1, (2, -1)).sum(-1), torch.ones(2, 5, HEADS, 2, dtype=torch.float64), "kernel")
     assert phi.min() >= 1e-12
+
+
+@pytest.mark.parametrize("name", NORM_PRESERVED)
+def test_the_size_of_the_weight_does_not_matter_and_the_size_of_the_input_does(name):
+    phi, x = random_map(name), inputs(2)
+    before = phi(x)
+    with torch.no_grad():
+        phi.weight.mul_(3)
+    assert_near(phi(x), before, "kernel")
+    assert not torch.allclose(phi(3 * x), before, atol=1e-2)
+    uniform = torch.full_like(before, 2 / WIDTH)
+    assert_near(phi(1e-12 * x), uniform, "kernel")
+    assert_near(phi(0 * x), uniform, "kernel")
+
+
+@pytest.mark.parametrize("name", NORM_PRESERVED)
+@pytest.mark.parametrize("where", ["inputs", "weight", "reflect"])
+def test_gradients_are_finite_at_zero(name, where):
+    phi, x = random_map(name), inputs(2)
+    if where == "inputs":
+        x = torch.zeros_like(x)
+    elif where == "weight" or name == "np_map":
+        getattr(phi, where).data.zero_()
+    x.requires_grad_()
+    phi(x).square().sum().backward()
+    assert all(leaf.grad.isfinite().all() for leaf in (x, *phi.parameters()))
+
+
+def test_a_reflection_turns_the_input_and_keeps_its_norm():
+    phi, x = random_map("np_map", width=2 * KEY_DIM), inputs(HEADS)
+    with torch.no_grad():
+        phi.weight.copy_(torch.eye(KEY_DIM))
+    mirrored = torch.einsum("bthk,hkf->bthf", x, phi.matrix(torch.float64))
+    explicit = torch.stack(
+        [
+            torch.stack([reflected(one, u) for one in x[:, :, h].flatten(0, 1)])
+            for h, u in enumerate(phi.reflect)
+        ]
+    )
+    assert_near(mirrored.flatten(0, 1).transpose(0, 1), explicit, "kernel")
+    assert_near(mirrored.norm(dim=-1), x.norm(dim=-1), "kernel")
+    assert not torch.allclose(mirrored, x, atol=0.1)
 
 
 @pytest.mark.parametrize("name", FEATURE_MAPS)
@@ -90,8 +149,10 @@ def test_identity_start_sees_the_first_channels(name):
 @pytest.mark.parametrize("name", FEATURE_MAPS)
 def test_reset_brings_the_start_back(name):
     made = random_map(name, dtype=torch.float32)
-    torch.manual_seed(0)
+    before = [parameter.clone() for parameter in made.parameters()]
+    torch.manual_seed(5)
     made.reset_parameters()
+    assert not any(map(torch.equal, before, made.parameters()))
     bound = 1.0  # (6 / K) ** 0.5
     assert made.weight.abs().max() <= bound
     assert made.weight.std() > 0.4 * bound

@@ -7,9 +7,11 @@ import torch
 from test_transfer import Text, student
 from tiny import ids, tiny
 
+from linearize.convert import convert
 from linearize.modeling.attention import attention_mode
 from linearize.modeling.errors import TrainingError
 from linearize.modeling.registry import METHODS
+from linearize.modeling.still import StillConfig
 from linearize.recipe import Finetune
 from linearize.tracking import read
 from linearize.train.finetune import FinetuneStage, finetune, lora_targets
@@ -78,6 +80,26 @@ def test_merged_equals_unmerged(family):
     assert not torch.allclose(adapted, plain, atol=1e-2)
     torch.testing.assert_close(model(tokens).logits, adapted, rtol=0, atol=1e-6)
     assert [name for name, _ in model.named_parameters()] == names
+
+
+WITH_GATE = {"targets": ["q_proj", "k_proj", "v_proj", "o_proj", "output_gate"], "alpha": 8}
+
+
+def test_a_gate_inside_a_mixer_is_adapted_and_merged_like_a_projection(tmp_path):
+    model = convert(tiny().requires_grad_(False), StillConfig(chunk=4, budget=3)).double()
+    mixers = [layer.self_attn.mixer for layer in model.model.layers]
+    before = [mixer.output_gate.weight.detach().clone() for mixer in mixers]
+    finetune(model, Text(), recipe(tokens=2 * 128, lora=WITH_GATE), folder=tmp_path)
+    assert not any(torch.equal(m.output_gate.weight, w) for m, w in zip(mixers, before, strict=True))
+    tokens = ids()
+    plain = model(tokens).logits
+    stage = shaken(FinetuneStage(model, recipe(lora={"targets": ["output_gate"]})))
+    adapted = model(tokens).logits
+    stage.merge()
+    stage.remove()
+    assert not torch.allclose(adapted, plain, atol=1e-2)
+    torch.testing.assert_close(model(tokens).logits, adapted, rtol=0, atol=1e-6)
+    assert all(type(mixer.output_gate) is torch.nn.Linear for mixer in mixers)
 
 
 def test_merging_into_bf16_rounds_once():

@@ -44,6 +44,7 @@ def results():
             "teacher": Memory([LayerMemory(0, 1024, None), LayerMemory(0, 1024, None)]),
             "lolcats": Memory([LayerMemory(100_000, 1024, 0), LayerMemory(0, 512, None)]),
             "window": Memory([LayerMemory(65_536, 1024, 0), LayerMemory(0, 1024, 512)]),
+            "still": Memory([LayerMemory(65_536, 1024, 0, 63.5), LayerMemory(65_536, 1024, 0)]),
         },
         windows={1024: "abc"},
     )
@@ -59,6 +60,7 @@ def test_markdown_names_text_counts_and_intervals(results):
     assert "| passkey | 512 | 100 % [10, 90] | 50 % [10, 90] | not run | 50 |" in text
     assert "| teacher | 0 B | 2.0 KiB | 2.0 MiB | 16.0 MiB | 64.0 MiB |" in text
     assert "| window | 64.0 KiB | 0 B | 576 KiB (28 %) | 576 KiB (4 %) | 576 KiB (1 %) |" in text
+    assert "| still | 128 KiB | 64 B | 192 KiB (9 %) | 636 KiB (4 %) | 2.1 MiB (3 %) |" in text
     assert "| 0 to 63 |" in text
 
 

@@ -13,7 +13,7 @@ ROLLBACK = 128
 
 
 class StateLayer(CacheLayerMixin):
-    """A cache layer whose size does not grow: it stores what ``Mixer.forward`` returned.
+    """A cache layer that grows only where its mixer says so: it stores what ``Mixer.forward`` returned.
 
     ``template`` is the layer it replaces. The masks of *other* layers are sized by asking the first layer of their
     kind, which may be this one, so sizes are answered as the template would.
@@ -53,7 +53,7 @@ class StateLayer(CacheLayerMixin):
 
     @property
     def state_bytes(self) -> int:
-        """Bytes of the state's tensors; constant once the first token was seen."""
+        """Bytes of the state's tensors; constant after the first token where the mixer's ``growth`` is 0."""
         return 0 if self.state is None else sum(t.numel() * t.element_size() for t in self.state)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -129,7 +129,7 @@ class StateLayer(CacheLayerMixin):
         self._map(lambda t: t[indices.to(t.device)])
 
     def offload(self) -> None:
-        """Nothing: a state is small and constant, and ``Cache.update`` offloads a layer before its mixer has run."""
+        """Nothing: a state is small, and ``Cache.update`` offloads a layer before its mixer has run."""
 
     def prefetch(self) -> None:
         """Nothing: the state never left."""

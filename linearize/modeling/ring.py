@@ -99,11 +99,17 @@ def attend_through(
         unroll(old, new, seen, first)[:, : held + q.shape[1]] for old, new in zip(ring, (k, v), strict=True)
     )
     if q.shape[1] == 1:
-        position = first[:, None] + torch.arange(k.shape[1], device=k.device)
-        position = position.masked_fill(position > seen[:, None], -1)  # columns that repeat the new token
-        return decode(q, k, v, *along, key_positions=position, query_positions=seen[:, None])
+        return decode(q, k, v, *along, **step_positions(k, seen, first))
     q, *along_columns = (at_columns(t, held, seen, first) for t in (q, *along))
     return new_columns(attend(q, k, v, *along_columns), q.shape[1] - held, seen, first)
+
+
+def step_positions(columns: Tensor, seen: Tensor, first: Tensor) -> dict[str, Tensor]:
+    """Positions, for a decode, of one new query a row and of the columns ``first, ...`` that :func:`unroll` gave; those
+    that only repeat the new token count as empty."""
+    position = first[:, None] + torch.arange(columns.shape[1], device=columns.device)
+    position = position.masked_fill(position > seen[:, None], -1)
+    return {"key_positions": position, "query_positions": seen[:, None]}
 
 
 def at_columns(new: Tensor, held: int, seen: Tensor, first: Tensor) -> Tensor:

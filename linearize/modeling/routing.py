@@ -16,8 +16,8 @@ m is part of the function, as in ``reference.py``; g_t gates the linear numerato
 set never returns, and is then added to the linear sums like one that was never picked; sums only grow.
 
 Layouts: q [B, T, H, K]; k [B, T, G, K]; v [B, T, G, V]; phi_q [B, T, H, F]; phi_k [B, T, Hs, F], Hs = H, or G where Gs
-is G too; score [B, T, Gs], -inf for a token that may not be picked (so for padding, which must stand right of all real
-tokens); gate [B, T, H, V or 1], or None for 1. Index 0 stands on the chunk grid. Everything is computed in fp32, or
+is G too; score [B, T, Gs], -inf for a token that may not be picked; gate [B, T, H, V or 1], or None for 1. Index 0
+stands on the chunk grid, and padding, whatever its score, right of all real tokens. Everything is computed in fp32, or
 fp64 where the inputs are; no gradient passes through the selection.
 """
 
@@ -91,7 +91,7 @@ def self_saliency(q: Tensor, k: Tensor, *, scale: float, window: int, softcap: f
     visible = (key >= 0) & (key <= query) & in_window(query, key, window, "sliding")
     share = probabilities_of(queries, near, visible[None, None], scale, softcap)
     own = share.unflatten(3, queries.shape[3:5]).diagonal(near.shape[3] - tile, -2, -1)  # [B, G, N, R, C]
-    return untile(own.log()[..., None], length, dtype).squeeze(-1)
+    return untile(_log_share(own)[..., None], length, dtype).squeeze(-1)
 
 
 @torch.no_grad()
@@ -118,7 +118,12 @@ def self_saliency_of(
     )
     own = key_positions[:, None, :] == query_positions[:, :, None]
     share = (share * own[:, None, None, None]).sum(-1, keepdim=True)
-    return untile(share.log(), length, dtype).squeeze(-1)
+    return untile(_log_share(share), length, dtype).squeeze(-1)
+
+
+def _log_share(share: Tensor) -> Tensor:
+    """A share that is too small for its type is still one: -inf would bar the token from being picked."""
+    return share.clamp_min(torch.finfo(share.dtype).tiny).log()
 
 
 # The meaning: dense masks.
@@ -202,11 +207,9 @@ def _join(
     return num / (den + share * eps)
 
 
-def _gate_rows(gate: Tensor | None, q: Tensor, tile: int, groups: int, dtype: torch.dtype) -> Tensor | None:
-    """gate as [B, Gs, N, R*C, V or 1] for queries q [B, T, H, K]."""
-    if gate is None:
-        return None
-    return tiles_of(gate.expand(*q.shape[:3], -1), tile, groups, dtype).flatten(3, 4)
+def _gate_rows(gate: Tensor | None, tile: int, groups: int, dtype: torch.dtype) -> Tensor | None:
+    """gate as [B, Gs, N, R*C, V or 1]."""
+    return None if gate is None else tiles_of(gate, tile, groups, dtype).flatten(3, 4)
 
 
 def _rows(x: Tensor, index: Tensor) -> Tensor:
@@ -284,7 +287,7 @@ def routed_chunked(
     first = score.shape[2] - length
     sets, turning, turns = _routes(score, first, count=count, chunk=chunk, picks=picks, size=size)
 
-    q_tiles, gates = tiles_of(q, tile, groups, dtype), _gate_rows(gate, q, tile, groups, dtype)
+    q_tiles, gates = tiles_of(q, tile, groups, dtype), _gate_rows(gate, tile, groups, dtype)
     phi_q = feature_tiles(phi_q, tile, groups, shared, dtype)
     query, key = near_positions(count, tile, q.device)
     local = ((key >= 0) & (key <= query))[None, None]  # two tiles are all of the local span
@@ -341,7 +344,7 @@ def routed_recurrent(
     probabilities = probabilities_of(queries, keys, visible, scale, softcap)
     features = feature_tiles(phi_q, length, groups, z.shape[1] // groups, dtype)
     linear = from_state(features, join_state((kv, z), groups, dtype))
-    y = _join(probabilities, values, linear, _gate_rows(gate, q, length, groups, dtype), eps)
+    y = _join(probabilities, values, linear, _gate_rows(gate, length, groups, dtype), eps)
     return untile(y.unflatten(3, queries.shape[3:5]), length, v.dtype)
 
 

@@ -31,7 +31,7 @@ from torch.nn.functional import avg_pool1d, gelu
 from .errors import ConversionError
 from .mixer import Fit, Geometry, Method, MethodConfig, Mixer, MixerInput
 from .ops import Kept, future_attention, kept_attention, kept_decode, merge_kept
-from .ring import final, resize, span, take, unroll, write
+from .ring import at_columns, final, new_columns, resize, span, step_positions, take, unroll, write
 from .selection import rounded
 
 
@@ -143,38 +143,30 @@ class SalientMixer(Mixer):
                 for old, new in zip(started.rings, fresh, strict=True)
             ]
             kept = self._hand_over(started, columns, limit)
-            y = self._step(x, started, columns, kept) if step else self._chunk(x, started, columns, total)
+            y = self._step(x, started, columns, kept) if step else self._chunk(x, started, columns)
         k, v, score = (
             write(old, new, started.seen, total) for old, new in zip(started.rings, fresh, strict=True)
         )
         tail = started.tail if inputs is None else write(started.tail, inputs, started.seen, total)
         return y, SalientState(k, v, score, *kept, tail, total, limit)
 
-    def _chunk(self, x: MixerInput, state: SalientState, columns: Sequence[Tensor], total: Tensor) -> Tensor:
+    def _chunk(self, x: MixerInput, state: SalientState, columns: Sequence[Tensor]) -> Tensor:
         """Several tokens: columns ``folded, ...`` stand on the chunk grid, as the parallel form needs."""
-        k, v, score = columns
-        position = state.folded[:, None] + torch.arange(k.shape[1], device=k.device)
-        score = score.masked_fill((position >= total[:, None])[..., None], -torch.inf)
-        no_query = x.q.new_zeros(len(x.q), state.k.shape[1], *x.q.shape[2:])
-        y = self._attend(x, unroll(no_query, x.q, state.seen, state.folded), k, v, score, state.kept)
-        column = (state.seen - state.folded)[:, None] + torch.arange(x.q.shape[1], device=k.device)
-        return take(y, column)
+        place = (state.seen, state.folded)
+        y = self._attend(x, at_columns(x.q, state.k.shape[1], *place), *columns, state.kept)
+        return new_columns(y, x.q.shape[1], *place)
 
     def _step(self, x: MixerInput, state: SalientState, columns: Sequence[Tensor], kept: Kept) -> Tensor:
         """One token a row: it meets the kept tokens and the rings."""
         k, v, _ = columns
         if x.pending:  # what may still be taken back is ranked for this query alone
             kept = self._hand_over(state, columns, final(state.seen + 1, self.config.chunk, "terraced"))
-        position = state.folded[:, None] + torch.arange(k.shape[1], device=k.device)
-        # Columns after the new token repeat it wherever the ring is not full.
-        position = position.masked_fill(position > state.seen[:, None], -1)
         return kept_decode(
             x.q,
             k,
             v,
             kept,
-            key_positions=position,
-            query_positions=state.seen[:, None],
+            **step_positions(k, state.seen, state.folded),
             scale=x.scale,
             chunk=self.config.chunk,
             softcap=x.softcap,

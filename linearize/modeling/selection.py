@@ -11,8 +11,8 @@ and to nothing else. As scores never change, the kept set of a longer past is th
 tokens that came since: ``merge_kept`` adds a chunk to it, and whoever drops out never returns. Chunks are handed over
 whole, so prefill and decode keep the same tokens.
 
-Layouts: q [B, T, H, K]; k [B, T, G, K]; v [B, T, G, V]; score [B, T, G], -inf for a token that may not be kept (so for
-padding, which must stand right of all real tokens) and inf for one that always is. Index 0 stands on the chunk grid.
+Layouts: q [B, T, H, K]; k [B, T, G, K]; v [B, T, G, V]; score [B, T, G], -inf for a token that may not be kept and
+inf for one that always is. Index 0 stands on the chunk grid, and padding, whatever its score, right of all real tokens.
 Attention is computed in fp32, or fp64 where the inputs are; no gradient passes through the selection.
 """
 

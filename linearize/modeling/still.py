@@ -40,7 +40,7 @@ from .ops import (
     self_saliency,
     self_saliency_of,
 )
-from .ring import at_columns, final, new_columns, resize, span, unroll, write
+from .ring import at_columns, final, new_columns, resize, span, step_positions, unroll, write
 from .selection import rounded
 from .tiles import per_head
 
@@ -210,26 +210,21 @@ class StillMixer(Mixer):
             fresh = (x.k, x.v, score)
             columns = (k, v, unroll(started.score, score, started.seen, started.folded))
             older = self._hand_over(started, columns, limit)
-            y = self._step(x, started, columns, older) if step else self._chunk(x, started, columns, total)
+            y = self._step(x, started, columns, older) if step else self._chunk(x, started, columns)
         k, v, score = (
             write(old, new, started.seen, total) for old, new in zip(started.rings, fresh, strict=True)
         )
         return y, StillState(k, v, score, *older.kept, older.kv, older.z, total, limit)
 
-    def _chunk(self, x: MixerInput, state: StillState, columns: Sequence[Tensor], total: Tensor) -> Tensor:
+    def _chunk(self, x: MixerInput, state: StillState, columns: Sequence[Tensor]) -> Tensor:
         """Several tokens: columns ``folded, ...`` stand on the chunk grid, as the parallel form needs."""
-        k, v, score = columns
-        position = state.folded[:, None] + torch.arange(k.shape[1], device=k.device)
-        score = score.masked_fill((position >= total[:, None])[..., None], -torch.inf)
         held, place = state.k.shape[1], (state.seen, state.folded)
         gate = self._gate(x)
         past = Past(state.kept, self.map_k(state.kept_k), state.kv, state.z)
         y = self._attend(
             x,
             at_columns(x.q, held, *place),
-            k,
-            v,
-            score,
+            *columns,
             None if gate is None else at_columns(gate, held, *place),
             past,
         )
@@ -247,7 +242,7 @@ class StillMixer(Mixer):
             self.map_q(x.q),
             *older,
             self._gate(x),
-            **positions(state, k),
+            **step_positions(k, state.seen, state.folded),
             scale=x.scale,
             chunk=self.config.chunk,
             eps=self.config.eps_den,
@@ -319,7 +314,12 @@ class StillMixer(Mixer):
         rho = None
         if self.config.score == "self_saliency":
             rho = self_saliency_of(
-                x.q, k, **positions(state, k), scale=x.scale, window=self.config.chunk, softcap=x.softcap
+                x.q,
+                k,
+                **step_positions(k, state.seen, state.folded),
+                scale=x.scale,
+                window=self.config.chunk,
+                softcap=x.softcap,
             )
         return self._ranks(x, rho, state.seen)
 
@@ -346,7 +346,7 @@ class StillMixer(Mixer):
         config, shape = self.config, self.geometry
         if config.budget is not None:
             return 0.0
-        token = (shape.key_dim + shape.value_dim) * itemsize + 4
+        token = (shape.key_dim + shape.value_dim) * itemsize + max(itemsize, 4)
         return config.salient_per_chunk / config.chunk * self.select_heads * token
 
     def _start(self, x: MixerInput) -> StillState:
@@ -372,13 +372,6 @@ class StillMixer(Mixer):
         size = span(self.config.chunk, "terraced") + pending
         k, v, score = (resize(ring, state.seen, size) for ring in state.rings)
         return state._replace(k=k, v=v, score=score)
-
-
-def positions(state: StillState, columns: Tensor) -> dict[str, Tensor]:
-    """Positions of a step's query and of the columns ``folded, ...``, of which those after it repeat it."""
-    position = state.folded[:, None] + torch.arange(columns.shape[1], device=columns.device)
-    position = position.masked_fill(position > state.seen[:, None], -1)
-    return {"key_positions": position, "query_positions": state.seen[:, None]}
 
 
 def shuffled(position: Tensor) -> Tensor:

@@ -197,17 +197,14 @@ class FinetuneStage:
 
 
 def lora_targets(model: Any, config: Finetune) -> list[str]:
-    """Full paths of the modules to adapt: the projections that the attention probe found, or the user's own names."""
+    """Full paths of the modules to adapt: the projections that the attention probe found, or the user's own names,
+    a mixer's linear modules among them."""
     wanted = config.lora.targets
     if wanted == "attention":
         targets = [path for paths in projections(model).values() for path in paths]
     else:
         head = model.get_output_embeddings()  # the KL's teacher has it too, and it may be the embeddings
-        linear = [
-            n
-            for n, m in model.named_modules()
-            if isinstance(m, (nn.Linear, Conv1D)) and m is not head and ".mixer." not in n
-        ]
+        linear = [n for n, m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D)) and m is not head]
         targets = []
         for name in wanted:
             found = [path for path in linear if path == name or path.endswith("." + name)]
