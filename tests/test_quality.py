@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from linearize.evaluate import Results
 from linearize.modeling.errors import LinearizeError
@@ -114,3 +115,13 @@ def test_other_windows_are_refused(quality, books):
     results = Results("x", ["teacher"], 0, {}, [], {}, windows={96: "0" * 64})
     with pytest.raises(LinearizeError, match="windows of 96 are not the text's first 32"):
         quality.check_windows(results, recipe, books / "books-eval.txt.xz")
+
+
+def test_every_result_is_of_a_student_as_it_stands(quality):
+    """The recipe in each committed line is the one that its student has now, but for keys that came later."""
+    options = quality.arguments(["--teacher=x", "--data=x", "--out=x"])
+    lines = [json.loads(line) for line in SCRIPT.with_name("results.jsonl").read_text().splitlines()]
+    assert [line["student"] for line in lines] == list(quality.students(options.students))
+    for line in lines:
+        measured = Recipe.from_dict(yaml.safe_load(line["recipe"]))
+        assert measured.differences(quality.recipe_of(line["student"], options)) == [], line["student"]
