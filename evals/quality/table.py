@@ -147,21 +147,19 @@ def plot(lines: list[dict[str, Any]], file: Path) -> None:
 
     rows = {line["student"]: figures(line, student_of(line)) for line in lines}
     lengths = sorted({int(n) for row in rows.values() for n in row["kl"]})
-    figure, axes = plt.subplots(1, len(lengths), figsize=(4.6 * len(lengths), 4.4), sharey=True)
+    figure, axes = plt.subplots(1, len(lengths), figsize=(3.4 * len(lengths) + 2.4, 3.8), sharey=True)
     for axis, length in zip(axes, lengths, strict=True):
-        for name, row in rows.items():
-            point = (100 * row["memory"], row["kl"][str(length)])
-            axis.plot(*point, "o", color="tab:green" if name.startswith("salient") else "tab:blue")
-            axis.annotate(name, point, textcoords="offset points", xytext=(4, 3), fontsize=7)
-        axis.set(
-            xscale="log",
-            yscale="log",
-            title=f"{length:,} tokens",
-            xlabel=f"memory at {LENGTH:,} tokens, % of KV cache",
-        )
+        for i, (name, row) in enumerate(rows.items()):
+            looks = {"color": plt.get_cmap("tab10")(i % 10), "marker": "osD^v"[i // 5 % 5], "linestyle": ""}
+            axis.plot(100 * row["memory"], row["kl"][str(length)], label=name, alpha=0.85, **looks)
+        axis.set(xscale="log", yscale="log", title=f"KL at {length:,} tokens")
+        axis.set_xlabel(f"memory at {LENGTH:,} tokens, % of KV cache")
+        axis.set_xticks(ticks := [1, 2, 5, 10, 20, 40], [str(tick) for tick in ticks])
+        axis.minorticks_off()
         axis.grid(alpha=0.3)
-    axes[0].set_ylabel("KL to the teacher, nats a token")
-    figure.tight_layout()
+    axes[0].set_ylabel("nats a token, to the teacher")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="center right", fontsize=8, frameon=False)
+    figure.tight_layout(rect=(0, 0, 1 - 2.0 / figure.get_figwidth(), 1))
     figure.savefig(file, metadata={"Date": None})
 
 
