@@ -9,7 +9,7 @@ from tiny import ids, randomise, student, tiny
 from tolerances import assert_near
 from transformers import DynamicCache
 
-from linearize.convert import describe
+from linearize.convert import convert, describe, unconvert
 from linearize.modeling.attention import attention_mode
 from linearize.modeling.errors import ConversionError
 from linearize.modeling.feature_maps import FEATURE_MAPS
@@ -267,14 +267,13 @@ def test_gradients_are_the_same_in_every_run():
 )
 @pytest.mark.parametrize(("chunk", "picks"), [(C, C), (22, 1)], ids=["all picked", "all local"])
 def test_where_nothing_is_linear_the_model_is_its_teacher(family, implementation, dtype, chunk, picks):
-    config = StillConfig(chunk=chunk, salient_per_chunk=picks, budget=None, eps_den=0.0)
-    x = ids(2, 43)
-    teacher = tiny(family, dtype=torch.float64)
-    teacher.set_attn_implementation(implementation)
-    expected = teacher(x).logits
-    assert_near(student(family, config)(x).logits, expected, "logits", dtype)
-    few = StillConfig(chunk=C, salient_per_chunk=1)
-    assert not torch.allclose(student(family, few)(x).logits, expected, atol=1e-2)
+    model, x = tiny(family, dtype=torch.float64), ids(2, 43)
+    model.set_attn_implementation(implementation)
+    expected = model(x).logits
+    convert(model, StillConfig(chunk=chunk, salient_per_chunk=picks, budget=None, eps_den=0.0)).double()
+    assert_near(model(x).logits, expected, "logits", dtype)
+    convert(unconvert(model), StillConfig(chunk=C, salient_per_chunk=1)).double()
+    assert not torch.allclose(model(x).logits, expected, atol=1e-2)
 
 
 def test_stage_1_reaches_maps_and_gate_alone():
