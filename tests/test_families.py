@@ -231,7 +231,11 @@ def test_the_state_is_what_the_report_says_at_any_length(family, variant):
             if report.method == "softmax":
                 assert report.kv_tokens == 6  # bounded by its own window
             else:
-                assert layer.state_bytes == 3 * report.state_bytes == 3 * report.cache_bytes(10**6)
+                constant = 3 * report.state_bytes
+                assert constant <= layer.state_bytes <= 3 * report.cache_bytes(sum(pieces))
+                assert (report.growth == 0) == (report.cache_bytes(10**6) == report.state_bytes)
+                if not report.growth:
+                    assert layer.state_bytes == constant
 
 
 @each_family

@@ -152,8 +152,9 @@ class SalientMixer(Mixer):
 
     def _chunk(self, x: MixerInput, state: SalientState, columns: Sequence[Tensor]) -> Tensor:
         """Several tokens: columns ``folded, ...`` stand on the chunk grid, as the parallel form needs."""
+        k, v, score = columns
         place = (state.seen, state.folded)
-        y = self._attend(x, at_columns(x.q, state.k.shape[1], *place), *columns, state.kept)
+        y = self._attend(x, at_columns(x.q, state.k.shape[1], *place), k, v, score, state.kept)
         return new_columns(y, x.q.shape[1], *place)
 
     def _step(self, x: MixerInput, state: SalientState, columns: Sequence[Tensor], kept: Kept) -> Tensor:

@@ -218,13 +218,16 @@ class StillMixer(Mixer):
 
     def _chunk(self, x: MixerInput, state: StillState, columns: Sequence[Tensor]) -> Tensor:
         """Several tokens: columns ``folded, ...`` stand on the chunk grid, as the parallel form needs."""
+        k, v, score = columns
         held, place = state.k.shape[1], (state.seen, state.folded)
         gate = self._gate(x)
         past = Past(state.kept, self.map_k(state.kept_k), state.kv, state.z)
         y = self._attend(
             x,
             at_columns(x.q, held, *place),
-            *columns,
+            k,
+            v,
+            score,
             None if gate is None else at_columns(gate, held, *place),
             past,
         )
