@@ -9,8 +9,6 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,6 +16,7 @@ import typer
 from typer.core import TyperGroup
 
 from .modeling.errors import LinearizeError
+from .terminal import print_json, print_results, print_rows, stderr, stdout, watching
 
 # Converted in the tests, with tiny random models. A constant, so that the list is printed without loading torch.
 FAMILIES = (
@@ -110,10 +109,10 @@ def _root(
     for library in ("TRANSFORMERS", "HF_HUB"):
         os.environ.setdefault(f"{library}_VERBOSITY", "info" if verbose else "error")
     handler: logging.Handler = logging.StreamHandler()  # to stderr, one line a message
-    if _stderr().is_terminal:
+    if stderr().is_terminal:
         from rich.logging import RichHandler
 
-        handler = RichHandler(console=_stderr(), show_path=False, show_level=verbose, show_time=verbose)
+        handler = RichHandler(console=stderr(), show_path=False, show_level=verbose, show_time=verbose)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler], force=True)
     logging.getLogger("linearize").setLevel(logging.DEBUG if verbose else logging.INFO)
     # Warnings of libraries are for developers: shown with --verbose.
@@ -140,13 +139,13 @@ def run_(
 
     from .run import run
 
-    with _watching() as watch:
+    with watching() as watch:
         made = run(recipe, progress=watch)
-    _print_results(made.results, as_json)
     if as_json:
-        _print_json((made.folder / "results.json").read_text(encoding="utf-8"))
+        print_json((made.folder / "results.json").read_text(encoding="utf-8"))
         return
-    console = _stdout()
+    print_results(made.results)
+    console = stdout()
     if made.continuation:
         console.print("Prompt:", style="bold")
         console.print(made.prompt, markup=False, highlight=False)
@@ -170,7 +169,7 @@ def show(words: Words = None, method: Method = None, as_json: AsJson = False) ->
     model, overrides = _split(words)
     recipe = _recipe(model, method, overrides)
     if as_json:
-        _print_json(json.dumps(recipe.to_dict()))
+        print_json(json.dumps(recipe.to_dict()))
     else:
         typer.echo(recipe.to_yaml(), nl=False)
 
@@ -184,7 +183,7 @@ def methods() -> None:
     """Methods that can replace softmax attention."""
     from .modeling.registry import METHODS
 
-    _print_rows((name, method.summary) for name, method in METHODS.items())
+    print_rows((name, method.summary) for name, method in METHODS.items())
 
 
 @lists.command()
@@ -192,7 +191,7 @@ def recipes() -> None:
     """Recipes that come with the package."""
     from .recipe import shipped_recipes
 
-    _print_rows((name, _first_comment(path)) for name, path in shipped_recipes().items())
+    print_rows((name, _first_comment(path)) for name, path in shipped_recipes().items())
 
 
 @lists.command()
@@ -219,9 +218,9 @@ def convert_(output: Output, words: Words = None, method: Method = None, as_json
     convert(loaded, recipe.method, recipe.layers, convert_sliding=recipe.convert_sliding)
     save(loaded, tokenizer, output, extra={"recipe.yaml": recipe.to_yaml()})
     if as_json:
-        _print_json(json.dumps({"checkpoint": str(output)}))
+        print_json(json.dumps({"checkpoint": str(output)}))
         return
-    _print_rows(
+    print_rows(
         (
             f"layer {layer.index}",
             layer.method,
@@ -260,11 +259,12 @@ def eval_(checkpoint: Checkpoint, overrides: Overrides = None, as_json: AsJson =
     from .run import evaluate_checkpoint
 
     _must_be_student(checkpoint)
-    with _watching() as watch:
+    with watching() as watch:
         results = evaluate_checkpoint(checkpoint, overrides or [], progress=watch)
-    _print_results(results, as_json)
     if as_json:
-        _print_json(json.dumps(results.to_dict()))
+        print_json(json.dumps(results.to_dict()))
+    else:
+        print_results(results)
 
 
 @app.command("generate")
@@ -299,7 +299,7 @@ def generate_(
     sampling = defaults | {k: v for k, v in given.items() if v is not None} if sample else {}
     text = generate(model, tokenizer, prompt, max_new_tokens, **sampling)
     if as_json:
-        _print_json(json.dumps({"prompt": prompt, "continuation": text}))
+        print_json(json.dumps({"prompt": prompt, "continuation": text}))
     else:
         typer.echo(text)
 
@@ -357,98 +357,3 @@ def _recipe(model: str | None, method: str | None, overrides: list[str]) -> Any:
 def _first_comment(path: Path) -> str:
     first = path.read_text(encoding="utf-8").partition("\n")[0]
     return first.removeprefix("#").strip() if first.startswith("#") else ""
-
-
-def _stdout() -> Any:
-    from rich.console import Console
-
-    # A pipe or a file has no width of its own; tables are easier to read unbroken.
-    return Console(file=sys.stdout, width=None if sys.stdout.isatty() else 150)
-
-
-_console: Any = None
-
-
-def _stderr() -> Any:
-    """One console for logs and bars, so that a line of the log does not tear a bar."""
-    from rich.console import Console
-
-    global _console
-    if _console is None or _console.file is not sys.stderr:
-        _console = Console(file=sys.stderr)
-    return _console
-
-
-@contextmanager
-def _watching() -> Iterator[Any]:
-    """A callback that draws one bar per phase: done, tokens a second, the loss, the time left.
-
-    Where stderr is not a terminal, each phase is one line when it ends.
-    """
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
-    console = _stderr()
-    bars: dict[str, Any] = {}
-    display = Progress(
-        TextColumn("{task.description:<18}"),
-        BarColumn(bar_width=24),
-        TextColumn("{task.percentage:>3.0f} %"),
-        TextColumn("{task.fields[pace]:>16}"),
-        TextColumn("{task.fields[loss]:>12}"),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        console=console,
-    )
-
-    def watch(at: Any) -> None:
-        if at.phase not in bars:
-            if console.is_terminal:
-                display.start()
-            bars[at.phase] = display.add_task(at.phase, total=at.total, completed=at.done, pace="", loss="")
-        bar = bars[at.phase]
-        task = display.tasks[bar]
-        speed = task.finished_speed or task.speed
-        pace = f"{speed:,.0f} {at.unit}/s" if speed else ""
-        loss = f"loss {at.metrics['loss']:.4f}" if "loss" in at.metrics else ""
-        ended = not task.finished and at.done >= at.total
-        display.update(bar, total=at.total, completed=at.done, pace=pace, loss=loss)
-        if ended and not console.is_terminal:
-            spent = f"{task.elapsed or 0:.0f} s"
-            typer.echo(
-                " ".join(filter(None, [f"{at.phase}:", f"{at.total:,} {at.unit}", spent, loss])), err=True
-            )
-
-    try:
-        yield watch
-    finally:
-        if display.live.is_started:
-            display.stop()
-
-
-def _print_results(results: Any, as_json: bool) -> None:
-    if as_json:
-        return
-    from rich.table import Table
-
-    from .report import tables
-
-    console = _stdout()
-    for made in tables(results):
-        table = Table(
-            *made.header, title=made.title, caption=made.note, title_justify="left", caption_justify="left"
-        )
-        for row in made.rows:
-            table.add_row(*row)
-        console.print(table)
-
-
-def _print_json(text: str) -> None:
-    typer.echo(json.dumps(json.loads(text)))
-
-
-def _print_rows(rows: Any) -> None:
-    rows = [tuple(str(cell) for cell in row) for row in rows]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        typer.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())

@@ -1,5 +1,6 @@
 """Publishing a saved student on the Hugging Face Hub, with a card: what it is and what was measured."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -7,8 +8,10 @@ from huggingface_hub import HfApi, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from .checkpoint import is_checkpoint
+from .checkpoint import CONFIG, is_checkpoint
+from .methods import build_method, method_names
 from .modeling.errors import HubError, RecipeError
+from .modeling.window import SoftmaxConfig
 from .recipe import Recipe
 
 
@@ -68,7 +71,11 @@ def card(folder: Path, repo_id: str) -> ModelCard:
     table = folder.parent / "table.md"
     measured = table.read_text(encoding="utf-8") if table.is_file() else "Nothing was measured.\n"
     name = recipe.teacher.name if recipe else "its teacher"
-    method = recipe.method_name if recipe else "linear attention"
+    layers = json.loads((folder / CONFIG).read_text(encoding="utf-8"))["linearize"]["layers"].values()
+    methods = [build_method(layer["method"]) for layer in layers]
+    if table.is_file() and recipe and not {*methods} <= {SoftmaxConfig(), *recipe.methods.values()}:
+        measured = f"Measured before fields of its methods were set anew.\n\n{measured}"
+    method = method_names(method.name for method in methods)
     data = ModelCardData(
         base_model=name if recipe and "/" in name else None,
         library_name="transformers",
@@ -86,7 +93,7 @@ Attention layers of `{name}` replaced by `{method}` and taught to imitate the or
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("{repo_id}", trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained("{repo_id}")
+tokenizer = AutoTokenizer.from_pretrained("{repo_id}", trust_remote_code=True)
 ```
 
 {measured}"""

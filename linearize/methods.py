@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import operator
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from types import UnionType
 from typing import Annotated, Any, TypeVar, get_args, get_type_hints
 
@@ -91,6 +91,10 @@ def adjust(model: Any, **fields: Any) -> Any:
     mixers = model.mixers() if getattr(model.config, "linearize", None) else {}
     offered = {field for mixer in mixers.values() for field in mixer.config.adjustable}
     for field in fields.keys() - offered:
+        if not mixers:
+            raise RecipeError(
+                f"method.{field}: the model has no converted layer; give a student, or leave it out"
+            )
         choice = "what can be set anew is " + ", ".join(f"method.{name}" for name in sorted(offered))
         raise RecipeError(
             f"method.{field}: was settled when the student was made; {choice if offered else 'leave it out'}"
@@ -112,6 +116,27 @@ def method_words(words: Collection[str]) -> tuple[dict[str, Any], list[str]]:
     mine = [word for word in words if word.startswith("method.")]
     fields = {key.removeprefix("method."): value for key, value in map(parse_override, mine)}
     return fields, [word for word in words if word not in mine]
+
+
+def method_names(names: Iterable[str]) -> str:
+    """Methods' names for a title, such as ``lolcats+still``; kept softmax layers go without saying."""
+    once = dict.fromkeys(names)
+    return "+".join([name for name in once if name != "softmax"] or once)
+
+
+def spell_out(tree: dict[str, Any], key: str) -> None:
+    """A method that stands as its name alone gets keys, in place, where ``key`` sets one of its fields."""
+    if isinstance(tree.get("layers"), dict):  # YAML reads the key of one layer as a number
+        tree["layers"] = {str(layer): method for layer, method in tree["layers"].items()}
+    *parents, _ = key.split(".")
+    if parents == ["method"]:
+        above = tree
+    elif len(parents) == 2 and parents[0] == "layers":
+        above = tree.get("layers")
+    else:
+        return
+    if isinstance(above, dict) and isinstance(name := above.get(parents[-1]), str):
+        above[parents[-1]] = {"name": name}
 
 
 def build_layers(given: Mapping[Any, Any], method: Any) -> dict[str, Any]:

@@ -25,7 +25,17 @@ from pydantic import (
 )
 
 from .complaints import complaint, located, near
-from .methods import DEFAULT_METHOD, STRICT, build_layers, build_method, leading, read_number, read_whole
+from .methods import (
+    DEFAULT_METHOD,
+    STRICT,
+    build_layers,
+    build_method,
+    leading,
+    method_names,
+    read_number,
+    read_whole,
+    spell_out,
+)
 from .modeling.errors import LinearizeError, RecipeError
 from .overrides import flatten, parse_override, read_yaml, set_dotted
 
@@ -265,9 +275,8 @@ class Recipe(Section):
 
     @property
     def method_name(self) -> str:
-        """The methods' names for a title, such as ``lolcats+still``; kept softmax layers go without saying."""
-        names = dict.fromkeys(method.name for method in self.methods.values())
-        return "+".join([name for name in names if name != "softmax"] or names)
+        """The methods' names for a title."""
+        return method_names(method.name for method in self.methods.values())
 
     @model_validator(mode="after")
     def _parts_fit(self) -> "Recipe":
@@ -377,8 +386,7 @@ def _assemble(
     if method is not None:
         tree["method"] = {"name": method}
     for key, value in words:
-        if key.startswith("method.") and isinstance(tree.get("method"), str):
-            tree["method"] = {"name": tree["method"]}
+        spell_out(tree, key)
         if key.startswith("data.sources.") and not (tree.get("data") or {}).get("sources"):
             set_dotted(tree, "data.sources", [source.model_dump() for source in Data().sources])
         set_dotted(tree, key, value)

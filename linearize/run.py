@@ -198,7 +198,10 @@ def folder_of(recipe: Recipe) -> Path:
 
 
 def control_methods(recipe: Recipe) -> list[MethodConfig]:
-    """The controls asked for: a window as long as the student's and nothing behind it; its maps without a window."""
+    """The controls asked for: the last W tokens and nothing behind them; the maps without a window.
+
+    W is the student's ``window``: with terraced ones it sees up to twice as many itself.
+    """
     window = recipe.control.window or getattr(recipe.method, "window", None)
     fields = {
         "window": {"sinks": recipe.control.sinks} | ({"window": window} if window else {}),
@@ -208,7 +211,7 @@ def control_methods(recipe: Recipe) -> list[MethodConfig]:
             if isinstance(recipe.method, LinearConfig)
         },
     }
-    return [build_method({"name": name, **fields[name]}) for name in recipe.control.methods]
+    return [build_method({"name": name, **fields[name]}) for name in dict.fromkeys(recipe.control.methods)]
 
 
 def device_of(recipe: Recipe) -> str:

@@ -149,10 +149,10 @@ def test_a_log_line_stays_one_line_where_there_is_no_terminal():
 
 
 def test_progress_draws_bars_without_touching_stdout():
-    from linearize.cli import _watching
     from linearize.progress import Progress
+    from linearize.terminal import watching
 
-    with _watching() as watch:
+    with watching() as watch:
         watch(Progress("transfer", 0, 100))
         watch(Progress("transfer", 50, 100, metrics={"loss": 0.5}))
         watch(Progress("evaluate", 1, 2, unit="prompts"))

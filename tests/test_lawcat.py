@@ -345,6 +345,8 @@ def test_transfer_lowers_every_layers_error():
         (dict(clamp_log_decay=1.0), "clamp_log_decay"),
         (dict(feature_map="cosine"), "feature_map: 'cosine' is unknown"),
         (dict(feature_dim=7), "feature_dim: 7"),
+        (dict(feature_dim=0), "feature_dim: 0"),
+        (dict(gate_init_std=-1.0), "gate_init_std: -1"),
         (dict(conv_tied=True, conv_on="q"), "conv_tied"),
         (dict(conv_tied=True, kv_shared=True), "conv_tied"),
         (dict(normalize=False, window=8), "normalize: the window shares the denominator"),

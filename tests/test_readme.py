@@ -106,6 +106,12 @@ def test_every_public_name_is_there_even_after_its_module_was_imported():
         linearize.nosuch  # noqa: B018
 
 
+def test_nothing_of_a_student_is_loaded_with_a_question_on_the_terminal():
+    """The tokenizer too reads the configuration, whose class is in the folder."""
+    loads = re.findall(r"\.from_pretrained\((.*)\)", README)
+    assert len(loads) > 1 and all("trust_remote_code=True" in given for given in loads)
+
+
 def test_every_method_is_in_the_table():
     table = README.partition("## Methods")[2].partition("## ")[0]
     assert set(re.findall(r"^\| `(\w+)`", table, re.MULTILINE)) == set(METHODS)

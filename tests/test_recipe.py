@@ -237,6 +237,21 @@ def test_a_wrong_file_is_named_in_the_line(text, tmp_path, monkeypatch):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("layers", ["{0-1: lolcats, 3: softmax}", "{0-1: {name: lolcats}}"])
+def test_a_layers_field_is_set_whether_or_not_its_method_stands_alone(layers):
+    made = Recipe.resolve("x/y", overrides=[f"layers={layers}", "layers.0-1.window=16"]).methods
+    assert made["layers.0-1"].name == "lolcats" and made["layers.0-1"].window == 16
+
+
+def test_a_key_that_yaml_reads_as_a_number_is_the_layer_it_names(tmp_path):
+    (tmp_path / "my.yaml").write_text("layers: {7: lolcats, rest: salient}\n")
+    made = Recipe.resolve(
+        tmp_path / "my.yaml", overrides=["layers.7.window=16", "layers.rest.budget=32"]
+    ).methods
+    assert set(made) == {"layers.7", "layers.rest"}
+    assert made["layers.7"].window == 16 and made["layers.rest"].budget == 32
+
+
 def test_an_override_is_not_blamed_on_the_file(tmp_path):
     (tmp_path / "my.yaml").write_text("seed: 1\n")
     with pytest.raises(RecipeError, match=r"^method\.widow: unknown key"):

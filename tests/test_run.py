@@ -303,3 +303,8 @@ def test_the_linear_control_has_the_maps_of_the_student():
     assert control == LinearConfig(feature_map="exp", kv_tied_map=True)
     (control,) = control_methods(Recipe.resolve("x/y", "salient", words[:1]))
     assert control == LinearConfig()
+
+
+def test_a_control_is_trained_once():
+    made = control_methods(Recipe.resolve("x/y", overrides=["control.methods=[linear, window, linear]"]))
+    assert [method.name for method in made] == ["linear", "window"]

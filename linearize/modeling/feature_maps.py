@@ -186,3 +186,18 @@ FEATURE_MAPS: dict[str, type[FeatureMap]] = {
     "np_map": NormPreserved,
     "np_map_plain": NormPreservedPlain,
 }
+
+
+def check_map(name: str, feature_dim: int | None, init: str, key_dim: int | None = None) -> None:
+    """Raise ConversionError for a map that does not exist or, on keys of this width, cannot have these fields."""
+    if name not in FEATURE_MAPS:
+        raise ConversionError(
+            f"method.feature_map: {name!r} is unknown; choose from {', '.join(FEATURE_MAPS)}"
+        )
+    if key_dim is not None:
+        FEATURE_MAPS[name].check(key_dim, width_of(feature_dim, key_dim), init)
+
+
+def width_of(feature_dim: int | None, key_dim: int) -> int:
+    """F: the field as it was written, or the key dim."""
+    return key_dim if feature_dim is None else feature_dim

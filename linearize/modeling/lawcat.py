@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from torch.nn.functional import avg_pool1d, linear, logsigmoid, pad, rms_norm
 
 from .errors import ConversionError
-from .feature_maps import FEATURE_MAPS
+from .feature_maps import FEATURE_MAPS, check_map, width_of
 from .mixer import Geometry, Method, MethodConfig, Mixer, MixerInput, check_window
 from .ops import gated_attention, gated_decode, joined_attention, joined_decode
 from .ring import at_columns, attend_through, new_columns, resize, unroll, write
@@ -60,7 +60,7 @@ class LawcatConfig(MethodConfig):
     conv_tied: bool = False
     """One set of taps for q and k."""
     feature_map: str = "hedgehog"
-    """hedgehog, hedgehog_half, t2r, elu or exp."""
+    """One of ``feature_maps.py``: hedgehog, hedgehog_half, t2r, elu, exp, np_map or np_map_plain."""
     feature_dim: int | None = None
     """F, the width of phi and of the gate; None is the key dim."""
     feature_init: Literal["identity", "kaiming"] = "identity"
@@ -106,24 +106,20 @@ class LawcatConfig(MethodConfig):
             raise ConversionError(f"method.gate_normalizer: {self.gate_normalizer}; give a number above 0")
         if self.clamp_log_decay is not None and self.clamp_log_decay >= 0:
             raise ConversionError(f"method.clamp_log_decay: {self.clamp_log_decay}; give a number below 0")
-        if self.feature_map not in FEATURE_MAPS:
-            raise ConversionError(
-                f"method.feature_map: {self.feature_map!r} is unknown; choose from {', '.join(FEATURE_MAPS)}"
-            )
+        if self.gate_init_std < 0:
+            raise ConversionError(f"method.gate_init_std: {self.gate_init_std}; give 0 or more")
+        check_map(self.feature_map, self.feature_dim, self.feature_init, geometry and geometry.key_dim)
         if self.conv_tied and not {"q", "k"} <= set(self.conv_on):
             raise ConversionError("method.conv_tied: ties the taps of q and k; leave conv_on at 'qk'")
         if not self.normalize and self.window is not None:
             raise ConversionError(
                 "method.normalize: the window shares the denominator; leave it true, or set window=null"
             )
-        if geometry is None:
-            return
-        if self.conv_tied and self.kv_shared and geometry.heads != geometry.kv_heads:
+        grouped = geometry is not None and geometry.heads != geometry.kv_heads
+        if self.conv_tied and self.kv_shared and grouped:
             raise ConversionError(
                 "method.conv_tied: taps of q are per query head, those of k are not with kv_shared; drop one"
             )
-        width = self.feature_dim or geometry.key_dim
-        FEATURE_MAPS[self.feature_map].check(geometry.key_dim, width, self.feature_init)
 
 
 class LawcatState(NamedTuple):
@@ -161,7 +157,7 @@ class LawcatMixer(Mixer):
     def __init__(self, config: LawcatConfig, geometry: Geometry):
         super().__init__(config, geometry)
         shape, taps = geometry, config.conv_size or 0
-        self.feature_dim = config.feature_dim or shape.key_dim
+        self.feature_dim = width_of(config.feature_dim, shape.key_dim)
         self.state_heads = shape.kv_heads if config.kv_shared else shape.heads
         if "q" in self._convolved and not config.conv_tied:
             self.taps_q = nn.Parameter(torch.empty(shape.heads, shape.key_dim, taps))
@@ -336,10 +332,8 @@ class LawcatMixer(Mixer):
         if self.gate_down is not None:
             logits = linear(logits.to(dtype), self.gate_down.weight.to(dtype))
         logits = linear(logits.to(dtype), self.gate_up.weight.to(dtype), self.gate_up.bias.to(dtype))
-        log_decay = (
-            logsigmoid(logits.unflatten(-1, (self.geometry.kv_heads, -1))) / self.config.gate_normalizer
-        )
-        bound = self.config.clamp_log_decay
+        logits, bound = logits.unflatten(-1, (self.geometry.kv_heads, -1)), self.config.clamp_log_decay
+        log_decay = logsigmoid(logits) / self.config.gate_normalizer
         return log_decay if bound is None else log_decay.clamp_min(bound)
 
     def _per_state_head(self, x: Tensor) -> Tensor:
@@ -387,11 +381,8 @@ class LawcatMixer(Mixer):
         )
 
     def _grow(self, state: LawcatState, pending: int) -> LawcatState:
-        larger = {
-            name: resize(getattr(state, name), state.seen, size)
-            for name, size in self._sizes(pending).items()
-        }
-        return state._replace(**larger)
+        sizes = self._sizes(pending).items()
+        return state._replace(**{name: resize(getattr(state, name), state.seen, n) for name, n in sizes})
 
 
 def _windowed_sum(x: Tensor, size: int) -> Tensor:

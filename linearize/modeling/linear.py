@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .errors import ConversionError
-from .feature_maps import FEATURE_MAPS
+from .feature_maps import FEATURE_MAPS, check_map, width_of
 from .mixer import Geometry, Method, MethodConfig, Mixer, MixerInput
 from .ops import fold, joint_attention, joint_decode
 from .ring import final, resize, span, take, unroll, write
@@ -31,7 +31,7 @@ class LinearConfig(MethodConfig):
     recommended: ClassVar[dict[str, Any]] = {"transfer.learning_rate": 1e-2, "finetune.learning_rate": 1e-4}
 
     feature_map: str = "hedgehog"
-    """hedgehog, hedgehog_half, t2r, elu or exp."""
+    """One of ``feature_maps.py``: hedgehog, hedgehog_half, t2r, elu, exp, np_map or np_map_plain."""
     feature_dim: int | None = None
     """F, the width of phi, both halves of a two-sided map together; None is the key dim."""
     feature_init: Literal["identity", "kaiming"] = "identity"
@@ -42,23 +42,13 @@ class LinearConfig(MethodConfig):
     """One key map per key/value head instead of per query head: an R times smaller state, and another model."""
 
     def check(self, geometry: Geometry | None = None) -> None:
-        if self.feature_map not in FEATURE_MAPS:
-            raise ConversionError(
-                f"method.feature_map: {self.feature_map!r} is unknown; choose from {', '.join(FEATURE_MAPS)}"
-            )
-        if geometry is None:
-            return
-        if self.tie_qk_map and self.kv_tied_map and geometry.heads != geometry.kv_heads:
+        check_map(self.feature_map, self.feature_dim, self.feature_init, geometry and geometry.key_dim)
+        grouped = geometry is not None and geometry.heads != geometry.kv_heads
+        if self.tie_qk_map and self.kv_tied_map and grouped:
             raise ConversionError(
                 "method.tie_qk_map: a map shared by queries and keys cannot also be shared by the heads of a group; "
                 "drop one of tie_qk_map, kv_tied_map"
             )
-        width = self.feature_width(geometry)
-        FEATURE_MAPS[self.feature_map].check(geometry.key_dim, width, self.feature_init)
-
-    def feature_width(self, geometry: Geometry) -> int:
-        """F of a layer of this geometry."""
-        return geometry.key_dim if self.feature_dim is None else self.feature_dim
 
 
 class LinearState(NamedTuple):
@@ -90,7 +80,7 @@ class LinearMixer(Mixer):
 
     def __init__(self, config: LinearConfig, geometry: Geometry):
         super().__init__(config, geometry)
-        make, width = FEATURE_MAPS[config.feature_map], config.feature_width(geometry)
+        make, width = FEATURE_MAPS[config.feature_map], width_of(config.feature_dim, geometry.key_dim)
         self.feature_dim = width
         self.state_heads = geometry.kv_heads if config.kv_tied_map else geometry.heads
         self.map_q = make(geometry.heads, geometry.key_dim, width, config.feature_init)

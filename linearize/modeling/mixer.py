@@ -91,8 +91,6 @@ class Mixer(nn.Module):
 
     wants_unrotated: ClassVar[bool] = False
     """Whether the mixer reads ``q_plain`` and ``k_plain``; layers that cannot provide them are refused."""
-    honours_sinks: ClassVar[bool] = False
-    """Whether the mixer can honour a model's learned attention sinks (``s_aux``)."""
 
     def __init__(self, config: Any, geometry: Geometry):
         super().__init__()

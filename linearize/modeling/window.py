@@ -138,5 +138,5 @@ class SoftmaxConfig(MethodConfig):
     recommended: ClassVar[dict[str, Any]] = {"transfer.tokens": 0, "finetune.tokens": 0}
 
 
-WINDOW = Method("window", WindowConfig, WindowMixer, "softmax on a sliding window only; the control")
+WINDOW = Method("window", WindowConfig, WindowMixer, "softmax on a sliding window only; a control")
 SOFTMAX = Method("softmax", SoftmaxConfig, None, "the teacher's own attention, left as it is")
