@@ -198,17 +198,20 @@ def folder_of(recipe: Recipe) -> Path:
 
 
 def control_methods(recipe: Recipe) -> list[MethodConfig]:
-    """The controls asked for: the last W tokens and nothing behind them; the maps without a window.
-
-    W is the student's ``window``: with terraced ones it sees up to twice as many itself.
-    """
-    window = recipe.control.window or getattr(recipe.method, "window", None)
+    """The controls asked for: the student's exact window and nothing behind it; its maps without a window."""
+    method, window = recipe.method, {"sinks": recipe.control.sinks}
+    if chunk := getattr(method, "chunk", None):  # a query sees its own and the one before
+        window |= {"window": chunk, "window_kind": "terraced"}
+    elif width := getattr(method, "window", None):
+        window |= {"window": width, "window_kind": getattr(method, "window_kind", "sliding")}
+    if recipe.control.window:
+        window["window"] = recipe.control.window
     fields = {
-        "window": {"sinks": recipe.control.sinks} | ({"window": window} if window else {}),
+        "window": window,
         "linear": {
-            field.name: getattr(recipe.method, field.name)
+            field.name: getattr(method, field.name)
             for field in dataclasses.fields(LinearConfig)
-            if isinstance(recipe.method, LinearConfig)
+            if isinstance(method, LinearConfig)
         },
     }
     return [build_method({"name": name, **fields[name]}) for name in dict.fromkeys(recipe.control.methods)]

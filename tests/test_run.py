@@ -290,11 +290,18 @@ def test_the_folder_is_named_after_teacher_and_method():
 
 @pytest.mark.parametrize(
     ("words", "window"),
-    [(["method.window=48"], 48), (["control.window=16"], 16), (["method.window=null"], 64)],
+    [
+        (["method.window=48"], (48, "terraced")),
+        (["method.window=48", "method.window_kind=sliding"], (48, "sliding")),
+        (["control.window=16"], (16, "terraced")),
+        (["method.window=null"], (64, "sliding")),
+        (["method={name: still, chunk: 32}"], (32, "terraced")),
+        (["method={name: liger, window: 24}"], (24, "sliding")),
+    ],
 )
 def test_the_control_has_the_window_of_the_student_unless_told(words, window):
     (control,) = control_methods(Recipe.resolve("x/y", overrides=words))
-    assert control.name == "window" and control.window == window
+    assert control.name == "window" and (control.window, control.window_kind) == window
 
 
 def test_the_linear_control_has_the_maps_of_the_student():
