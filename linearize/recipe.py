@@ -212,6 +212,13 @@ class Control(Section):
     window: Positive | None = None
     sinks: Count = 0
 
+    @model_validator(mode="after")
+    def _window_is_asked_for(self) -> "Control":
+        for key in ("window", "sinks"):
+            if getattr(self, key) and "window" not in self.methods:
+                raise ValueError(f"{key}: {getattr(self, key)} is of the window control; add 'window' to methods")
+        return self
+
 
 class Evaluate(Section):
     """What is measured on the saved folder, reloaded, beside a separately loaded teacher."""

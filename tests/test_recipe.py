@@ -181,6 +181,7 @@ REFUSED = {
     "layers=[1,1]": "layers: [1, 1] is not a list of distinct layer numbers",
     "layers=[]": "layers: [] is not a list of distinct layer numbers",
     "layers=[0,a]": "layers.1: 'a' should be a whole number",
+    "control={methods: [linear], sinks: 4}": "control.sinks: 4 is of the window control; add 'window' to methods",
     "data.sources=[]": "data.sources: [] should have at least one entry",
     "data.sources=[self]": "data.sources.0: 'self' should hold keys and values",
     "data.sources=[{kind: text, path: a.txt, tokens: 1}]": "data.sources.0.tokens: unknown key; choose from",
