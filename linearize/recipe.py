@@ -216,7 +216,9 @@ class Control(Section):
     def _window_is_asked_for(self) -> "Control":
         for key in ("window", "sinks"):
             if getattr(self, key) and "window" not in self.methods:
-                raise ValueError(f"{key}: {getattr(self, key)} is of the window control; add 'window' to methods")
+                raise ValueError(
+                    f"{key}: {getattr(self, key)} is of the window control; add 'window' to methods"
+                )
         return self
 
 
