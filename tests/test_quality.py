@@ -104,7 +104,7 @@ def test_both_students_are_measured_and_told_beside_their_marks(quality, books, 
     teachers = [Results.from_dict(line["results"]).likelihood[96]["teacher"] for line in lines]
     assert teachers[0] == teachers[1]
     told = capsys.readouterr()
-    assert "the mark" in told.out or "Nothing." in told.out
+    assert "- lolcats: perplexity at" not in told.out  # the marks have no such lengths
     assert "| lolcats, mark |" in told.out
     assert "| window |" in told.out
     assert "evaluate" in told.err
@@ -125,3 +125,19 @@ def test_every_result_is_of_a_student_as_it_stands(quality):
     for line in lines:
         measured = Recipe.from_dict(yaml.safe_load(line["recipe"]))
         assert measured.differences(quality.recipe_of(line["student"], options)) == [], line["student"]
+
+
+def test_what_falls_short_of_a_mark_is_named(quality):
+    lines = quality.table.newest(SCRIPT.with_name("results.jsonl"), ["lolcats"])
+    found = quality.table.figures(lines[0], "student")
+    mark = {key: found[key] for key in ("ppl", "kl", "top1", "recall")}
+    marks = {"prompts": 24, "other_windows": ["4096"], "rows": {"lolcats": mark}}
+    assert quality.table.short_of_marks(lines, marks).endswith("Nothing.")
+    kl = found["kl"]["1024"]
+    mark["kl"] = {"1024": kl / 1.02, "2048": found["kl"]["2048"] / 1.009, "4096": 0.0}
+    mark["recall"] = {"passkey": {"512": 0.5, "1024": 0.1}}
+    told = quality.table.short_of_marks(lines, marks).splitlines()
+    assert [line for line in told if line.startswith("-")] == [
+        f"- lolcats: KL at 1,024 is {kl:.4g}, 2.0 % above {kl / 1.02:.4g}",
+        "- lolcats: passkey at 512 is 8 % [4, 15], the mark 50 % [31, 69]",
+    ]

@@ -165,7 +165,7 @@ class Running(NamedTuple):
     score: Tensor
     """[B, G, N, n], -inf in an empty slot."""
     left: Tensor
-    """[B, G, N, m], who was kept or came in for the chunk before, or came in for this one, and is not kept."""
+    """[B, G, N, m], who drops out with this chunk: kept until then, or a candidate that is not taken in."""
     left_score: Tensor
     """[B, G, N, m], -inf in an empty slot."""
 

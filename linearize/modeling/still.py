@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import ConversionError
-from .feature_maps import FEATURE_MAPS
+from .feature_maps import FEATURE_MAPS, check_map
 from .mixer import Geometry, Method, MethodConfig, Mixer, MixerInput
 from .ops import (
     Kept,
@@ -98,7 +98,6 @@ class StillConfig(MethodConfig):
         choices = {
             "score": ("self_saliency", "recency", "random"),
             "gate": ("per_channel", "per_head", "none"),
-            "feature_map": tuple(FEATURE_MAPS),
         }
         for field, names in choices.items():
             if getattr(self, field) not in names:
@@ -110,10 +109,8 @@ class StillConfig(MethodConfig):
                 "method.kv_tied_map: a state for each key/value head needs a kept set for each; "
                 "add method.share_selection=true"
             )
-        if geometry is not None:
-            FEATURE_MAPS[self.feature_map].check(
-                geometry.key_dim, feature_width(self, geometry), self.feature_init
-            )
+        width = None if geometry is None else feature_width(self, geometry)
+        check_map(self.feature_map, width, self.feature_init, geometry and geometry.key_dim)
 
 
 def feature_width(config: StillConfig, geometry: Geometry) -> int:
@@ -178,8 +175,8 @@ class StillMixer(Mixer):
         self.map_k = make(self.state_heads, geometry.key_dim, width, config.feature_init)
         self.output_gate = None
         if config.gate != "none":
-            per_head = geometry.value_dim if config.gate == "per_channel" else 1
-            self.output_gate = nn.Linear(geometry.hidden, geometry.heads * per_head, bias=False)
+            width = geometry.value_dim if config.gate == "per_channel" else 1
+            self.output_gate = nn.Linear(geometry.hidden, geometry.heads * width, bias=False)
         self.reset_parameters()
 
     @torch.no_grad()
