@@ -171,6 +171,7 @@ class Stage(Section):
 class Transfer(Stage):
     """Stage 1: each mixer learns its layer's softmax output, layer by layer inside one forward pass."""
 
+    clip: PositiveRate | None = 0.01  # of each layer; with 1.0 LoLCATs and STILL end further from the teacher
     loss: Literal["relative", "mse"] = "relative"
     mse_factor: PositiveRate = 1000.0
     backward: Literal["immediate", "deferred"] = "immediate"
