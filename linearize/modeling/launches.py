@@ -1,0 +1,42 @@
+"""Launch settings of the kernels: a tuned table, and the nearest safe setting where it has no row.
+
+A row is measured on one class of device by an explicit tuning run; a launch never tunes. Shared memory is what the
+kernel takes at the row's widths, so that a smaller card skips rows that do not fit.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+
+
+class Launch(NamedTuple):
+    """How one kernel is launched: its compile-time block sizes, warps a program, and stages of its loops."""
+
+    blocks: dict[str, int]
+    warps: int
+    stages: int
+    shared: int = 0
+    """Bytes of shared memory a program takes, as compiled for sm_90 at 16-bit inputs; 0 is unknown."""
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Keyword arguments of a launch."""
+        return {**self.blocks, "num_warps": self.warps, "num_stages": self.stages}
+
+
+# kernel -> rows from the most to the least demanding; the first that fits is launched.
+TABLE: dict[str, list[Launch]] = {}
+
+
+def launch(kernel: str, device: torch.device) -> Launch:
+    """The settings of ``kernel`` on ``device``."""
+    rows = TABLE[kernel]
+    room = shared_memory(device)
+    return next((row for row in rows if row.shared <= room), rows[-1])
+
+
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that one program may take; without a GPU, a data-centre card's."""
+    if device.type != "cuda":
+        return 227 * 1024
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin

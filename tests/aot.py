@@ -1,0 +1,121 @@
+"""Compiles kernels for sm_90 without a GPU, and reads what the compiler made of them. Run in a process of its own:
+Triton must not have been imported for its interpreter.
+
+    python tests/aot.py FILE     every case of FILE's ``cases()``, one JSON line each
+"""
+
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+os.environ.pop("TRITON_INTERPRET", None)
+TYPES = {"bf16": "*bf16", "fp16": "*fp16", "fp32": "*fp32", "i32": "*i32", "i64": "*i64"}
+
+
+class Case(NamedTuple):
+    """One compilation. ``arguments`` maps the kernel's non-constexpr parameters to Triton types ("*bf16", "i32",
+    "fp32"); pointers are taken as divisible by 16."""
+
+    name: str
+    kernel: Any
+    arguments: dict[str, str]
+    constants: dict[str, Any]
+    warps: int
+    stages: int
+    matrix: bool = True
+    """Whether matrix instructions must be there."""
+
+
+class Resources(NamedTuple):
+    name: str
+    registers: int
+    spills: int
+    shared: int
+    matrix_instructions: int
+    transposed_results: int
+
+
+def compile_case(case: Case) -> Resources:
+    """Registers, bytes of spilled registers, bytes of shared memory, warp-group matrix instructions, and how many
+    operands of a product are the transpose of another product's result."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    names = case.kernel.arg_names
+    attributes = {
+        (names.index(name),): [["tt.divisibility", 16]]
+        for name, kind in case.arguments.items()
+        if kind.startswith("*")
+    }
+    signature = {name: case.arguments.get(name, "constexpr") for name in names}
+    source = ASTSource(case.kernel, signature, constexprs=case.constants, attrs=attributes)
+    options = {"num_warps": case.warps, "num_stages": case.stages}
+    made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(made.asm["cubin"])
+        file.flush()
+        usage, code = (_cuobjdump(flag, file.name) for flag in ("-res-usage", "-sass"))
+    registers = int(re.search(r"REG:(\d+)", usage).group(1))
+    stack = int(re.search(r"STACK:(\d+)", usage).group(1))
+    local = int(re.search(r"LOCAL:(\d+)", usage).group(1))
+    matrix = len(re.findall(r"\b[HQ]GMMA\b", code))
+    return Resources(
+        case.name,
+        registers,
+        max(stack, local),
+        made.metadata.shared,
+        matrix,
+        transposed_results(made.asm["ttir"]),
+    )
+
+
+def _cuobjdump(flag: str, path: str) -> str:
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    return subprocess.run([str(tool), flag, path], check=True, capture_output=True, text=True).stdout
+
+
+def transposed_results(ir: str) -> int:
+    """How many operands of ``tt.dot`` come from a ``tt.trans`` of another ``tt.dot``'s result, casts and arithmetic
+    between them included: a pattern that Triton 3.4 to 3.7.0 compiles wrongly on Hopper."""
+    made: dict[str, tuple[str, list[str]]] = {}
+    for line in ir.splitlines():
+        found = re.match(r"\s*(%[\w#]+)(?::\d+)? = \"?([\w.]+)\"?(.*)", line)
+        if found:
+            made[found[1]] = (found[2], re.findall(r"%[\w]+", found[3].split(" : ")[0]))
+
+    def reaches(name: str, transposed: bool, seen: set[tuple[str, bool]]) -> bool:
+        if (name, transposed) in seen or name not in made:
+            return False
+        seen.add((name, transposed))
+        operation, operands = made[name]
+        if operation == "tt.dot":
+            return transposed
+        if operation in ("tt.load", "tt.reduce", "scf.for"):
+            return False
+        return any(reaches(x, transposed or operation == "tt.trans", seen) for x in operands)
+
+    dots = [operands for operation, operands in made.values() if operation == "tt.dot"]
+    return sum(reaches(operand, False, set()) for operands in dots for operand in operands[:2])
+
+
+def main() -> None:
+    path = Path(sys.argv[1]).resolve()
+    sys.path.insert(0, str(path.parent))
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    for case in module.cases():
+        print(json.dumps(compile_case(case)._asdict()), flush=True)
+
+
+if __name__ == "__main__":
+    main()
