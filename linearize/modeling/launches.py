@@ -42,10 +42,11 @@ def shared_memory(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
 
 
-# Gated linear attention. CS is the length of a segment, one for all kernels of a call: that of the states' row.
+# Gated linear attention: C and CS, tokens of a tile and of a segment, are those of the states' row for all kernels.
 CANDIDATES: dict[str, list[Launch]] = {
     "gated_scan": [Launch({"BN": 512}, 4, 1), Launch({"BN": 256}, 2, 1), Launch({"BN": 1024}, 4, 1)],
-    "gated_liger_states": [Launch({"BT": 64, "CS": 128}, 8, 1)],
-    "gated_liger_outputs": [Launch({"ROWS": 64, "BK": 32}, 8, 1)],
+    "gated_liger_states": [Launch({"C": 64, "CS": 256}, 8, 1)],
+    "gated_liger_outputs": [Launch({"HEADS": 1, "BK": 64}, 4, 1)],
+    "gated_liger_outputs_strong": [Launch({"HEADS": 1, "BK": 64}, 4, 1)],
 }
 TABLE.update({kernel: [rows[0]] for kernel, rows in CANDIDATES.items() if kernel.startswith("gated")})
