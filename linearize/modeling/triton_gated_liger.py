@@ -151,6 +151,8 @@ def outputs_kernel(
     state = load_matrix(fine + ((b * G + g) * tiles + n) * K * V, K, V, KP, VP)
     for r in range(0, HEADS):
         h = head + r
+        phi_q = query_features(q_plain + h * qp_h, t, qp_t, time, K, KP, C) * mix_recurrent
+        reading = (phi_q * reach).to(DTYPE)
         rows = tl.zeros([C, VP], tl.float32)
         if W > 0:
             turned = load_rows(q + h * q_h, t, q_t, time, K, KP, C)
@@ -173,10 +175,9 @@ def outputs_kernel(
                 highest = higher
             rows = rows * (mix_window / tl.where(weight > 0, weight, 1.0))[:, None]
         # The recurrence joins the same sum.
-        phi_q = query_features(q_plain + h * qp_h, t, qp_t, time, K, KP, C) * mix_recurrent
-        reading = (phi_q * reach).to(DTYPE)
         rows = tl.dot(reading, state, rows, input_precision=PRECISION)
         if STRONG:
+            phi_q = query_features(q_plain + h * qp_h, t, qp_t, time, K, KP, C) * mix_recurrent
             phi_k = key_features(k_plain, t, kp_t, time, bias, inverse, sharpness, K, KP, C, HGRN2)
             scores = strong_scores(phi_q, phi_k, log_decay, above > 1, C, KP, DTYPE, PRECISION, False)
         else:
