@@ -43,8 +43,10 @@ def backward_cases(width: int, half: int, terraced: bool, table: dict[str, Any])
         constants = shape | dict(MAPS=True, INPUTS=mode == "full")
         setting = table[f"joint_queries_{mode}"][0]
         yield case(f"joint_queries {width} {kind} {mode}", backward.joint_queries, constants, setting)
-    for name in ("joint_keys", "joint_inputs"):
-        yield case(f"{name} {width} {kind}", getattr(backward, name), shape, table[name][0])
+    for name in ("joint_keys", "joint_values", "joint_inputs"):
+        kernel = getattr(backward, name)
+        constants = {key: value for key, value in shape.items() if key in kernel.arg_names}
+        yield case(f"{name} {width} {kind}", kernel, constants, table[name][0])
     if not terraced:
         constants = {name: shape[name] for name in ("D", "F", "BD", "BT", "GROUP", "PRECISION")}
         yield case(f"joint_maps {width}", backward.joint_maps, constants, table["joint_maps"][0])

@@ -31,7 +31,8 @@ TABLE: dict[str, list[Launch]] = {
     "joint_queries_transfer": [Launch({}, 4, 1)],
     "joint_queries_full": [Launch({}, 8, 1)],
     "joint_keys": [Launch({}, 4, 1)],
-    "joint_inputs": [Launch({}, 8, 1)],
+    "joint_values": [Launch({}, 4, 1)],
+    "joint_inputs": [Launch({}, 4, 1)],
     "joint_maps": [Launch({}, 4, 2)],
 }
 

@@ -13,7 +13,8 @@ nothing of the window: a transfer, where q, k and v are frozen, never forms a sc
     joint_delta     e
     joint_queries   a tile of queries: the logits' gradient dx_q of its map, c, j*; with INPUTS dq
     joint_keys      a tile of keys of one query head: dx_k, likewise
-    joint_inputs    a tile of keys, all query heads of its group in turn: dk, dv
+    joint_values    a tile of keys, all query heads of its group in turn: dv
+    joint_inputs    likewise dk, from dx_k and the window
     joint_maps      dW_h = sum_t x_t dx_t^T, in parts that torch adds
 """
 
@@ -223,14 +224,81 @@ def is_linear(query, key, T, W: tl.constexpr, TERRACED: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["T", "stored", "run", "runs"])
-def joint_inputs(
-    q, k, v, dy, w_q, w_k, g, beta, R, base_R, den, peak, e, c, best, dx, dk, dv,
-    qb, qt, qh, kb, kt, kh, vb, vt, vh, gb, gt, gh, T, stored, run, runs, scale,
+def joint_values(
+    q, k, dy, w_q, w_k, g, beta, R, base_R, den, peak, dv,
+    qb, qt, qh, kb, kt, kh, gb, gt, gh, T, stored, run, runs, scale,
     D: tl.constexpr, V: tl.constexpr, F: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BT: tl.constexpr,
     GROUP: tl.constexpr, EVERY: tl.constexpr, W: tl.constexpr, TERRACED: tl.constexpr, HAS_BASE: tl.constexpr,
     HAS_BETA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dk [B, T, G, K] and dv [B, T, G, V] of one tile of keys, summed over the query heads of its group, from dx."""
+    """dv [B, T, G, V] of one tile of keys, summed over the query heads of its group."""
+    group, n, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    groups = tl.num_programs(0)
+    heads, b64, group64 = groups * GROUP, tl.cast(b, tl.int64), tl.cast(group, tl.int64)
+    token = tl.arange(0, BT)
+    j0 = n * BT
+    key = j0 + token
+    k += b64 * kb + group64 * kh
+    acc = tl.zeros([BT, BV], tl.float32)
+    edge = first_stored(j0, T, BT, EVERY, W, TERRACED)
+    last = tl.minimum(edge, stored - 1)
+    far = (edge < stored).to(tl.float32)
+    for r in range(GROUP):
+        h = group * GROUP + r
+        queries = q + b64 * qb + tl.cast(h, tl.int64) * qh
+        gradients = dy + b64 * gb + tl.cast(h, tl.int64) * gh
+        line = (b64 * heads + h) * T
+        keys = load_rows(k, j0, kt, T, D, BD, BT)
+        w = load_matrix(w_k + h * D * F, D, F, BD, F)
+        plus, minus = hedgehog_rows(tl.dot(keys, w, input_precision=PRECISION))
+        if HAS_BETA:
+            plus, minus = plus * tl.load(beta + h), minus * tl.load(beta + h)
+        at = R + ((b64 * heads + h) * stored + last) * 2 * F * V
+        acc = tl.dot((plus * far).to(keys.dtype), load_matrix(at, F, V, F, BV), acc, input_precision=PRECISION)
+        rest = load_matrix(at + F * V, F, V, F, BV)
+        acc = tl.dot((minus * far).to(keys.dtype), rest, acc, input_precision=PRECISION)
+        if HAS_BASE:
+            at = base_R + ((b64 * heads + h) * runs + last * EVERY // run) * 2 * F * V
+            rest = load_matrix(at, F, V, F, BV)
+            acc = tl.dot((plus * far).to(keys.dtype), rest, acc, input_precision=PRECISION)
+            rest = load_matrix(at + F * V, F, V, F, BV)
+            acc = tl.dot((minus * far).to(keys.dtype), rest, acc, input_precision=PRECISION)
+        for i0 in range(first_outside(j0, W, TERRACED) // BT * BT, tl.minimum(edge * EVERY * BT, T), BT):
+            query = i0 + token
+            inverse = 1.0 / tl.load(den + line + query, mask=query < T, other=1.0)
+            columns = load_columns(queries, i0, qt, T, D, BD, BT)
+            wT = load_transposed(w_q + h * D * F, D, F, BD, F)
+            query_plus, query_minus = hedgehog_columns(tl.dot(wT, columns, input_precision=PRECISION))
+            a = tl.dot(plus.to(keys.dtype), query_plus.to(keys.dtype), input_precision=PRECISION)
+            a = tl.dot(minus.to(keys.dtype), query_minus.to(keys.dtype), a, input_precision=PRECISION)
+            linear = is_linear(query[None, :], key[:, None], T, W, TERRACED)
+            a = tl.where(linear, a * inverse[None, :], 0.0)
+            rows = load_rows(gradients, i0, gt, T, V, BV, BT)
+            acc = tl.dot(a.to(rows.dtype), rows, acc, input_precision=PRECISION)
+        if W > 0:
+            factor = tl.load(g + h)
+            for i0 in range(j0, tl.minimum(first_outside(tl.minimum(j0 + BT, T) - 1, W, TERRACED), T), BT):
+                query = i0 + token
+                real = query < T
+                inverse = factor / tl.load(den + line + query, mask=real, other=1.0)
+                top = tl.load(peak + line + query, mask=real, other=0.0)
+                seen = in_window(query[None, :], key[:, None], W, TERRACED) & real[None, :]
+                columns = load_columns(queries, i0, qt, T, D, BD, BT)
+                scores = tl.dot(keys, columns, input_precision=PRECISION) * (scale * LOG2E)
+                p = tl.where(seen, inverse[None, :] * tl.exp2(scores - top[None, :]), 0.0)
+                rows = load_rows(gradients, i0, gt, T, V, BV, BT)
+                acc = tl.dot(p.to(rows.dtype), rows, acc, input_precision=PRECISION)
+    store_rows(dv + (b64 * T * groups + group) * V, acc, j0, groups * V, T, V, BV, BT)
+
+
+@triton.jit(do_not_specialize=["T"])
+def joint_inputs(
+    q, k, v, dy, w_k, g, den, peak, e, c, best, dx, dk,
+    qb, qt, qh, kb, kt, kh, vb, vt, vh, gb, gt, gh, T, scale,
+    D: tl.constexpr, V: tl.constexpr, F: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BT: tl.constexpr,
+    GROUP: tl.constexpr, W: tl.constexpr, TERRACED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dk [B, T, G, K] of one tile of keys, summed over the query heads of its group, from dx and the window."""
     group, n, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     groups = tl.num_programs(0)
     heads, b64, group64 = groups * GROUP, tl.cast(b, tl.int64), tl.cast(group, tl.int64)
@@ -239,8 +307,7 @@ def joint_inputs(
     key = j0 + token
     k += b64 * kb + group64 * kh
     v += b64 * vb + group64 * vh
-    d_keys, d_values = tl.zeros([BT, BD], tl.float32), tl.zeros([BT, BV], tl.float32)
-    edge = first_stored(j0, T, BT, EVERY, W, TERRACED)
+    acc = tl.zeros([BT, BD], tl.float32)
     for r in range(GROUP):
         h = group * GROUP + r
         queries = q + b64 * qb + tl.cast(h, tl.int64) * qh
@@ -248,61 +315,29 @@ def joint_inputs(
         line = (b64 * heads + h) * T
         gradient = load_rows(dx + (b64 * T * heads + h) * F, j0, heads * F, T, F, F, BT)
         wT = load_transposed(w_k + h * D * F, D, F, BD, F)
-        d_keys = tl.dot(gradient, wT, d_keys, input_precision=PRECISION)
-        keys = load_rows(k, j0, kt, T, D, BD, BT)
-        plus, minus = hedgehog_rows(
-            tl.dot(keys, load_matrix(w_k + h * D * F, D, F, BD, F), input_precision=PRECISION)
-        )
-        if HAS_BETA:
-            plus, minus = plus * tl.load(beta + h), minus * tl.load(beta + h)
-        plus, minus = plus.to(keys.dtype), minus.to(keys.dtype)
-        if edge < stored:
-            at = R + ((b64 * heads + h) * stored + edge) * 2 * F * V
-            d_values = tl.dot(plus, load_matrix(at, F, V, F, BV), d_values, input_precision=PRECISION)
-            d_values = tl.dot(minus, load_matrix(at + F * V, F, V, F, BV), d_values, input_precision=PRECISION)
-            if HAS_BASE:
-                at = base_R + ((b64 * heads + h) * runs + edge * EVERY // run) * 2 * F * V
-                d_values = tl.dot(plus, load_matrix(at, F, V, F, BV), d_values, input_precision=PRECISION)
-                d_values = tl.dot(minus, load_matrix(at + F * V, F, V, F, BV), d_values, input_precision=PRECISION)
-        for i0 in range(first_outside(j0, W, TERRACED) // BT * BT, tl.minimum(edge * EVERY * BT, T), BT):
-            query = i0 + token
-            inverse = 1.0 / tl.load(den + line + query, mask=query < T, other=1.0)
-            columns = load_columns(queries, i0, qt, T, D, BD, BT)
-            wT = load_transposed(w_q + h * D * F, D, F, BD, F)
-            query_plus, query_minus = hedgehog_columns(tl.dot(wT, columns, input_precision=PRECISION))
-            a = tl.dot(plus, query_plus.to(plus.dtype), input_precision=PRECISION)
-            a = tl.dot(minus, query_minus.to(minus.dtype), a, input_precision=PRECISION)
-            linear = is_linear(query[None, :], key[:, None], T, W, TERRACED)
-            a = tl.where(linear, a * inverse[None, :], 0.0)
-            rows = load_rows(gradients, i0, gt, T, V, BV, BT)
-            d_values = tl.dot(a.to(rows.dtype), rows, d_values, input_precision=PRECISION)
+        acc = tl.dot(gradient, wT, acc, input_precision=PRECISION)
         if W > 0:
             factor = tl.load(g + h)
             for i0 in range(j0, tl.minimum(first_outside(tl.minimum(j0 + BT, T) - 1, W, TERRACED), T), BT):
                 query = i0 + token
                 real = query < T
-                inverse = 1.0 / tl.load(den + line + query, mask=real, other=1.0)
                 top = tl.load(peak + line + query, mask=real, other=0.0)
                 seen = in_window(query[None, :], key[:, None], W, TERRACED) & real[None, :]
-                columns = load_columns(queries, i0, qt, T, D, BD, BT)
                 keys = load_rows(k, j0, kt, T, D, BD, BT)
+                columns = load_columns(queries, i0, qt, T, D, BD, BT)
                 scores = tl.dot(keys, columns, input_precision=PRECISION) * (scale * LOG2E)
                 p = tl.where(seen, factor * tl.exp2(scores - top[None, :]), 0.0)
-                rows = load_rows(gradients, i0, gt, T, V, BV, BT)
-                p_over = (p * inverse[None, :]).to(rows.dtype)
-                d_values = tl.dot(p_over, rows, d_values, input_precision=PRECISION)
                 values = load_rows(v, j0, vt, T, V, BV, BT)
                 columns = load_columns(gradients, i0, gt, T, V, BV, BT)
-                cotangent = tl.dot(values, columns, input_precision=PRECISION) * inverse[None, :]
+                inverse = 1.0 / tl.load(den + line + query, mask=real, other=1.0)
                 weight = tl.load(e + line + query, mask=real, other=0.0)
-                ds = p * (cotangent - weight[None, :])
+                ds = p * (tl.dot(values, columns, input_precision=PRECISION) * inverse[None, :] - weight[None, :])
                 share = tl.load(c + line + query, mask=real, other=0.0)
                 where = tl.load(best + line + query, mask=real, other=-1)
                 ds -= tl.where(where[None, :] == key[:, None], share[None, :], 0.0)
                 rows = load_rows(queries, i0, qt, T, D, BD, BT)
-                d_keys = tl.dot((ds * scale).to(rows.dtype), rows, d_keys, input_precision=PRECISION)
-    store_rows(dk + (b64 * T * groups + group) * D, d_keys, j0, groups * D, T, D, BD, BT)
-    store_rows(dv + (b64 * T * groups + group) * V, d_values, j0, groups * V, T, V, BV, BT)
+                acc = tl.dot((ds * scale).to(rows.dtype), rows, acc, input_precision=PRECISION)
+    store_rows(dk + (b64 * T * groups + group) * D, acc, j0, groups * D, T, D, BD, BT)
 
 
 @triton.jit(do_not_specialize=["T", "run"])
@@ -420,10 +455,17 @@ def joint_backward(
     on_inputs: tuple[Tensor | None, ...] = (None, None, None)
     if inputs:
         dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (k, v))
+        setting = settings.get("joint_values") or launch("joint_values", q.device)
+        joint_values[(groups, tiles, batch)](
+            q, k, dy, w_q, w_k, g, b, later.S, _base(later, g)[0], done.den, done.peak, dv,
+            *strides(q), *strides(k), *strides(dy), time, *places, scale, **shape, **then,
+            num_warps=setting.warps, num_stages=setting.stages,
+        )  # fmt: skip
         setting = settings.get("joint_inputs") or launch("joint_inputs", q.device)
+        del shape["HAS_BETA"]
         joint_inputs[(groups, tiles, batch)](
-            q, k, v, dy, w_q, w_k, g, b, later.S, _base(later, g)[0], done.den, done.peak, e, c, best, dx_k, dk, dv,
-            *steps, *places, scale, **shape, **then, num_warps=setting.warps, num_stages=setting.stages,
+            q, k, v, dy, w_k, g, done.den, done.peak, e, c, best, dx_k, dk, *steps, scale, **shape,
+            num_warps=setting.warps, num_stages=setting.stages,
         )  # fmt: skip
         on_inputs = (dq, dk, dv)
     on_maps = (map_gradient(q, dx_q), map_gradient(k, dx_k)) if maps else (None, None)
