@@ -67,7 +67,7 @@ CANDIDATES: dict[str, list[Launch]] = {
     "gated_liger_values": [Launch({}, 4, 1)],
     "gated_liger_values_strong": [Launch({}, 8, 1)],
     "gated_liger_gates": [Launch({}, 8, 1)],
-    "gated_lawcat_states": [Launch({"C": 64, "CS": 256}, 4, 1)],
+    "gated_lawcat_states": [Launch({"C": 64, "CS": 256}, 8, 1)],
     "gated_lawcat_outputs": [Launch({}, 4, 1)],
     "gated_lawcat_outputs_strong": [Launch({}, 8, 1)],
 }

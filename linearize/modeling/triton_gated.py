@@ -237,6 +237,11 @@ def gated_dtype(dtype: torch.dtype) -> tuple[tl.dtype, torch.dtype]:
     return (tl.float32, torch.float32) if dtype == torch.float32 else (tl.bfloat16, torch.bfloat16)
 
 
+def precision(dtype: torch.dtype) -> str:
+    """How fp32 operands are multiplied: as three tf32 products, which matrix instructions do and plain fp32 is not."""
+    return "tf32x3" if dtype == torch.float32 else "ieee"
+
+
 def padded(width: int) -> int:
     """The block that holds ``width`` channels."""
     return max(16, triton.next_power_of_2(width))

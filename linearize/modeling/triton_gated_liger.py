@@ -25,6 +25,7 @@ from .triton_gated import (
     gated_dtype,
     log_gate,
     padded,
+    precision,
     scan,
     softmax_rows,
     steps_of,
@@ -282,7 +283,7 @@ def _walk(
     states_kernel[(1 if mode == "last" else shape.segments, shape.groups, shape.batch)](
         k_plain, v, *used, *steps_of(k_plain), *steps_of(v), shape.time, shape.segments, *gate_of(terms),
         G=shape.groups, **shape.widths, HGRN2=terms.hgrn2, C=shape.tile, CS=shape.segment, MODE=mode,
-        DTYPE=gated_dtype(v.dtype)[0], PRECISION="ieee", **options,
+        DTYPE=gated_dtype(v.dtype)[0], PRECISION=precision(v.dtype), **options,
     )  # fmt: skip
 
 
@@ -328,7 +329,7 @@ def outputs(
             *steps_of(q), *steps_of(k), *steps_of(v), *steps_of(q_plain), *steps_of(k_plain),
             shape.time, terms.scale, *gate_of(terms), terms.mix_window, terms.mix_recurrent,
             G=shape.groups, R=shape.per_group, **shape.widths, C=shape.tile, W=terms.window, HGRN2=terms.hgrn2,
-            DTYPE=gated_dtype(v.dtype)[0], PRECISION="ieee", STRONG=is_strong, BK=sizes["BK"], HEADS=heads, **options,
+            DTYPE=gated_dtype(v.dtype)[0], PRECISION=precision(v.dtype), STRONG=is_strong, BK=sizes["BK"], HEADS=heads, **options,
         )  # fmt: skip
     return y
 

@@ -31,6 +31,7 @@ from .triton_gated import (
     blocks,
     earlier,
     gated_dtype,
+    precision,
     scan,
     steps_of,
     store_matrix,
@@ -291,7 +292,7 @@ def back_tile_states(
         back_states_kernel[(shape.segments, shape.groups, shape.batch)](
             q_plain, k_plain, dy, sums, states, fine, *steps_of(q_plain), *steps_of(k_plain),
             shape.time, shape.segments, *gate_of(terms)[:2], G=shape.groups, R=shape.per_group, **shape.widths,
-            C=shape.tile, CS=shape.segment, MODE=mode, DTYPE=gated_dtype(dy.dtype)[0], PRECISION="ieee", **options,
+            C=shape.tile, CS=shape.segment, MODE=mode, DTYPE=gated_dtype(dy.dtype)[0], PRECISION=precision(dy.dtype), **options,
         )  # fmt: skip
         if mode == "sums":
             states = scan(sums, totals, reverse=True)
@@ -310,7 +311,7 @@ def queries(
         queries_kernel[(shape.tiles, shape.heads, shape.batch)](
             q_plain, k_plain, v, dy, before, strong, dq, inner, *steps_of(q_plain), *steps_of(k_plain), *steps_of(v),
             shape.time, *gate_of(terms), terms.mix_recurrent, G=shape.groups, R=shape.per_group, **shape.widths,
-            HGRN2=terms.hgrn2, C=shape.tile, DTYPE=gated_dtype(v.dtype)[0], PRECISION="ieee", STRONG=is_strong,
+            HGRN2=terms.hgrn2, C=shape.tile, DTYPE=gated_dtype(v.dtype)[0], PRECISION=precision(v.dtype), STRONG=is_strong,
             **options,
         )  # fmt: skip
     return dq, inner
@@ -327,7 +328,7 @@ def keys(
         keys_kernel[(shape.tiles, shape.groups, shape.batch)](
             q_plain, k_plain, v, dy, behind, strong, dphi, *steps_of(q_plain), *steps_of(k_plain), *steps_of(v),
             shape.time, *gate_of(terms)[:2], terms.mix_recurrent, G=shape.groups, R=shape.per_group, **shape.widths,
-            C=shape.tile, DTYPE=gated_dtype(v.dtype)[0], PRECISION="ieee", STRONG=is_strong, **options,
+            C=shape.tile, DTYPE=gated_dtype(v.dtype)[0], PRECISION=precision(v.dtype), STRONG=is_strong, **options,
         )  # fmt: skip
     return dphi
 
@@ -342,7 +343,7 @@ def values(
         values_kernel[(shape.tiles, shape.groups, shape.batch)](
             q_plain, k_plain, dy, behind, strong, dv, *steps_of(q_plain), *steps_of(k_plain),
             shape.time, *gate_of(terms), terms.mix_recurrent, G=shape.groups, R=shape.per_group, **shape.widths,
-            HGRN2=terms.hgrn2, C=shape.tile, DTYPE=gated_dtype(dy.dtype)[0], PRECISION="ieee", STRONG=is_strong,
+            HGRN2=terms.hgrn2, C=shape.tile, DTYPE=gated_dtype(dy.dtype)[0], PRECISION=precision(dy.dtype), STRONG=is_strong,
             ADD=terms.window > 0, **options,
         )  # fmt: skip
 
