@@ -116,6 +116,10 @@ class LolcatsMixer(LinearMixer):
         kept_k, kept_v = (t.new_zeros(*shape, t.shape[-1]) for t in (x.k, x.v))
         return LolcatsState(k, v, kv, z, kept_k, kept_v, *counters)
 
+    @property
+    def _is_plain(self) -> bool:
+        return not self.config.sparse_cache
+
     # With a sparse cache: the same columns, and another road for what leaves the window.
 
     def _many(
