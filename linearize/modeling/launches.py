@@ -82,7 +82,10 @@ class Ask(NamedTuple):
 
 
 # kernel -> rows from the most to the least demanding; the first that fits is launched where no measured row serves.
-TABLE: dict[str, list[Launch]] = {}
+TABLE: dict[str, list[Launch]] = {
+    "joint_states": [Launch({"EVERY": 1}, 4, 2)],
+    "joint_outputs": [Launch({}, 4, 1)],
+}
 
 # kernel -> the settings that a sweep and `linearize tune` time, the default first.
 CANDIDATES: dict[str, list[Launch]] = {}
