@@ -180,3 +180,59 @@ def test_without_a_gpu_nothing_is_measured():
         pytest.skip("there is a GPU")
     done = subprocess.run([sys.executable, str(SCRIPT)], capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr == "kernels.py: torch finds no GPU; --dry lists the cases\n"
+
+
+MODELS = SPEED / "models.py"
+
+
+@pytest.fixture(scope="module")
+def tiny_models(tmp_path_factory):
+    out = tmp_path_factory.mktemp("models") / "rows.jsonl"
+    command = [sys.executable, str(MODELS), "--tiny", "--students=lolcats", f"--output={out}"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done, [json.loads(line) for line in out.read_text().splitlines()]
+
+
+def test_models_are_measured_in_every_part(tiny_models):
+    _, rows = tiny_models
+    assert {(row["part"], row["model"]) for row in rows} == {
+        (part, model) for part in ("prefill", "decode", "train") for model in ("teacher", "lolcats")
+    }
+    for row in rows:
+        assert row["ms"] > 0 and row["tokens_per_second"] > 0, row
+        assert row["device"] and row["torch"] and row["commit"] and row["date"] and row["layers"] == 2
+    stages = {row["stage"]: row for row in rows if row["part"] == "train"}
+    assert stages.keys() == {"forward alone", "transfer", "finetune"}
+    assert 0 < stages["transfer"]["of_forward"] < 2
+
+
+def test_what_models_keep_is_counted(tiny_models):
+    _, rows = tiny_models
+    kept = {(row["model"], row["T"]): row["kept_bytes"] for row in rows if row["part"] == "prefill"}
+    assert (
+        kept["teacher", 256] == 2 * kept["teacher", 128] == 256 * 2 * 2 * 2 * 16 * 4
+    )  # layers, k and v, G, K, fp32
+    assert kept["lolcats", 256] == kept["lolcats", 128]
+
+
+def test_the_models_table_is_made_of_the_rows(tiny_models, tmp_path):
+    done, rows = tiny_models
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = [sys.executable, str(MODELS), "--table", str(tmp_path / "rows.jsonl")]
+    again = subprocess.run(command, capture_output=True, text=True)
+    assert again.stdout == done.stdout and "faster from T =" in done.stdout
+
+
+def test_a_crossover_lies_between_the_lengths_it_is_between(monkeypatch):
+    monkeypatch.syspath_prepend(str(SPEED))
+    from models import crossover
+
+    teacher = {1024: 1.0, 4096: 16.0}
+    assert (
+        crossover(teacher, {1024: 2.0, 4096: 8.0}) == "2,048"
+    )  # straight lines of logarithms meet in the middle
+    assert crossover(teacher, {1024: 0.5, 4096: 1.0}) == "below 1K"
+    assert crossover(teacher, {1024: 0.5, 4096: 99.0}) == "below 1K, not throughout"
+    assert crossover(teacher, {1024: 9.0, 4096: 99.0}) == "above 4K"
+    assert crossover(teacher, {}) == ""
