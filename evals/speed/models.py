@@ -194,8 +194,8 @@ def reader(model: Any, length: int) -> Callable[[], Any]:
 
 
 def measured(call: Callable[[], Any]) -> dict[str, Any]:
-    """Milliseconds of a call, its peak memory and what its cache keeps. A call of seconds is made once: what it needs was
-    compiled and loaded by a shorter one."""
+    """Milliseconds of a call, its peak memory and what its cache keeps. A call of seconds is made once: a shorter one
+    compiled and loaded what it needs."""
     kept: list[int] = []
     start = time.perf_counter()
     peak = measure.peak_mib(lambda: kept.append(bytes_of(call().past_key_values)))
