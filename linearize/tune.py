@@ -79,7 +79,7 @@ def tune(
     file: Path | None = None,
     progress: Watch | None = None,
 ) -> list[Tuned]:
-    """Time the candidates of ``kernels`` (of all that the methods launch) on this GPU; rows go into the user's ``file``.
+    """Time the candidates of ``kernels`` (of all that methods launch) on this GPU; rows go into the user's ``file``.
 
     Raises :class:`LinearizeError` without a GPU, for an unknown kernel, and where no run launches what was asked for.
     """
