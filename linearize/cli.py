@@ -347,7 +347,7 @@ def tune_(
     if heads % kv_heads:
         _fail(f"--kv-heads: {kv_heads} does not divide {heads} heads")
 
-    from .modeling.launches import json_of, user_file
+    from .modeling.tuned import json_of, user_file
     from .tune import Sizes, tune
 
     with watching() as watch:

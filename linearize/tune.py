@@ -20,11 +20,11 @@ import torch
 from torch import Tensor
 
 from .complaints import near
-from .modeling import launches
 from .modeling.errors import LinearizeError
-from .modeling.launches import Ask, Row
+from .modeling.launches import CANDIDATES
 from .modeling.mixer import Fit, Geometry, Mixer, MixerInput
 from .modeling.registry import METHODS
+from .modeling.tuned import Ask, Row, listening, read_rows, user_file, using, write_rows
 from .progress import Progress, Watch
 
 logger = logging.getLogger(__name__)
@@ -84,17 +84,15 @@ def tune(
     Raises :class:`LinearizeError` without a GPU, for an unknown kernel, and where no run launches what was asked for.
     """
     for name in kernels:
-        if name not in launches.CANDIDATES:
-            raise LinearizeError(
-                f"tune: {name!r} is no kernel with candidates{near(name, launches.CANDIDATES)}"
-            )
+        if name not in CANDIDATES:
+            raise LinearizeError(f"tune: {name!r} is no kernel with candidates{near(name, CANDIDATES)}")
     converting = [name for name, method in METHODS.items() if method.mixer is not None]
     for name in methods or ():
         if name not in converting:
             raise LinearizeError(f"tune: {name!r} is no method with a mixer{near(name, converting)}")
     device = _device()
-    file = launches.user_file() if file is None else file
-    launches.read_rows(file)  # a malformed file is told before minutes of timing
+    file = user_file() if file is None else file
+    read_rows(file)  # a malformed file is told before minutes of timing
     found: list[Tuned] = []
     known: set[Ask] = set()
     chosen = methods or converting
@@ -103,10 +101,10 @@ def tune(
             progress(Progress("tune", number, len(chosen), "methods"))
         for run in runs(method, sizes or Sizes(), device):
             for ask in _asks(run):
-                wanted = ask.kernel in (kernels or launches.CANDIDATES)
+                wanted = ask.kernel in (kernels or CANDIDATES)
                 if wanted and ask not in known and (tuned := _best(ask, run)) is not None:
                     found.append(tuned)
-                    launches.write_rows(file, [tuned.row])
+                    write_rows(file, [tuned.row])
                 known.add(ask)
     if progress is not None:
         progress(Progress("tune", len(chosen), len(chosen), "methods"))
@@ -135,7 +133,7 @@ class Run:
 
 def _asks(run: Run) -> list[Ask]:
     """What a run's launches ask for, each once; nothing where the run fails, so that the others go on."""
-    with launches.listening() as asks:
+    with listening() as asks:
         try:
             run.call()
         except Exception as error:
@@ -222,9 +220,9 @@ def _input(sizes: Sizes, batch: int, time: int, device: torch.device) -> MixerIn
 def _best(ask: Ask, run: Run) -> Tuned | None:
     """The fastest candidate; the one in use (the first) where none is faster by more than noise."""
     spent: dict[int, float] = {}
-    candidates = launches.CANDIDATES[ask.kernel]
+    candidates = CANDIDATES[ask.kernel]
     for number, candidate in enumerate(candidates):
-        with launches.using(ask.kernel, candidate):
+        with using(ask.kernel, candidate):
             try:
                 spent[number] = milliseconds(run.call)
             except Exception as error:  # too much shared memory, for one

@@ -6,9 +6,10 @@ import types
 import pytest
 import torch
 
-from linearize.modeling import launches
+from linearize.modeling import launches, tuned
 from linearize.modeling.errors import LinearizeError
-from linearize.modeling.launches import Ask, Launch, Row, launch, listening, nearest, using
+from linearize.modeling.launches import Launch, launch
+from linearize.modeling.tuned import Ask, Row, listening, nearest, using
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 WIDE, NARROW, LAST = (
@@ -23,11 +24,11 @@ TUNED = Launch({"BLOCK": 96}, 4, 4, 80_000)
 def invented(monkeypatch, tmp_path):
     """One kernel with three rows, no user's file, and no row of ours."""
     monkeypatch.setitem(launches.TABLE, "invented", [WIDE, NARROW, LAST])
-    monkeypatch.setattr(launches, "TUNED", [])
+    monkeypatch.setattr(tuned, "TUNED", [])
     monkeypatch.setenv("LINEARIZE_LAUNCHES", str(tmp_path / "launches.json"))
-    launches.forget_user_rows()
+    tuned.forget_user_rows()
     yield tmp_path / "launches.json"
-    launches.forget_user_rows()
+    tuned.forget_user_rows()
 
 
 @pytest.fixture
@@ -54,7 +55,7 @@ def test_every_default_row_and_candidate_is_a_launch():
     for kernel, rows in launches.CANDIDATES.items():
         assert kernel in launches.TABLE and rows[0] in launches.TABLE[kernel], kernel
         assert len(rows) <= 6, f"{kernel}: too many to time"
-    assert all(r.kernel in launches.TABLE and r.date and r.versions for r in launches.TUNED)
+    assert all(r.kernel in launches.TABLE and r.date and r.versions for r in tuned.TUNED)
 
 
 def test_options_are_the_keywords_of_a_launch():
@@ -74,7 +75,7 @@ def test_options_are_the_keywords_of_a_launch():
     ],
 )
 def test_a_class_of_device_is_its_name_without_memory_and_plug(name, expected):
-    assert launches.class_of(name) == expected
+    assert tuned.class_of(name) == expected
 
 
 def test_the_first_row_that_fits_the_card_is_taken(card):
@@ -92,11 +93,11 @@ def test_fp32_takes_twice_the_memory(card):
 
 
 def test_a_measured_row_comes_before_the_defaults_on_its_card_and_its_kin_alone(card):
-    launches.TUNED.append(row())
+    tuned.TUNED.append(row())
     assert launch("invented", GPU) == TUNED
     card("NVIDIA H200", 227)
     assert launch("invented", GPU) == TUNED
-    launches.TUNED.append(row("h200", LAST))
+    tuned.TUNED.append(row("h200", LAST))
     assert launch("invented", GPU) == LAST
     card("NVIDIA A100-SXM4-80GB", 163)
     assert launch("invented", GPU) == WIDE
@@ -104,7 +105,7 @@ def test_a_measured_row_comes_before_the_defaults_on_its_card_and_its_kin_alone(
 
 
 def test_a_row_serves_what_asks_for_no_more_than_was_measured(card):
-    launches.TUNED += [
+    tuned.TUNED += [
         row(K=64, V=64, F=64, dtype="bfloat16", launch=LAST),
         row(K=128, V=128, F=128, dtype="bfloat16"),
     ]
@@ -120,7 +121,7 @@ def test_a_row_serves_what_asks_for_no_more_than_was_measured(card):
 
 
 def test_a_row_that_does_not_fit_or_is_of_another_version_is_passed_over(card):
-    launches.TUNED += [
+    tuned.TUNED += [
         row(launch=Launch({"BLOCK": 256}, 8, 4, 240_000)),
         row(launch=Launch({"ROWS": 64}, 4, 2, 1000)),
         row(kernel="another"),
@@ -129,15 +130,15 @@ def test_a_row_that_does_not_fit_or_is_of_another_version_is_passed_over(card):
 
 
 def test_the_users_rows_come_before_ours(card, invented):
-    launches.TUNED.append(row(launch=LAST))
-    launches.write_rows(invented, [row(milliseconds=1.5, versions="torch 2", date="2026-11-25")])
+    tuned.TUNED.append(row(launch=LAST))
+    tuned.write_rows(invented, [row(milliseconds=1.5, versions="torch 2", date="2026-11-25")])
     assert launch("invented", GPU) == TUNED
 
 
 def test_writing_replaces_what_was_measured_at_the_same_and_keeps_the_rest(invented):
-    launches.write_rows(invented, [row(K=64), row(K=128)])
-    launches.write_rows(invented, [row(K=128, launch=LAST)])
-    rows = launches.read_rows(invented)
+    tuned.write_rows(invented, [row(K=64), row(K=128)])
+    tuned.write_rows(invented, [row(K=128, launch=LAST)])
+    rows = tuned.read_rows(invented)
     assert [(r.K, r.launch) for r in rows] == [(64, TUNED), (128, LAST)]
     assert json.loads(invented.read_text())["format"] == 1
     assert [p.name for p in invented.parent.iterdir()] == [invented.name]  # nothing half-written beside it
@@ -147,7 +148,7 @@ def test_a_row_comes_back_as_it_was_written(invented):
     whole = row(
         K=64, V=128, F=256, dtype="float16", milliseconds=0.5, default_milliseconds=0.75, date="2026-11-25"
     )
-    assert launches.write_rows(invented, [whole]) == launches.read_rows(invented) == [whole]
+    assert tuned.write_rows(invented, [whole]) == tuned.read_rows(invented) == [whole]
 
 
 def good(**changes):
@@ -190,16 +191,16 @@ def test_a_malformed_file_is_one_line(card, invented, text, line):
 def test_the_file_lies_in_the_cache_folder(monkeypatch, tmp_path):
     monkeypatch.delenv("LINEARIZE_LAUNCHES")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert launches.user_file() == tmp_path / "linearize" / "launches.json"
+    assert tuned.user_file() == tmp_path / "linearize" / "launches.json"
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path / "me"))
-    assert launches.user_file() == tmp_path / "me" / ".cache" / "linearize" / "launches.json"
+    assert tuned.user_file() == tmp_path / "me" / ".cache" / "linearize" / "launches.json"
 
 
 def test_a_forced_setting_holds_inside_its_block_and_in_other_threads(card):
     import threading
 
-    launches.TUNED.append(row())
+    tuned.TUNED.append(row())
     seen = []
     with using("invented", LAST):
         with using("invented", NARROW):

@@ -11,10 +11,10 @@ from typer.testing import CliRunner
 
 from linearize import tune as module_of  # the package gives its functions; the module is beside them
 from linearize.cli import app
-from linearize.modeling import launches
 from linearize.modeling.errors import LinearizeError
-from linearize.modeling.launches import Launch, launch, read_rows
+from linearize.modeling.launches import CANDIDATES, TABLE, Launch, launch
 from linearize.modeling.registry import METHODS
+from linearize.modeling.tuned import forget_user_rows, listening, read_rows
 from linearize.tune import Run, Sizes, runs, tune
 
 CPU = torch.device("cpu")
@@ -28,10 +28,13 @@ def invented(monkeypatch, tmp_path):
     """Two kernels, launched by a prefill and by both; a clock that reads a setting's block; the file of rows."""
     file = tmp_path / "launches.json"
     monkeypatch.setenv("LINEARIZE_LAUNCHES", str(file))
-    launches.forget_user_rows()
-    table = {"one": [FIRST], "two": [FIRST]}
-    monkeypatch.setattr(launches, "TABLE", table)
-    monkeypatch.setattr(launches, "CANDIDATES", {"one": [FIRST, SECOND, BROKEN], "two": [FIRST, SECOND]})
+    forget_user_rows()
+    for tables, one, two in (
+        (TABLE, [FIRST], [FIRST]),
+        (CANDIDATES, [FIRST, SECOND, BROKEN], [FIRST, SECOND]),
+    ):
+        monkeypatch.setitem(tables, "one", one)
+        monkeypatch.setitem(tables, "two", two)
     taken: dict[str, Launch] = {}
 
     def use(*kernels: str, key_dim: int = 128) -> None:
@@ -53,7 +56,7 @@ def invented(monkeypatch, tmp_path):
     monkeypatch.setattr(module_of, "runs", fake_runs)
     monkeypatch.setattr(module_of, "milliseconds", clock)
     yield file
-    launches.forget_user_rows()
+    forget_user_rows()
 
 
 def test_every_kernel_is_timed_once_at_its_widths_in_the_first_run_that_launches_it(invented):
@@ -126,7 +129,7 @@ def test_a_malformed_file_is_told_before_anything_is_timed(invented):
 def test_every_method_runs_in_every_way(method):
     names = []
     for run in runs(method, SIZES, CPU):
-        with launches.listening():
+        with listening():
             run.call()
             run.call()  # as often as it is timed
         names.append(run.name)

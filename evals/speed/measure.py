@@ -92,8 +92,8 @@ def times(call: Callable[[], Any], milliseconds: float = 100.0, least: int = 3) 
 def times_of_step(call: Callable[[], Any], milliseconds: float = 100.0, repeats: int = 20) -> Times:
     """The same of a decode step, without what launching costs: from a CUDA graph of ``repeats`` steps.
 
-    A call that is a graph's replay already is timed in rows of ``repeats``. Nothing is flushed between steps: a case that
-    wants its state from memory, as it comes between the layers of a model, lets several take turns.
+    A call that is a graph's replay already is timed in rows of ``repeats``. Nothing is flushed between steps: in a case
+    that wants its state from memory, as it comes between the layers of a model, several take turns.
     """
     if not gpu():
         return times(call, milliseconds)
