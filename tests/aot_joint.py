@@ -6,6 +6,7 @@ from typing import Any
 from aot import Case
 
 from linearize.modeling import triton_joint as forward
+from linearize.modeling import triton_joint_backward as backward
 from linearize.modeling.launches import TABLE
 
 
@@ -13,6 +14,7 @@ def cases() -> Iterator[Case]:
     for width, half in ((128, 64), (64, 32)):
         for terraced in (False, True):
             yield from forward_cases(width, half, terraced, TABLE)
+            yield from backward_cases(width, half, terraced, TABLE)
 
 
 def forward_cases(width: int, half: int, terraced: bool, table: dict[str, Any]) -> Iterator[Case]:
@@ -24,13 +26,30 @@ def forward_cases(width: int, half: int, terraced: bool, table: dict[str, Any]) 
             continue
         constants = shape | setting.blocks
         constants |= dict(REVERSE=reverse, HAS_STOP=not reverse, TOTALS=True)
-        yield case(f"joint_states {width} reverse={reverse}", forward.joint_states, constants, setting)
+        yield case(f"joint_states {width} {reverse=}", forward.joint_states, constants, setting)
     setting = table["joint_outputs"][0]
     for save, transfer in ((False, False), (True, False), (True, True)):
         constants = shape | setting.blocks | dict(EVERY=1, W=64, TERRACED=terraced, HAS_BASE=True, HAS_BETA=False)
         constants |= dict(SAVE=save, TRANSFER=transfer, HAS_LENGTHS=False)
         name = f"joint_outputs {width} {kind} save={save} transfer={transfer}"
         yield case(name, forward.joint_outputs, constants, setting)
+
+
+def backward_cases(width: int, half: int, terraced: bool, table: dict[str, Any]) -> Iterator[Case]:
+    shape = dict(D=width, V=width, F=half, BD=width, BV=width, BT=64, GROUP=4, PRECISION="ieee")
+    kind = "terraced" if terraced else "sliding"
+    shape |= dict(EVERY=1, W=64, TERRACED=terraced, HAS_BASE=True, HAS_BETA=False)
+    for mode in ("transfer", "full"):
+        constants = shape | dict(MAPS=True, INPUTS=mode == "full")
+        setting = table[f"joint_queries_{mode}"][0]
+        yield case(f"joint_queries {width} {kind} {mode}", backward.joint_queries, constants, setting)
+    for name in ("joint_keys", "joint_values", "joint_inputs"):
+        kernel = getattr(backward, name)
+        constants = {key: value for key, value in shape.items() if key in kernel.arg_names}
+        yield case(f"{name} {width} {kind}", kernel, constants, table[name][0])
+    if not terraced:
+        constants = {name: shape[name] for name in ("D", "F", "BD", "BT", "GROUP", "PRECISION")}
+        yield case(f"joint_maps {width}", backward.joint_maps, constants, table["joint_maps"][0])
 
 
 HALF = {"x", "w", "val", "q", "k", "v", "w_q", "w_k", "S", "base_S", "teacher", "y", "dy", "dq", "dk", "dv", "dx", "R", "base_R"}
