@@ -40,6 +40,8 @@ QUICK = (2048, 32768)
 SWEPT = ((1, 32768), (16, 2048))
 MARK = "\x1e"  # begins a line that is ours: libraries print, too
 PREPARE_SECONDS, MEASURE_SECONDS = 150, 240
+COLD = 15
+"""Seconds that a family may take from nothing compiled to its first results."""
 
 
 def main(words: list[str] | None = None) -> int:
@@ -268,15 +270,24 @@ def run(args: argparse.Namespace) -> int:
 
 
 def with_ratio(row: dict[str, Any], before: Iterable[dict[str, Any]]) -> dict[str, Any]:
-    """The row beside softmax of cuDNN, of the same length and pass in the same run."""
+    """The row beside softmax of cuDNN of the same pass in the same run: at its own length, and a decode step of ours,
+    which takes as long at any, at every length too."""
     if "ms" not in row:
         return row
     decode = row["pass"] == "decode"
-    for other in before:
-        same = all(other.get(key) == row[key] for key in (("T", "pass", "B") if decode else ("T", "pass")))
-        if same and "cuDNN" in other.get("name", "") and "ms" in other:
-            time = "ms" if decode else "ms_32k"
-            return {**row, "softmax_over_this": significant(other[time] / row[time], 3)}
+    time = "ms" if decode else "ms_32k"
+    ratios = {
+        other["T"]: significant(other[time] / row[time], 3)
+        for other in before
+        if "cuDNN" in other.get("name", "")
+        and "ms" in other
+        and other["pass"] == row["pass"]
+        and (not decode or other["B"] == row["B"])
+    }
+    if row["T"] in ratios:
+        row = {**row, "softmax_over_this": ratios[row["T"]]}
+    if decode and not row["peer"]:
+        row = {**row, "softmax_over_this_at": ratios}
     return row
 
 
@@ -501,8 +512,8 @@ def sweep_table(rows: list[dict[str, Any]]) -> str:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Milliseconds for 32K tokens (microseconds of a decode step), a column a length; how many times softmax of cuDNN
-    takes as long; the peak memory of the longest."""
+    """Milliseconds for 32K tokens (microseconds of a decode step), a column a length; how many times as long cuDNN's
+    softmax takes; the peak memory of the longest. ``!`` marks what misses its target."""
     timed = [row for row in rows if row.get("kind") == "time" and "name" in row]
     lengths = sorted({row["T"] for row in timed})
     parts = []
@@ -516,6 +527,11 @@ def table(rows: list[dict[str, Any]]) -> str:
             last = own[max(own)]
             target = next((row["target_ms"] for row in own.values() if "target_ms" in row), None)
             shown = [_cell(own.get(length), decode) for length in lengths]
+            at = last.get("softmax_over_this_at", {})
+            if len(own) == 1:  # one length stands for all
+                shown = [
+                    cell or _ratio(at.get(n, at.get(str(n)))) for cell, n in zip(shown, lengths, strict=True)
+                ]
             target = "" if target is None else short(target * 1000 if decode else target)
             cells.append((group, name, *shown, target, last.get("peak_mib", "")))
         unit = "microseconds a step and layer" if decode else "ms for 32K tokens and one layer"
@@ -523,7 +539,8 @@ def table(rows: list[dict[str, Any]]) -> str:
         parts.append(markdown(head, cells))
     cold = [row for row in rows if row.get("kind") == "cold start" and row["group"] == "all"]
     if cold:
-        parts.append(markdown(("family", "cold start, s"), [(r["name"], r["seconds"]) for r in cold]))
+        marked = [(r["name"], f"{r['seconds']}{' !' if r['seconds'] > COLD else ''}") for r in cold]
+        parts.append(markdown(("family", f"cold start, s (target {COLD})"), marked))
     return "\n\n".join(parts)
 
 
@@ -533,10 +550,13 @@ def _cell(row: dict[str, Any] | None, decode: bool) -> str:
     if "not_run" in row:
         return "not run: " + row["not_run"]
     value = row["ms"] * 1000 if decode else row["ms_32k"]
-    ratio = row.get("softmax_over_this")
-    beside = "" if ratio is None else f" (x{ratio:.2g})" if ratio < 10 else f" (x{ratio:.0f})"
+    beside = _ratio(row.get("softmax_over_this"))
     miss = "" if row.get("met", True) else " !"
-    return short(value) + beside + miss
+    return f"{short(value)} {beside}".strip() + miss
+
+
+def _ratio(ratio: float | None) -> str:
+    return "" if ratio is None else f"(x{ratio:.2g})" if ratio < 10 else f"(x{ratio:.0f})"
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
