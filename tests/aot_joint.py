@@ -40,12 +40,12 @@ def backward_cases(width: int, half: int, terraced: bool, table: dict[str, Any])
     kind = "terraced" if terraced else "sliding"
     shape |= dict(EVERY=1, W=64, TERRACED=terraced, HAS_BASE=True, HAS_BETA=False)
     for mode in ("transfer", "full"):
-        constants = shape | dict(MAPS=True, INPUTS=mode == "full")
         setting = table[f"joint_queries_{mode}"][0]
+        constants = shape | dict(MAPS=True, INPUTS=mode == "full") | setting.blocks
         yield case(f"joint_queries {width} {kind} {mode}", backward.joint_queries, constants, setting)
     for name in ("joint_keys", "joint_values", "joint_inputs"):
         kernel = getattr(backward, name)
-        constants = {key: value for key, value in shape.items() if key in kernel.arg_names}
+        constants = {key: value for key, value in shape.items() if key in kernel.arg_names} | table[name][0].blocks
         yield case(f"{name} {width} {kind}", kernel, constants, table[name][0])
     if not terraced:
         constants = {name: shape[name] for name in ("D", "F", "BD", "BT", "GROUP", "PRECISION")}

@@ -81,6 +81,13 @@ def hedgehog_columns(a):
 
 
 @triton.jit
+def hedgehog_half(a):
+    """softmax(a) over the channels of a [f, tokens]: one half of the map, the other being that of -a."""
+    p = tl.exp2((a - tl.max(a, 0)[None, :]) * LOG2E)
+    return p / tl.sum(p, 0)[None, :]
+
+
+@triton.jit
 def hedgehog_gradient(plus, minus, d_plus, d_minus):
     """The gradient of a [tokens, f] from those of both halves."""
     on_plus = plus * (d_plus - tl.sum(d_plus * plus, 1)[:, None])

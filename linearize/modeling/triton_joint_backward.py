@@ -40,7 +40,7 @@ from .triton_common import (
     load_transposed,
     store_rows,
 )
-from .triton_joint import BT, Forward, joint_sums, last_contiguous, precision_of, strides, widths
+from .triton_joint import BT, Forward, add_sums, joint_sums, last_contiguous, precision_of, strides, widths
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -79,7 +79,7 @@ def joint_queries(
     qb, qt, qh, kb, kt, kh, vb, vt, vh, gb, gt, gh, T, stored, run, runs, scale,
     D: tl.constexpr, V: tl.constexpr, F: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BT: tl.constexpr,
     GROUP: tl.constexpr, EVERY: tl.constexpr, W: tl.constexpr, TERRACED: tl.constexpr, HAS_BASE: tl.constexpr,
-    HAS_BETA: tl.constexpr, MAPS: tl.constexpr, INPUTS: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_BETA: tl.constexpr, MAPS: tl.constexpr, INPUTS: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dx [B, T, H, F] where MAPS, dq [B, T, H, K] and best [B, H, T] where INPUTS, and c [B, H, T]."""
     h, n, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -135,18 +135,18 @@ def joint_queries(
             where = tl.zeros([BT], tl.int32)
             factor = tl.load(g + h)
             top = tl.load(peak + line, mask=query < T, other=0.0)
-            for j0 in range(first_in_window(i0, W, TERRACED) // BT * BT, i0 + BT, BT):
-                kT = load_columns(k, j0, kt, T, D, BD, BT)
-                seen = in_window(query[:, None], (j0 + token)[None, :], W, TERRACED)
+            for j0 in range(first_in_window(i0, W, TERRACED) // BK * BK, tl.minimum(i0 + BT, T), BK):
+                kT = load_columns(k, j0, kt, T, D, BD, BK)
+                seen = in_window(query[:, None], (j0 + tl.arange(0, BK))[None, :], W, TERRACED)
                 scores = tl.dot(rows, kT, input_precision=PRECISION) * (scale * LOG2E)
                 scores = tl.where(seen, scores, -1e30)
                 largest, place = tl.max(scores, 1, return_indices=True)
                 where = tl.where(largest > found, j0 + place, where)
                 found = tl.maximum(found, largest)
                 p = tl.where(seen, factor * tl.exp2(scores - top[:, None]), 0.0)
-                vT = load_columns(v, j0, vt, T, V, BV, BT)
+                vT = load_columns(v, j0, vt, T, V, BV, BK)
                 ds = p * (tl.dot(u, vT, input_precision=PRECISION) - weight[:, None])
-                keys = load_rows(k, j0, kt, T, D, BD, BT)
+                keys = load_rows(k, j0, kt, T, D, BD, BK)
                 acc = tl.dot(ds.to(u.dtype), keys, acc, input_precision=PRECISION)
             tl.store(best + line, where, mask=query < T)
             column = tl.arange(0, BD)
@@ -229,20 +229,18 @@ def joint_values(
     qb, qt, qh, kb, kt, kh, gb, gt, gh, T, stored, run, runs, scale,
     D: tl.constexpr, V: tl.constexpr, F: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BT: tl.constexpr,
     GROUP: tl.constexpr, EVERY: tl.constexpr, W: tl.constexpr, TERRACED: tl.constexpr, HAS_BASE: tl.constexpr,
-    HAS_BETA: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_BETA: tl.constexpr, BI: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dv [B, T, G, V] of one tile of keys, summed over the query heads of its group."""
     group, n, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     groups = tl.num_programs(0)
     heads, b64, group64 = groups * GROUP, tl.cast(b, tl.int64), tl.cast(group, tl.int64)
-    token = tl.arange(0, BT)
+    token = tl.arange(0, BI)
     j0 = n * BT
-    key = j0 + token
+    key = j0 + tl.arange(0, BT)
     k += b64 * kb + group64 * kh
     acc = tl.zeros([BT, BV], tl.float32)
     edge = first_stored(j0, T, BT, EVERY, W, TERRACED)
-    last = tl.minimum(edge, stored - 1)
-    far = (edge < stored).to(tl.float32)
     for r in range(GROUP):
         h = group * GROUP + r
         queries = q + b64 * qb + tl.cast(h, tl.int64) * qh
@@ -253,40 +251,37 @@ def joint_values(
         plus, minus = hedgehog_rows(tl.dot(keys, w, input_precision=PRECISION))
         if HAS_BETA:
             plus, minus = plus * tl.load(beta + h), minus * tl.load(beta + h)
-        at = R + ((b64 * heads + h) * stored + last) * 2 * F * V
-        acc = tl.dot((plus * far).to(keys.dtype), load_matrix(at, F, V, F, BV), acc, input_precision=PRECISION)
-        rest = load_matrix(at + F * V, F, V, F, BV)
-        acc = tl.dot((minus * far).to(keys.dtype), rest, acc, input_precision=PRECISION)
-        if HAS_BASE:
-            at = base_R + ((b64 * heads + h) * runs + last * EVERY // run) * 2 * F * V
-            rest = load_matrix(at, F, V, F, BV)
-            acc = tl.dot((plus * far).to(keys.dtype), rest, acc, input_precision=PRECISION)
-            rest = load_matrix(at + F * V, F, V, F, BV)
-            acc = tl.dot((minus * far).to(keys.dtype), rest, acc, input_precision=PRECISION)
-        for i0 in range(first_outside(j0, W, TERRACED) // BT * BT, tl.minimum(edge * EVERY * BT, T), BT):
+        plus, minus = plus.to(keys.dtype), minus.to(keys.dtype)
+        if edge < stored:
+            at = (b64 * heads + h) * stored + edge
+            acc = add_sums(acc, plus, minus, R, at, F, V, BV, PRECISION)
+            if HAS_BASE:
+                at = (b64 * heads + h) * runs + edge * EVERY // run
+                acc = add_sums(acc, plus, minus, base_R, at, F, V, BV, PRECISION)
+        for i0 in range(first_outside(j0, W, TERRACED) // BT * BT, tl.minimum(edge * EVERY * BT, T), BI):
             query = i0 + token
             inverse = 1.0 / tl.load(den + line + query, mask=query < T, other=1.0)
-            columns = load_columns(queries, i0, qt, T, D, BD, BT)
+            columns = load_columns(queries, i0, qt, T, D, BD, BI)
             wT = load_transposed(w_q + h * D * F, D, F, BD, F)
             query_plus, query_minus = hedgehog_columns(tl.dot(wT, columns, input_precision=PRECISION))
-            a = tl.dot(plus.to(keys.dtype), query_plus.to(keys.dtype), input_precision=PRECISION)
-            a = tl.dot(minus.to(keys.dtype), query_minus.to(keys.dtype), a, input_precision=PRECISION)
+            a = tl.dot(plus, query_plus.to(keys.dtype), input_precision=PRECISION)
+            a = tl.dot(minus, query_minus.to(keys.dtype), a, input_precision=PRECISION)
             linear = is_linear(query[None, :], key[:, None], T, W, TERRACED)
             a = tl.where(linear, a * inverse[None, :], 0.0)
-            rows = load_rows(gradients, i0, gt, T, V, BV, BT)
+            rows = load_rows(gradients, i0, gt, T, V, BV, BI)
             acc = tl.dot(a.to(rows.dtype), rows, acc, input_precision=PRECISION)
         if W > 0:
             factor = tl.load(g + h)
-            for i0 in range(j0, tl.minimum(first_outside(tl.minimum(j0 + BT, T) - 1, W, TERRACED), T), BT):
+            for i0 in range(j0, tl.minimum(first_outside(tl.minimum(j0 + BT, T) - 1, W, TERRACED), T), BI):
                 query = i0 + token
                 real = query < T
                 inverse = factor / tl.load(den + line + query, mask=real, other=1.0)
                 top = tl.load(peak + line + query, mask=real, other=0.0)
                 seen = in_window(query[None, :], key[:, None], W, TERRACED) & real[None, :]
-                columns = load_columns(queries, i0, qt, T, D, BD, BT)
+                columns = load_columns(queries, i0, qt, T, D, BD, BI)
                 scores = tl.dot(keys, columns, input_precision=PRECISION) * (scale * LOG2E)
                 p = tl.where(seen, inverse[None, :] * tl.exp2(scores - top[None, :]), 0.0)
-                rows = load_rows(gradients, i0, gt, T, V, BV, BT)
+                rows = load_rows(gradients, i0, gt, T, V, BV, BI)
                 acc = tl.dot(p.to(rows.dtype), rows, acc, input_precision=PRECISION)
     store_rows(dv + (b64 * T * groups + group) * V, acc, j0, groups * V, T, V, BV, BT)
 
@@ -296,15 +291,15 @@ def joint_inputs(
     q, k, v, dy, w_k, g, den, peak, e, c, best, dx, dk,
     qb, qt, qh, kb, kt, kh, vb, vt, vh, gb, gt, gh, T, scale,
     D: tl.constexpr, V: tl.constexpr, F: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BT: tl.constexpr,
-    GROUP: tl.constexpr, W: tl.constexpr, TERRACED: tl.constexpr, PRECISION: tl.constexpr,
+    GROUP: tl.constexpr, W: tl.constexpr, TERRACED: tl.constexpr, BI: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dk [B, T, G, K] of one tile of keys, summed over the query heads of its group, from dx and the window."""
     group, n, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     groups = tl.num_programs(0)
     heads, b64, group64 = groups * GROUP, tl.cast(b, tl.int64), tl.cast(group, tl.int64)
-    token = tl.arange(0, BT)
+    token = tl.arange(0, BI)
     j0 = n * BT
-    key = j0 + token
+    key = j0 + tl.arange(0, BT)
     k += b64 * kb + group64 * kh
     v += b64 * vb + group64 * vh
     acc = tl.zeros([BT, BD], tl.float32)
@@ -318,24 +313,24 @@ def joint_inputs(
         acc = tl.dot(gradient, wT, acc, input_precision=PRECISION)
         if W > 0:
             factor = tl.load(g + h)
-            for i0 in range(j0, tl.minimum(first_outside(tl.minimum(j0 + BT, T) - 1, W, TERRACED), T), BT):
+            for i0 in range(j0, tl.minimum(first_outside(tl.minimum(j0 + BT, T) - 1, W, TERRACED), T), BI):
                 query = i0 + token
                 real = query < T
                 top = tl.load(peak + line + query, mask=real, other=0.0)
                 seen = in_window(query[None, :], key[:, None], W, TERRACED) & real[None, :]
                 keys = load_rows(k, j0, kt, T, D, BD, BT)
-                columns = load_columns(queries, i0, qt, T, D, BD, BT)
+                columns = load_columns(queries, i0, qt, T, D, BD, BI)
                 scores = tl.dot(keys, columns, input_precision=PRECISION) * (scale * LOG2E)
                 p = tl.where(seen, factor * tl.exp2(scores - top[None, :]), 0.0)
                 values = load_rows(v, j0, vt, T, V, BV, BT)
-                columns = load_columns(gradients, i0, gt, T, V, BV, BT)
+                columns = load_columns(gradients, i0, gt, T, V, BV, BI)
                 inverse = 1.0 / tl.load(den + line + query, mask=real, other=1.0)
                 weight = tl.load(e + line + query, mask=real, other=0.0)
                 ds = p * (tl.dot(values, columns, input_precision=PRECISION) * inverse[None, :] - weight[None, :])
                 share = tl.load(c + line + query, mask=real, other=0.0)
                 where = tl.load(best + line + query, mask=real, other=-1)
                 ds -= tl.where(where[None, :] == key[:, None], share[None, :], 0.0)
-                rows = load_rows(queries, i0, qt, T, D, BD, BT)
+                rows = load_rows(queries, i0, qt, T, D, BD, BI)
                 acc = tl.dot((ds * scale).to(rows.dtype), rows, acc, input_precision=PRECISION)
     store_rows(dk + (b64 * T * groups + group) * D, acc, j0, groups * D, T, D, BD, BT)
 
@@ -445,7 +440,7 @@ def joint_backward(
     joint_queries[(heads, tiles, batch)](
         q, k, v, dy, w_q, w_k, g, b, sums.S, sums.Z, *_base(sums, g), done.den, done.peak, e, dx_q, dq, c, best,
         *steps, sums.S.shape[2], sums.run, _runs(sums), scale, **shape, **now, MAPS=maps, INPUTS=inputs,
-        num_warps=setting.warps, num_stages=setting.stages,
+        **setting.options,
     )  # fmt: skip
     setting = settings.get("joint_keys") or launch("joint_keys", q.device)
     joint_keys[(heads, tiles, batch)](
@@ -458,14 +453,13 @@ def joint_backward(
         setting = settings.get("joint_values") or launch("joint_values", q.device)
         joint_values[(groups, tiles, batch)](
             q, k, dy, w_q, w_k, g, b, later.S, _base(later, g)[0], done.den, done.peak, dv,
-            *strides(q), *strides(k), *strides(dy), time, *places, scale, **shape, **then,
-            num_warps=setting.warps, num_stages=setting.stages,
+            *strides(q), *strides(k), *strides(dy), time, *places, scale, **shape, **then, **setting.options,
         )  # fmt: skip
         setting = settings.get("joint_inputs") or launch("joint_inputs", q.device)
         del shape["HAS_BETA"]
         joint_inputs[(groups, tiles, batch)](
             q, k, v, dy, w_k, g, done.den, done.peak, e, c, best, dx_k, dk, *steps, scale, **shape,
-            num_warps=setting.warps, num_stages=setting.stages,
+            **setting.options,
         )  # fmt: skip
         on_inputs = (dq, dk, dv)
     on_maps = (map_gradient(q, dx_q), map_gradient(k, dx_k)) if maps else (None, None)
