@@ -39,9 +39,16 @@ def card(monkeypatch):
         properties = types.SimpleNamespace(shared_memory_per_block_optin=kilobytes * 1024)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: name)
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device=None: properties)
+        forget_cards()
 
     become("NVIDIA H100 80GB HBM3", 227)
-    return become
+    yield become
+    forget_cards()
+
+
+def forget_cards():
+    launches.shared_memory.cache_clear()
+    tuned.device_class.cache_clear()
 
 
 def row(device="h100", launch=TUNED, kernel="invented", **fields):

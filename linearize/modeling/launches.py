@@ -4,6 +4,7 @@ A launch never tunes: it takes a row that was measured for the device (``tuned.p
 the card. Shared memory is what a kernel takes at the row's widths, so that a smaller card skips rows that do not fit.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -50,16 +51,16 @@ def launch(
     dtype: torch.dtype | None = None,
 ) -> Launch:
     """The settings of ``kernel`` on ``device``, at widths and for inputs of a type where they are given."""
-    from .tuned import Ask, bytes_of, chosen, device_class  # here, because it reads the tables of this file
+    from .tuned import chosen  # here, because it reads the tables of this file
 
-    name = None if dtype is None else str(dtype).removeprefix("torch.")
-    room = shared_memory(device)
-    if (found := chosen(Ask(kernel, device_class(device), K, V, F, name), room)) is not None:
+    if (found := chosen(kernel, device, K, V, F, dtype)) is not None:
         return found
-    rows, factor = TABLE[kernel], bytes_of(name) / 2
+    rows, factor = TABLE[kernel], 1 if dtype is None else dtype.itemsize / 2
+    room = shared_memory(device)
     return next((row for row in rows if row.shared * factor <= room), rows[-1])
 
 
+@functools.cache
 def shared_memory(device: torch.device) -> int:
     """Bytes of shared memory that one program may take; without a GPU, a data-centre card's."""
     if device.type != "cuda":

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .errors import LinearizeError
-from .launches import TABLE, Launch
+from .launches import TABLE, Launch, shared_memory
 
 FORMAT = 1
 """Version of the user's file; others are refused."""
@@ -77,14 +77,19 @@ _forced: dict[str, Launch] = {}
 _heard: list[Ask] | None = None
 
 
-def chosen(ask: Ask, room: int) -> Launch | None:
-    """The setting for what is asked, on a card with so many bytes of shared memory; None where the default is to be
-    taken."""
+def chosen(
+    kernel: str, device: torch.device, K: int | None, V: int | None, F: int | None, dtype: torch.dtype | None
+) -> Launch | None:
+    """The setting of a launch; None where the default is to be taken."""
+    if _heard is None and not _forced and not TUNED and not _user_rows():
+        return None
+    name = None if dtype is None else str(dtype).removeprefix("torch.")
+    ask = Ask(kernel, device_class(device), K, V, F, name)
     if _heard is not None:
         _heard.append(ask)
-    if ask.kernel in _forced:
-        return _forced[ask.kernel]
-    row = nearest(ask, room) if ask.device != "cpu" and (TUNED or _user_rows()) else None
+    if kernel in _forced:
+        return _forced[kernel]
+    row = nearest(ask, shared_memory(device)) if device.type == "cuda" else None
     return None if row is None else row.launch
 
 
@@ -133,6 +138,7 @@ def listening() -> Iterator[list[Ask]]:
         _heard = before
 
 
+@functools.cache
 def device_class(device: torch.device) -> str:
     """``h100``, ``rtx-4090``: the card's name without its maker, memory and plug; ``cpu`` where there is none."""
     return class_of(torch.cuda.get_device_name(device)) if device.type == "cuda" else device.type
