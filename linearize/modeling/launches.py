@@ -1,9 +1,10 @@
-"""Launch settings of the kernels: a tuned table, and the nearest safe setting where it has no row.
+"""Launch settings of the kernels: the defaults, and those worth timing.
 
-A row is measured on one class of device by an explicit tuning run; a launch never tunes. Shared memory is what the
-kernel takes at the row's widths, so that a smaller card skips rows that do not fit.
+A launch never tunes: it takes a row that was measured for the device (``tuned.py``), else the first default that fits
+the card. Shared memory is what a kernel takes at the row's widths, so that a smaller card skips rows that do not fit.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -36,14 +37,30 @@ TABLE: dict[str, list[Launch]] = {
     "joint_maps": [Launch({}, 4, 2)],
 }
 
+# kernel -> settings worth timing on a device, the default first.
+CANDIDATES: dict[str, list[Launch]] = {}
 
-def launch(kernel: str, device: torch.device) -> Launch:
-    """The settings of ``kernel`` on ``device``."""
-    rows = TABLE[kernel]
+
+def launch(
+    kernel: str,
+    device: torch.device,
+    *,
+    K: int | None = None,
+    V: int | None = None,
+    F: int | None = None,
+    dtype: torch.dtype | None = None,
+) -> Launch:
+    """The settings of ``kernel`` on ``device``, at widths and for inputs of a type where they are given."""
+    from .tuned import chosen  # here, because it reads the tables of this file
+
+    if (found := chosen(kernel, device, K, V, F, dtype)) is not None:
+        return found
+    rows, factor = TABLE[kernel], 1 if dtype is None else dtype.itemsize / 2
     room = shared_memory(device)
-    return next((row for row in rows if row.shared <= room), rows[-1])
+    return next((row for row in rows if row.shared * factor <= room), rows[-1])
 
 
+@functools.cache
 def shared_memory(device: torch.device) -> int:
     """Bytes of shared memory that one program may take; without a GPU, a data-centre card's."""
     if device.type != "cuda":
