@@ -38,7 +38,26 @@ TABLE: dict[str, list[Launch]] = {
 }
 
 # kernel -> settings worth timing on a device, the default first.
-CANDIDATES: dict[str, list[Launch]] = {}
+CANDIDATES: dict[str, list[Launch]] = {
+    "joint_states": [
+        Launch({"EVERY": every}, warps, stages)
+        for every, warps, stages in ((1, 4, 2), (1, 4, 1), (1, 4, 3), (2, 4, 2), (4, 4, 2))
+    ],
+    "joint_outputs": [
+        Launch({"BK": size}, 4, stages) for size, stages in ((32, 1), (64, 1), (32, 2), (64, 2))
+    ],
+    "joint_queries_transfer": [Launch({"BK": 64}, 4, stages) for stages in (1, 2)],
+    "joint_queries_full": [
+        Launch({"BK": size}, 4, stages) for size, stages in ((32, 1), (64, 1), (32, 2), (64, 2))
+    ],
+    "joint_keys": [Launch({}, 4, stages) for stages in (1, 2)],
+    "joint_values": [
+        Launch({"BI": size}, 4, stages) for size, stages in ((32, 1), (64, 1), (32, 2), (64, 2))
+    ],
+    "joint_inputs": [
+        Launch({"BI": size}, 4, stages) for size, stages in ((32, 1), (64, 1), (32, 2), (64, 2))
+    ],
+}
 
 
 def launch(
