@@ -85,3 +85,23 @@ def shared_memory(device: torch.device) -> int:
     if device.type != "cuda":
         return 227 * 1024
     return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+
+
+# Gated linear attention: C and CS, tokens of a tile and of a segment, are those of the states' row for all kernels.
+CANDIDATES: dict[str, list[Launch]] = {
+    "gated_scan": [Launch({"BN": 512}, 4, 1), Launch({"BN": 256}, 2, 1), Launch({"BN": 1024}, 4, 1)],
+    "gated_liger_states": [Launch({"C": 64, "CS": 256}, 8, 1)],
+    "gated_liger_outputs": [Launch({"HEADS": 1, "BK": 64}, 4, 1)],
+    "gated_liger_outputs_strong": [Launch({"HEADS": 1, "BK": 32}, 8, 1)],
+    "gated_window_queries": [Launch({"BT": 64, "BK": 64}, 4, 1)],
+    "gated_window_keys": [Launch({"BT": 32, "BK": 64}, 4, 1)],
+    "gated_liger_back_states": [Launch({}, 8, 1)],
+    "gated_liger_queries": [Launch({}, 4, 1)],
+    "gated_liger_queries_strong": [Launch({}, 8, 1)],
+    "gated_liger_keys": [Launch({}, 4, 1)],
+    "gated_liger_keys_strong": [Launch({}, 8, 1)],
+    "gated_liger_values": [Launch({}, 4, 1)],
+    "gated_liger_values_strong": [Launch({}, 8, 1)],
+    "gated_liger_gates": [Launch({}, 8, 1)],
+}
+TABLE.update({kernel: [rows[0]] for kernel, rows in CANDIDATES.items() if kernel.startswith("gated")})
