@@ -27,6 +27,14 @@ class Launch(NamedTuple):
 # kernel -> rows from the most to the least demanding; the first that fits is launched.
 TABLE: dict[str, list[Launch]] = {}
 
+# kernel -> the settings that a sweep times, the default first.
+CANDIDATES: dict[str, list[Launch]] = {}
+
+CANDIDATES["selected_ranks"] = [Launch({"rows": 128, "columns": 64}, 4, 2)]
+CANDIDATES["selected_replay"] = [Launch({"rows": 128}, 4, 2)]
+for name in ("selected_ranks", "selected_replay"):
+    TABLE[name] = CANDIDATES[name][:1]
+
 
 def launch(kernel: str, device: torch.device) -> Launch:
     """The settings of ``kernel`` on ``device``."""
