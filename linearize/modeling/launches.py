@@ -32,8 +32,22 @@ CANDIDATES: dict[str, list[Launch]] = {}
 
 CANDIDATES["selected_ranks"] = [Launch({"rows": 128, "columns": 64}, 4, 2)]
 CANDIDATES["selected_replay"] = [Launch({"rows": 128}, 4, 2)]
-for name in ("selected_ranks", "selected_replay"):
-    TABLE[name] = CANDIDATES[name][:1]
+CANDIDATES["selected_kept_forward"] = [
+    Launch({"heads": 2, "keys": 64}, 4, 2),
+    Launch({"heads": 2, "keys": 64}, 8, 2),
+    Launch({"heads": 2, "keys": 128}, 8, 2),
+    Launch({"heads": 4, "keys": 64}, 8, 2),
+    Launch({"heads": 1, "keys": 64}, 4, 2),
+]
+CANDIDATES["selected_kept_dq"] = [
+    Launch({"heads": 2, "keys": 64}, 8, 2),
+    Launch({"heads": 1, "keys": 64}, 4, 2),
+    Launch({"heads": 2, "keys": 64}, 8, 1),
+]
+CANDIDATES["selected_kept_dkv"] = [Launch({"tokens": 64}, 4, 2), Launch({"tokens": 64}, 8, 2)]
+CANDIDATES["selected_local_dkv"] = [Launch({}, 4, 2), Launch({}, 8, 2)]
+for name, settings in CANDIDATES.items():
+    TABLE[name] = settings[:1]
 
 
 def launch(kernel: str, device: torch.device) -> Launch:

@@ -1,0 +1,171 @@
+"""Softmax over the local span and a kept set: ``selection.kept_chunked`` on a GPU, forward (the backward pass is in
+``triton_selected_kept_backward.py``).
+
+    y_t = softmax over { j <= t : c(j) >= c(t) - 1 } and the kept set of c(t) of  scale q_t . k_j, times v
+
+One program takes the C queries of a chunk for some heads of a group: they share the kept set, so that its rows of k and
+v, gathered by index, are read once for all of them. Kept tokens come first, the local span last: every query sees
+itself there, which washes out what an empty slot left in a running maximum.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launches import Launch, launch
+from .triton_selected import Sets
+
+LOG2E = 1.4426950408889634
+MASKED = tl.constexpr(-1e30)
+TAIL = 16
+"""Slots beyond the last whole block that get a narrow block of their own (N + 1 kept tokens are one too many)."""
+
+
+@triton.jit
+def rows_at(x, index, stride, there, D: tl.constexpr, BLOCK: tl.constexpr):
+    """Rows ``index`` [n] of x [T, D]: [n, BLOCK], zeros where ``there`` is false."""
+    column = tl.arange(0, BLOCK)
+    mask = there[:, None] if D == BLOCK else there[:, None] & (column < D)[None, :]
+    return tl.load(x + index.to(tl.int64)[:, None] * stride + column[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def attend(q, k, v, visible, m, total, y, scale):
+    """One block of keys in an online softmax; scores are in powers of two."""
+    s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+    s = tl.where(visible, s, MASKED)
+    new = tl.maximum(m, tl.max(s, 1))
+    p = tl.exp2(s - new[:, None])
+    shrink = tl.exp2(m - new)
+    total = total * shrink + tl.sum(p, 1)
+    y = tl.dot(p.to(v.dtype), v, y * shrink[:, None], input_precision="ieee")
+    return new, total, y
+
+
+@triton.jit(do_not_specialize=["time", "n", "whole"])
+def kept_forward_kernel(
+    q, k, v, index, y, lse, time, n, whole, scale,
+    q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h,
+    G: tl.constexpr, R: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    C: tl.constexpr, LOCAL: tl.constexpr, TAIL: tl.constexpr, heads: tl.constexpr, keys: tl.constexpr,
+):  # fmt: skip
+    """y [B, T, H, V] and lse [B, H, T] (of scores in powers of two); grid (G x head blocks, N, B)."""
+    parts: tl.constexpr = (R + heads - 1) // heads
+    g, part = tl.program_id(0) // parts, tl.program_id(0) % parts
+    c, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    r = tl.arange(0, heads * C)
+    inner, t = part * heads + r // C, c * C + r % C
+    head, live = g * R + inner, (inner < R) & (t < time)
+    k += b * k_b + g * k_h
+    v += b * v_b + g * v_h
+    column = tl.arange(0, BK)
+    start = q + b * q_b + (t.to(tl.int64) * q_t + head * q_h)[:, None]
+    mask = live[:, None] if K == BK else live[:, None] & (column < K)[None, :]
+    queries = tl.load(start + column[None, :], mask=mask, other=0.0)
+    index += ((b * G + g) * tl.num_programs(1) + c) * n
+
+    m = tl.full([heads * C], MASKED, tl.float32)
+    total = tl.zeros([heads * C], tl.float32)
+    acc = tl.zeros([heads * C, BV], tl.float32)
+    filled = tl.minimum(n, tl.maximum(c - 1, 0) * C)
+    for first in range(0, tl.minimum(filled, whole), keys):
+        j = first + tl.arange(0, keys)
+        at = tl.load(index + j, mask=j < filled, other=-1)
+        keyed = rows_at(k, at, k_t, at >= 0, K, BK)
+        valued = rows_at(v, at, v_t, at >= 0, V, BV)
+        m, total, acc = attend(queries, keyed, valued, (at >= 0)[None, :], m, total, acc, scale)
+    if TAIL > 0 and filled > whole:
+        j = whole + tl.arange(0, TAIL)
+        at = tl.load(index + j, mask=j < filled, other=-1)
+        keyed = rows_at(k, at, k_t, at >= 0, K, BK)
+        valued = rows_at(v, at, v_t, at >= 0, V, BV)
+        m, total, acc = attend(queries, keyed, valued, (at >= 0)[None, :], m, total, acc, scale)
+    for first in range(tl.maximum(c - 1, 0) * C, tl.minimum((c + 1) * C, time), LOCAL):
+        j = first + tl.arange(0, LOCAL)
+        keyed = rows_at(k, j, k_t, j < time, K, BK)
+        valued = rows_at(v, j, v_t, j < time, V, BV)
+        m, total, acc = attend(queries, keyed, valued, j[None, :] <= t[:, None], m, total, acc, scale)
+
+    H: tl.constexpr = G * R
+    column = tl.arange(0, BV)
+    mask = live[:, None] if V == BV else live[:, None] & (column < V)[None, :]
+    place = (b * time + t) * H + head
+    tl.store(y + place[:, None] * V + column[None, :], (acc / total[:, None]).to(y.dtype.element_ty), mask=mask)
+    tl.store(lse + (b * H + head) * time + t, m + tl.log2(total), mask=live)
+
+
+def shape_of(q: Tensor, k: Tensor, v: Tensor) -> dict[str, int]:
+    """The compile-time widths of a call."""
+    groups, key, value = k.shape[2], k.shape[3], v.shape[3]
+    return dict(
+        G=groups,
+        R=q.shape[2] // groups,
+        K=key,
+        V=value,
+        BK=max(16, triton.next_power_of_2(key)),
+        BV=max(16, triton.next_power_of_2(value)),
+    )
+
+
+def fitted(setting: Launch, q: Tensor, per_group: int) -> dict[str, Any]:
+    """Launch options with no more heads than a group has; fp32 takes twice the room, and gets half the tile."""
+    options = setting.options
+    if "heads" in options:
+        heads = 1 if q.dtype == torch.float32 else options["heads"]
+        options["heads"] = min(heads, triton.next_power_of_2(per_group))
+    if q.dtype == torch.float32:
+        options["num_stages"] = 1
+    return options
+
+
+def blocks_of(n: int, keys: int) -> tuple[int, int]:
+    """(slots in whole blocks, width of the narrow last block or 0)."""
+    rest = n % keys
+    return (n - rest, TAIL) if 0 < rest <= TAIL < keys else (n, 0)
+
+
+def in_rows(x: Tensor) -> Tensor:
+    """The same values with the last axis contiguous, and each row aligned to 16 bytes where it can be."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def kept_forward(
+    q: Tensor, k: Tensor, v: Tensor, sets: Sets, *, scale: float, chunk: int, setting: Launch | None = None
+) -> tuple[Tensor, Tensor]:
+    """y [B, T, H, V] in v's dtype, and lse [B, H, T]."""
+    batch, time, heads = q.shape[:3]
+    q, k, v = (in_rows(x) for x in (q, k, v))
+    shape = shape_of(q, k, v)
+    options = fitted(setting or launch("selected_kept_forward", q.device), q, shape["R"])
+    y = torch.empty(batch, time, heads, shape["V"], dtype=v.dtype, device=v.device)
+    lse = torch.empty(batch, heads, time, dtype=torch.float32, device=q.device)
+    n = sets.index.shape[3]
+    whole, tail = blocks_of(n, options["keys"])
+    grid = (shape["G"] * triton.cdiv(shape["R"], options["heads"]), triton.cdiv(time, chunk), batch)
+    kept_forward_kernel[grid](
+        q, k, v, sets.index, y, lse, time, n, whole, scale * LOG2E,
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
+        **shape, C=chunk, LOCAL=min(chunk, 64), TAIL=tail, **options,
+    )  # fmt: skip
+    return y, lse
+
+
+def kept_attention(
+    q: Tensor, k: Tensor, v: Tensor, score: Tensor, *, scale: float, chunk: int, size: int
+) -> Tensor:
+    """``selection.kept_chunked`` from nothing; gradients to q, k and v."""
+    from .triton_selected_kept_backward import KeptAttention
+
+    return KeptAttention.apply(q, k, v, score.detach(), scale, chunk, size)
+
+
+def refused(chunk: int, *widths: int) -> str | None:
+    """Why no kernel takes such a chunk or such head widths; None where one does."""
+    if chunk not in (16, 32, 64, 128):
+        return f"a chunk of {chunk} is not 16, 32, 64 or 128"
+    if max(widths) > 256:
+        return f"heads of {max(widths)} channels are wider than 256"
+    return None
