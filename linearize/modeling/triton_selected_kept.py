@@ -4,8 +4,8 @@
     y_t = softmax over { j <= t : c(j) >= c(t) - 1 } and the kept set of c(t) of  scale q_t . k_j, times v
 
 One program takes the C queries of a chunk for some heads of a group: they share the kept set, so that its rows of k and
-v, gathered by index, are read once for all of them. Kept tokens come first, the local span last: every query sees
-itself there, which washes out what an empty slot left in a running maximum.
+v, gathered by index, are read once for all of them. The kept tokens and then the local span are one list of keys; every
+query meets itself last, which washes out what an empty slot left in a running maximum.
 """
 
 from typing import Any
@@ -21,7 +21,6 @@ from .triton_selected import Sets
 LOG2E = 1.4426950408889634
 MASKED = tl.constexpr(-1e30)
 TAIL = 16
-"""Slots beyond the last whole block that get a narrow block of their own (N + 1 kept tokens are one too many)."""
 
 
 @triton.jit
@@ -33,24 +32,36 @@ def rows_at(x, index, stride, there, D: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def attend(q, k, v, visible, m, total, y, scale):
-    """One block of keys in an online softmax; scores are in powers of two."""
-    s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
-    s = tl.where(visible, s, MASKED)
+def position_of(index, j, filled, older, stop):
+    """Positions of the j-th keys of a chunk: its ``filled`` kept ones, then its local span from ``older`` on; -1 for
+    none. What is kept is older than every query of the chunk, so that one comparison serves as the causal mask."""
+    kept = tl.load(index + j, mask=j < filled, other=-1)
+    return tl.where(j < filled, kept, tl.where(j < stop, older + j - filled, -1))
+
+
+@triton.jit
+def attend(
+    q, k, v, at, t, m, total, y, k_t, v_t, scale,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+):  # fmt: skip
+    """The keys at positions ``at`` in an online softmax of queries at ``t``; scores are in powers of two."""
+    keys, values = rows_at(k, at, k_t, at >= 0, K, BK), rows_at(v, at, v_t, at >= 0, V, BV)
+    s = tl.dot(q, tl.trans(keys), input_precision="ieee") * scale
+    s = tl.where((at >= 0)[None, :] & (at[None, :] <= t[:, None]), s, MASKED)
     new = tl.maximum(m, tl.max(s, 1))
     p = tl.exp2(s - new[:, None])
     shrink = tl.exp2(m - new)
     total = total * shrink + tl.sum(p, 1)
-    y = tl.dot(p.to(v.dtype), v, y * shrink[:, None], input_precision="ieee")
+    y = tl.dot(p.to(v.dtype.element_ty), values, y * shrink[:, None], input_precision="ieee")
     return new, total, y
 
 
-@triton.jit(do_not_specialize=["time", "n", "whole"])
+@triton.jit(do_not_specialize=["time", "n", "odd"])
 def kept_forward_kernel(
-    q, k, v, index, y, lse, time, n, whole, scale,
+    q, k, v, index, y, lse, time, n, odd, scale,
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h,
     G: tl.constexpr, R: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    C: tl.constexpr, LOCAL: tl.constexpr, TAIL: tl.constexpr, heads: tl.constexpr, keys: tl.constexpr,
+    C: tl.constexpr, TAIL: tl.constexpr, heads: tl.constexpr, keys: tl.constexpr,
 ):  # fmt: skip
     """y [B, T, H, V] and lse [B, H, T] (of scores in powers of two); grid (G x head blocks, N, B)."""
     parts: tl.constexpr = (R + heads - 1) // heads
@@ -62,38 +73,32 @@ def kept_forward_kernel(
     k += b * k_b + g * k_h
     v += b * v_b + g * v_h
     column = tl.arange(0, BK)
-    start = q + b * q_b + (t.to(tl.int64) * q_t + head * q_h)[:, None]
+    row = q + b * q_b + (t.to(tl.int64) * q_t + head * q_h)[:, None]
     mask = live[:, None] if K == BK else live[:, None] & (column < K)[None, :]
-    queries = tl.load(start + column[None, :], mask=mask, other=0.0)
+    queries = tl.load(row + column[None, :], mask=mask, other=0.0)
     index += ((b * G + g) * tl.num_programs(1) + c) * n
 
     m = tl.full([heads * C], MASKED, tl.float32)
     total = tl.zeros([heads * C], tl.float32)
     acc = tl.zeros([heads * C, BV], tl.float32)
     filled = tl.minimum(n, tl.maximum(c - 1, 0) * C)
-    for first in range(0, tl.minimum(filled, whole), keys):
-        j = first + tl.arange(0, keys)
-        at = tl.load(index + j, mask=j < filled, other=-1)
-        keyed = rows_at(k, at, k_t, at >= 0, K, BK)
-        valued = rows_at(v, at, v_t, at >= 0, V, BV)
-        m, total, acc = attend(queries, keyed, valued, (at >= 0)[None, :], m, total, acc, scale)
-    if TAIL > 0 and filled > whole:
-        j = whole + tl.arange(0, TAIL)
-        at = tl.load(index + j, mask=j < filled, other=-1)
-        keyed = rows_at(k, at, k_t, at >= 0, K, BK)
-        valued = rows_at(v, at, v_t, at >= 0, V, BV)
-        m, total, acc = attend(queries, keyed, valued, (at >= 0)[None, :], m, total, acc, scale)
-    for first in range(tl.maximum(c - 1, 0) * C, tl.minimum((c + 1) * C, time), LOCAL):
-        j = first + tl.arange(0, LOCAL)
-        keyed = rows_at(k, j, k_t, j < time, K, BK)
-        valued = rows_at(v, j, v_t, j < time, V, BV)
-        m, total, acc = attend(queries, keyed, valued, j[None, :] <= t[:, None], m, total, acc, scale)
+    older = tl.maximum(c - 1, 0) * C
+    stop = filled + tl.minimum((c + 1) * C, time) - older
+    first = tl.minimum(filled, odd)
+    if TAIL > 0:
+        odd_ones = position_of(index, tl.arange(0, TAIL), first, older, 0)
+        m, total, acc = attend(queries, k, v, odd_ones, t, m, total, acc, k_t, v_t, scale, K, V, BK, BV)
+    for start in range(first, stop, keys):
+        at = position_of(index, start + tl.arange(0, keys), filled, older, stop)
+        m, total, acc = attend(queries, k, v, at, t, m, total, acc, k_t, v_t, scale, K, V, BK, BV)
 
     H: tl.constexpr = G * R
     column = tl.arange(0, BV)
     mask = live[:, None] if V == BV else live[:, None] & (column < V)[None, :]
     place = (b * time + t) * H + head
-    tl.store(y + place[:, None] * V + column[None, :], (acc / total[:, None]).to(y.dtype.element_ty), mask=mask)
+    tl.store(
+        y + place[:, None] * V + column[None, :], (acc / total[:, None]).to(y.dtype.element_ty), mask=mask
+    )
     tl.store(lse + (b * H + head) * time + t, m + tl.log2(total), mask=live)
 
 
@@ -121,10 +126,11 @@ def fitted(setting: Launch, q: Tensor, per_group: int) -> dict[str, Any]:
     return options
 
 
-def blocks_of(n: int, keys: int) -> tuple[int, int]:
-    """(slots in whole blocks, width of the narrow last block or 0)."""
-    rest = n % keys
-    return (n - rest, TAIL) if 0 < rest <= TAIL < keys else (n, 0)
+def odd_slots(n: int, keys: int) -> tuple[int, int]:
+    """(how many of n slots are met on their own, width of the narrow block for them); N + 1 kept tokens and a local
+    span of two chunks would else take a whole block for one token."""
+    odd = n % keys
+    return (odd, TAIL) if 0 < odd <= TAIL < keys else (0, 0)
 
 
 def in_rows(x: Tensor) -> Tensor:
@@ -143,12 +149,12 @@ def kept_forward(
     y = torch.empty(batch, time, heads, shape["V"], dtype=v.dtype, device=v.device)
     lse = torch.empty(batch, heads, time, dtype=torch.float32, device=q.device)
     n = sets.index.shape[3]
-    whole, tail = blocks_of(n, options["keys"])
+    odd, tail = odd_slots(n, options["keys"])
     grid = (shape["G"] * triton.cdiv(shape["R"], options["heads"]), triton.cdiv(time, chunk), batch)
     kept_forward_kernel[grid](
-        q, k, v, sets.index, y, lse, time, n, whole, scale * LOG2E,
+        q, k, v, sets.index, y, lse, time, n, odd, scale * LOG2E,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
-        **shape, C=chunk, LOCAL=min(chunk, 64), TAIL=tail, **options,
+        **shape, C=chunk, TAIL=tail, **options,
     )  # fmt: skip
     return y, lse
 

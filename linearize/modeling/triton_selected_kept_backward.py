@@ -21,7 +21,16 @@ from torch.autograd.function import once_differentiable
 
 from .launches import Launch, launch
 from .triton_selected import Sets, greater_in, key_position, order_key, running_sets
-from .triton_selected_kept import LOG2E, blocks_of, fitted, in_rows, kept_forward, rows_at, shape_of
+from .triton_selected_kept import (
+    LOG2E,
+    fitted,
+    in_rows,
+    kept_forward,
+    odd_slots,
+    position_of,
+    rows_at,
+    shape_of,
+)
 
 SPANS = 32
 """About as many spans as a sequence is cut into: programs for the GPU against scratch."""
@@ -30,12 +39,17 @@ TOKENS = 64
 
 
 @triton.jit
-def scored(q, k, v, dy, visible, lse, delta, scale):
-    """ds [queries, keys] of one block."""
-    s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+def add_dq(
+    q, dy, k, v, at, t, lse, delta, dq, k_t, v_t, scale,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+):  # fmt: skip
+    """dq with the part of the keys at positions ``at``."""
+    keys, values = rows_at(k, at, k_t, at >= 0, K, BK), rows_at(v, at, v_t, at >= 0, V, BV)
+    s = tl.dot(q, tl.trans(keys), input_precision="ieee") * scale
+    visible = (at >= 0)[None, :] & (at[None, :] <= t[:, None])
     p = tl.where(visible, tl.exp2(s - lse[:, None]), 0.0)
-    dp = tl.dot(dy, tl.trans(v), input_precision="ieee")
-    return p * (dp - delta[:, None])
+    ds = p * (tl.dot(dy, tl.trans(values), input_precision="ieee") - delta[:, None])
+    return tl.dot(ds.to(k.dtype.element_ty), keys, dq, input_precision="ieee")
 
 
 @triton.jit
@@ -47,12 +61,12 @@ def scored_columns(q, k, v, dy, visible, lse, delta, scale):
     return p, p * (dp - delta[None, :])
 
 
-@triton.jit(do_not_specialize=["time", "n", "whole"])
+@triton.jit(do_not_specialize=["time", "n", "odd"])
 def kept_dq_kernel(
-    q, k, v, index, y, dy, lse, delta, dq, time, n, whole, scale, back,
+    q, k, v, index, y, dy, lse, delta, dq, time, n, odd, scale, back,
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h,
     G: tl.constexpr, R: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    C: tl.constexpr, LOCAL: tl.constexpr, TAIL: tl.constexpr, heads: tl.constexpr, keys: tl.constexpr,
+    C: tl.constexpr, TAIL: tl.constexpr, heads: tl.constexpr, keys: tl.constexpr,
 ):  # fmt: skip
     """dq [B, T, H, K] and delta = dy . y [B, H, T]; grid (G x head blocks, N, B)."""
     parts: tl.constexpr = (R + heads - 1) // heads
@@ -67,8 +81,8 @@ def kept_dq_kernel(
     row = (b * time + t) * H + head
     d, e = tl.arange(0, BK), tl.arange(0, BV)
     wide, tall = live[:, None] & (d < K)[None, :], live[:, None] & (e < V)[None, :]
-    start = q + b * q_b + (t.to(tl.int64) * q_t + head * q_h)[:, None]
-    queries = tl.load(start + d[None, :], mask=wide, other=0.0)
+    base = q + b * q_b + (t.to(tl.int64) * q_t + head * q_h)[:, None]
+    queries = tl.load(base + d[None, :], mask=wide, other=0.0)
     out = tl.load(y + row[:, None] * V + e[None, :], mask=tall, other=0.0)
     grad = tl.load(dy + row[:, None] * V + e[None, :], mask=tall, other=0.0)
     place = (b * H + head) * time + t
@@ -79,34 +93,21 @@ def kept_dq_kernel(
 
     acc = tl.zeros([heads * C, BK], tl.float32)
     filled = tl.minimum(n, tl.maximum(c - 1, 0) * C)
-    for first in range(0, tl.minimum(filled, whole), keys):
-        j = first + tl.arange(0, keys)
-        at = tl.load(index + j, mask=j < filled, other=-1)
-        keyed = rows_at(k, at, k_t, at >= 0, K, BK)
-        valued = rows_at(v, at, v_t, at >= 0, V, BV)
-        ds = scored(queries, keyed, valued, grad, (at >= 0)[None, :], norm, dot, scale)
-        acc = tl.dot(ds.to(keyed.dtype), keyed, acc, input_precision="ieee")
-    if TAIL > 0 and filled > whole:
-        j = whole + tl.arange(0, TAIL)
-        at = tl.load(index + j, mask=j < filled, other=-1)
-        keyed = rows_at(k, at, k_t, at >= 0, K, BK)
-        valued = rows_at(v, at, v_t, at >= 0, V, BV)
-        ds = scored(queries, keyed, valued, grad, (at >= 0)[None, :], norm, dot, scale)
-        acc = tl.dot(ds.to(keyed.dtype), keyed, acc, input_precision="ieee")
-    for first in range(tl.maximum(c - 1, 0) * C, tl.minimum((c + 1) * C, time), LOCAL):
-        j = first + tl.arange(0, LOCAL)
-        keyed = rows_at(k, j, k_t, j < time, K, BK)
-        valued = rows_at(v, j, v_t, j < time, V, BV)
-        visible = (j[None, :] <= t[:, None]) & live[:, None]
-        ds = scored(queries, keyed, valued, grad, visible, norm, dot, scale)
-        acc = tl.dot(ds.to(keyed.dtype), keyed, acc, input_precision="ieee")
+    older = tl.maximum(c - 1, 0) * C
+    stop = filled + tl.minimum((c + 1) * C, time) - older
+    first = tl.minimum(filled, odd)
+    t = tl.where(live, t, -1)
+    if TAIL > 0:
+        odd_ones = position_of(index, tl.arange(0, TAIL), first, older, 0)
+        acc = add_dq(queries, grad, k, v, odd_ones, t, norm, dot, acc, k_t, v_t, scale, K, V, BK, BV)
+    for start in range(first, stop, keys):
+        at = position_of(index, start + tl.arange(0, keys), filled, older, stop)
+        acc = add_dq(queries, grad, k, v, at, t, norm, dot, acc, k_t, v_t, scale, K, V, BK, BV)
     tl.store(dq + row[:, None] * K + d[None, :], (acc * back).to(dq.dtype.element_ty), mask=wide)
 
 
 @triton.jit(do_not_specialize=["time", "count", "span"])
-def entrants_kernel(
-    leave, listed, sizes, time, count, span, C: tl.constexpr, block: tl.constexpr
-):
+def entrants_kernel(leave, listed, sizes, time, count, span, C: tl.constexpr, block: tl.constexpr):
     """listed [BG, spans, span C]: positions that enter a kept set in each span, in order; sizes [BG, spans]."""
     s, row = tl.program_id(0), tl.program_id(1)
     leave += row.to(tl.int64) * time
@@ -265,11 +266,11 @@ def kept_backward(
     delta = torch.empty_like(lse)
     dq = torch.empty(q.shape, dtype=q.dtype, device=device)
     chosen = options("selected_kept_dq")
-    whole, tail = blocks_of(n, chosen["keys"])
+    odd, tail = odd_slots(n, chosen["keys"])
     grid = (shape["G"] * triton.cdiv(shape["R"], chosen["heads"]), count, batch)
     kept_dq_kernel[grid](
-        q, k, v, sets.index, y, dy, lse, delta, dq, time, n, whole, scale * LOG2E, scale, *strides,
-        **shape, C=chunk, LOCAL=min(chunk, 64), TAIL=tail, **chosen,
+        q, k, v, sets.index, y, dy, lse, delta, dq, time, n, odd, scale * LOG2E, scale, *strides,
+        **shape, C=chunk, TAIL=tail, **chosen,
     )  # fmt: skip
 
     routed, segments = max(0, count - 2), sets.lists.shape[2]
@@ -290,7 +291,10 @@ def kept_backward(
             time, n, count, span, segments, sets.segment, scale * LOG2E, scale, *strides,
             **shape, C=chunk, QUERIES=queries, **chosen,
         )  # fmt: skip
-    dk, dv = torch.empty(k.shape, dtype=k.dtype, device=device), torch.empty(v.shape, dtype=v.dtype, device=device)
+    dk, dv = (
+        torch.empty(k.shape, dtype=k.dtype, device=device),
+        torch.empty(v.shape, dtype=v.dtype, device=device),
+    )
     local_dkv_kernel[(triton.cdiv(time, queries), rows)](
         q, k, v, dy, lse, delta, score, sets.leave, sets.lists,
         carried_k, carried_v, entered_k, entered_v, dk, dv,
@@ -319,7 +323,5 @@ class KeptAttention(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, score, y, lse, index, leave, lists = ctx.saved_tensors
         sets = Sets(index, leave, lists, ctx.segment)
-        found = kept_backward(
-            q, k, v, score, sets, y, lse, *gradients, scale=ctx.scale, chunk=ctx.chunk
-        )
+        found = kept_backward(q, k, v, score, sets, y, lse, *gradients, scale=ctx.scale, chunk=ctx.chunk)
         return *found, None, None, None, None
