@@ -5,7 +5,7 @@
 
 dq walks a query's keys as the forward pass does. For dk and dv, a kept token is seen by the chunks from its entry until
 it leaves, a range without gaps. Chunks are cut in spans; what a span's queries may see is the list that is carried into
-it and the tokens that enter within, which :func:`entrants_kernel` lists. A program takes 64 of either and walks the
+it and the tokens that enter within, which :func:`entrants_kernel` lists. A program takes a tile of either and walks the
 span, in registers. A token's gradient is then its local part, its own span's, and one part of each later span that
 carries it, added up where the local part is made. Scratch: for each span n rows of k and v, and one row for each token
 that enters, all fp32.
@@ -34,8 +34,6 @@ from .triton_selected_kept import (
 
 SPANS = 32
 """About as many spans as a sequence is cut into: programs for the GPU against scratch."""
-TOKENS = 64
-"""Kept tokens of a program."""
 
 
 @triton.jit
@@ -131,7 +129,7 @@ def kept_dkv_kernel(
     time, n, count, span, segments, segment, scale, back,
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h,
     G: tl.constexpr, R: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    C: tl.constexpr, QUERIES: tl.constexpr, tokens: tl.constexpr,
+    C: tl.constexpr, tokens: tl.constexpr, queries: tl.constexpr,
 ):  # fmt: skip
     """The gradient of kept tokens from the queries of one span; grid (tiles, spans, B G). Tiles of carried tokens
     write carried_k [BG, spans, n, K], those of entering ones entered_k [BG, T, K]."""
@@ -148,10 +146,14 @@ def kept_dkv_kernel(
         key = tl.load(at + i, mask=i < held, other=-1)
         there = (i < held) & (key != -(2**63))
         position = tl.where(there, key_position(key), 0)
+        to_k, to_v = carried_k + (row * spans + s) * n * K, carried_v + (row * spans + s) * n * V
+        to = i
     else:
         i = (tile - carried_tiles) * tokens + tl.arange(0, tokens)
         there = i < tl.load(sizes + row * spans + s)
         position = tl.load(listed + (row * spans + s) * span * C + i, mask=there, other=0)
+        to_k, to_v = entered_k + row * time * K, entered_v + row * time * V
+        to = position
     if tl.max(there.to(tl.int32), 0) > 0:
         enter = position // C + 2
         until = tl.load(leave + row * time + position, mask=there, other=0)
@@ -163,30 +165,24 @@ def kept_dkv_kernel(
         dv = tl.zeros([tokens, BV], tl.float32)
         first = tl.maximum(first, tl.min(tl.where(there, enter, 2147483647), 0))
         stop = tl.minimum(stop, tl.max(until, 0))
-        each: tl.constexpr = C // QUERIES
-        for step in range(first * (R * each), stop * (R * each)):
-            c, h = step // (R * each), step % (R * each) // each
-            t = c * C + step % each * QUERIES + tl.arange(0, QUERIES)
-            head, live = g * R + h, t < time
-            queries = rows_at(q + b * q_b + head * q_h, t, q_t, live, K, BK)
+        blocks: tl.constexpr = (C + queries - 1) // queries
+        for step in range(0, (stop - first) * (R * blocks)):
+            c, rest = first + step // (R * blocks), step % (R * blocks)
+            t = c * C + rest // R * queries + tl.arange(0, queries)
+            head, live = g * R + rest % R, (t < time) & (t < (c + 1) * C)
+            rows = rows_at(q + b * q_b + head * q_h, t, q_t, live, K, BK)
             grad = rows_at(dy + (b * time * (G * R) + head) * V, t, G * R * V, live, V, BV)
             place = (b * (G * R) + head) * time + t
             norm = tl.load(lse + place, mask=live, other=0.0)
             dot = tl.load(delta + place, mask=live, other=0.0)
             visible = ((enter <= c) & (c < until))[:, None] & live[None, :]
-            p, ds = scored_columns(queries, keyed, valued, grad, visible, norm, dot, scale)
+            p, ds = scored_columns(rows, keyed, valued, grad, visible, norm, dot, scale)
             dv = tl.dot(p.to(grad.dtype), grad, dv, input_precision="ieee")
-            dk = tl.dot(ds.to(queries.dtype), queries, dk, input_precision="ieee")
+            dk = tl.dot(ds.to(rows.dtype), rows, dk, input_precision="ieee")
         d, e = tl.arange(0, BK), tl.arange(0, BV)
         wide, tall = there[:, None] & (d < K)[None, :], there[:, None] & (e < V)[None, :]
-        if tile < carried_tiles:
-            to = (row * spans + s) * n + i
-            tl.store(carried_k + to[:, None] * K + d[None, :], dk * back, mask=wide)
-            tl.store(carried_v + to[:, None] * V + e[None, :], dv, mask=tall)
-        else:
-            to = row * time + position
-            tl.store(entered_k + to[:, None] * K + d[None, :], dk * back, mask=wide)
-            tl.store(entered_v + to[:, None] * V + e[None, :], dv, mask=tall)
+        tl.store(to_k + to[:, None] * K + d[None, :], dk * back, mask=wide)
+        tl.store(to_v + to[:, None] * V + e[None, :], dv, mask=tall)
 
 
 @triton.jit(do_not_specialize=["time", "n", "count", "span", "segments", "segment", "spans"])
@@ -195,7 +191,7 @@ def local_dkv_kernel(
     time, n, count, span, segments, segment, spans, scale, back,
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, s_b, s_t, s_g,
     G: tl.constexpr, R: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    C: tl.constexpr, QUERIES: tl.constexpr, tokens: tl.constexpr, STEPS: tl.constexpr,
+    C: tl.constexpr, STEPS: tl.constexpr, tokens: tl.constexpr, queries: tl.constexpr,
 ):  # fmt: skip
     """dk [B, T, G, K], dv [B, T, G, V]: the local part, and what the spans found; grid (token tiles, BG)."""
     row = tl.program_id(1).to(tl.int64)
@@ -209,20 +205,20 @@ def local_dkv_kernel(
     valued = rows_at(v, j, v_t, there, V, BV)
     acc_k = tl.zeros([tokens, BK], tl.float32)
     acc_v = tl.zeros([tokens, BV], tl.float32)
-    blocks = tl.cdiv(tl.minimum((own + 2) * C, time) - own * C, QUERIES)
+    begin = tl.program_id(0) * tokens  # no query before the first of these tokens sees one of them
+    blocks = tl.cdiv(tl.minimum((own + 2) * C, time) - begin, queries)
     for step in range(0, blocks * R):
-        h = step % R
-        t = own * C + step // R * QUERIES + tl.arange(0, QUERIES)
-        head, live = g * R + h, t < time
-        queries = rows_at(q + b * q_b + head * q_h, t, q_t, live, K, BK)
+        t = begin + step // R * queries + tl.arange(0, queries)
+        head, live = g * R + step % R, (t < time) & (t < (own + 2) * C)
+        rows = rows_at(q + b * q_b + head * q_h, t, q_t, live, K, BK)
         grad = rows_at(dy + (b * time * (G * R) + head) * V, t, G * R * V, live, V, BV)
         place = (b * (G * R) + head) * time + t
         norm = tl.load(lse + place, mask=live, other=0.0)
         dot = tl.load(delta + place, mask=live, other=0.0)
         visible = (j[:, None] <= t[None, :]) & live[None, :]
-        p, ds = scored_columns(queries, keyed, valued, grad, visible, norm, dot, scale)
+        p, ds = scored_columns(rows, keyed, valued, grad, visible, norm, dot, scale)
         acc_v = tl.dot(p.to(grad.dtype), grad, acc_v, input_precision="ieee")
-        acc_k = tl.dot(ds.to(queries.dtype), queries, acc_k, input_precision="ieee")
+        acc_k = tl.dot(ds.to(rows.dtype), rows, acc_k, input_precision="ieee")
     acc_k *= back
 
     d, e = tl.arange(0, BK), tl.arange(0, BV)
@@ -278,7 +274,6 @@ def kept_backward(
     spans = -(-routed // span)
     carried_k, carried_v = (torch.empty(rows, spans, n, shape[x], **exact) for x in "KV")
     entered_k, entered_v = (torch.empty(rows, time if n else 0, shape[x], **exact) for x in "KV")
-    queries = min(chunk, 64)
     if n:
         listed = torch.empty(rows, spans, span * chunk, dtype=torch.int32, device=device)
         sizes = torch.empty(rows, spans, dtype=torch.int32, device=device)
@@ -289,18 +284,19 @@ def kept_backward(
             q, k, v, dy, lse, delta, sets.leave, sets.lists, listed, sizes,
             carried_k, carried_v, entered_k, entered_v,
             time, n, count, span, segments, sets.segment, scale * LOG2E, scale, *strides,
-            **shape, C=chunk, QUERIES=queries, **chosen,
+            **shape, C=chunk, **chosen,
         )  # fmt: skip
     dk, dv = (
         torch.empty(k.shape, dtype=k.dtype, device=device),
         torch.empty(v.shape, dtype=v.dtype, device=device),
     )
-    local_dkv_kernel[(triton.cdiv(time, queries), rows)](
+    chosen = options("selected_local_dkv")
+    chosen["tokens"] = min(chosen["tokens"], chunk)  # all of one chunk
+    local_dkv_kernel[(triton.cdiv(time, chosen["tokens"]), rows)](
         q, k, v, dy, lse, delta, score, sets.leave, sets.lists,
         carried_k, carried_v, entered_k, entered_v, dk, dv,
         time, n, count, span, segments, sets.segment, spans, scale * LOG2E, scale, *strides, *score.stride(),
-        **shape, C=chunk, QUERIES=queries, tokens=queries, STEPS=max(1, n.bit_length()),
-        **options("selected_local_dkv"),
+        **shape, C=chunk, STEPS=max(1, n.bit_length()), **chosen,
     )  # fmt: skip
     return dq, dk, dv
 
