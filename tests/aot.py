@@ -20,7 +20,7 @@ TYPES = {"bf16": "*bf16", "fp16": "*fp16", "fp32": "*fp32", "i32": "*i32", "i64"
 
 class Case(NamedTuple):
     """One compilation. ``arguments`` maps the kernel's non-constexpr parameters to Triton types ("*bf16", "i32",
-    "fp32"); pointers are taken as divisible by 16."""
+    "fp32"); pointers are taken as divisible by 16, and so is an "i32:16", as launches take most strides."""
 
     name: str
     kernel: Any
@@ -52,9 +52,9 @@ def compile_case(case: Case) -> Resources:
     attributes = {
         (names.index(name),): [["tt.divisibility", 16]]
         for name, kind in case.arguments.items()
-        if kind.startswith("*")
+        if kind.startswith("*") or kind.endswith(":16")
     }
-    signature = {name: case.arguments.get(name, "constexpr") for name in names}
+    signature = {name: case.arguments.get(name, "constexpr").removesuffix(":16") for name in names}
     source = ASTSource(case.kernel, signature, constexprs=case.constants, attrs=attributes)
     options = {"num_warps": case.warps, "num_stages": case.stages}
     made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)

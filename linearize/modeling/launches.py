@@ -25,7 +25,15 @@ class Launch(NamedTuple):
 
 
 # kernel -> rows from the most to the least demanding; the first that fits is launched.
-TABLE: dict[str, list[Launch]] = {}
+TABLE: dict[str, list[Launch]] = {
+    "joint_states": [Launch({"EVERY": 1}, 8, 1)],
+    "joint_outputs": [Launch({}, 4, 1)],
+    "joint_queries_transfer": [Launch({}, 4, 1)],
+    "joint_queries_full": [Launch({}, 8, 1)],
+    "joint_keys": [Launch({}, 4, 1)],
+    "joint_inputs": [Launch({}, 8, 1)],
+    "joint_maps": [Launch({}, 4, 2)],
+}
 
 # kernel -> the settings that a sweep times, the default first.
 CANDIDATES: dict[str, list[Launch]] = {}
