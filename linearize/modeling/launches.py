@@ -38,8 +38,17 @@ TABLE: dict[str, list[Launch]] = {
 # kernel -> the settings that a sweep times, the default first.
 CANDIDATES: dict[str, list[Launch]] = {}
 
-CANDIDATES["selected_ranks"] = [Launch({"rows": 128, "columns": 64}, 4, 2)]
-CANDIDATES["selected_replay"] = [Launch({"rows": 128}, 4, 2)]
+CANDIDATES["selected_ranks"] = [
+    Launch({"rows": 128, "columns": 32}, 4, 2),
+    Launch({"rows": 128, "columns": 64}, 4, 2),
+    Launch({"rows": 64, "columns": 64}, 4, 2),
+]
+CANDIDATES["selected_replay"] = [
+    Launch({"rows": 128}, 4, 2),
+    Launch({"rows": 64}, 4, 2),
+    Launch({"rows": 64}, 2, 2),
+    Launch({"rows": 256}, 8, 2),
+]
 CANDIDATES["selected_kept_forward"] = [
     Launch({"heads": 2, "keys": 64}, 8, 2),
     Launch({"heads": 2, "keys": 64}, 8, 3),
@@ -84,7 +93,7 @@ CANDIDATES["selected_saliency"] = [
     Launch({"heads": 2}, 4, 1),
 ]
 for name, settings in CANDIDATES.items():
-    TABLE[name] = settings[:1]
+    TABLE.setdefault(name, settings[:1])
 
 
 def launch(kernel: str, device: torch.device) -> Launch:

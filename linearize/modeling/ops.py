@@ -1,15 +1,19 @@
 """The only door to compute: a mixer calls an operation here and never asks which version runs.
 
 Each operation has a plain torch reference of the same signature, in ``reference.py``, ``gated.py``, ``selection.py``,
-``routing.py`` or ``lola.py``. There is no other version yet; the choice is only between their forms: many queries
-(chunked) and few (recurrent).
+``routing.py`` or ``lola.py``, in the forms of many queries (chunked) and few (recurrent). Some have a Triton kernel
+besides, which ``backend`` chooses where it can run.
 """
 
+from torch import Tensor
+
+from . import routing, selection
+from .backend import refusal, use_kernel
 from .gated import gated_chunked, gated_recurrent, joined_chunked, joined_recurrent
 from .lola import Sparse, hand_over_all, sparse_chunked, sparse_recurrent
 from .reference import fold, joint_chunked, joint_recurrent, window_chunked, window_recurrent
-from .routing import Past, route, routed_chunked, routed_recurrent, self_saliency, self_saliency_of
-from .selection import Kept, future_attention, kept_chunked, kept_recurrent, merge_kept
+from .routing import Past, route, routed_chunked, routed_recurrent, self_saliency_of
+from .selection import Kept, kept_recurrent, merge_kept
 
 __all__ = [
     "Kept",
@@ -42,7 +46,6 @@ joint_attention = joint_chunked
 joint_decode = joint_recurrent
 window_attention = window_chunked
 window_decode = window_recurrent
-kept_attention = kept_chunked
 kept_decode = kept_recurrent
 gated_attention = gated_chunked
 gated_decode = gated_recurrent
@@ -53,3 +56,82 @@ routed_decode = routed_recurrent
 sparse_attention = sparse_chunked
 sparse_decode = sparse_recurrent
 sparse_hand_over = hand_over_all
+
+
+def _unlike(*tensors: Tensor) -> str | None:
+    kinds = {str(x.dtype).removeprefix("torch.") for x in tensors}
+    return None if len(kinds) == 1 else f"q, k and v are of several types, {' and '.join(sorted(kinds))}"
+
+
+def _no_tile(chunk: int, *widths: int) -> str | None:
+    """Why kernels whose tile of queries is a chunk do not take this one, or these head widths."""
+    if chunk not in (16, 32, 64, 128):
+        return f"a chunk of {chunk} is not 16, 32, 64 or 128"
+    return f"heads of {max(widths)} channels are wider than 256" if max(widths) > 256 else None
+
+
+def kept_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    score: Tensor,
+    *,
+    scale: float,
+    chunk: int,
+    size: int,
+    softcap: float | None = None,
+    kept: Kept | None = None,
+) -> Tensor:
+    """``selection.kept_chunked``."""
+    if use_kernel(
+        "kept_attention",
+        refusal(q, k, v, score),
+        _unlike(q, k, v),
+        "a soft-cap is set" if softcap is not None else None,
+        "a chunk continues a state" if kept is not None else None,
+        _no_tile(chunk, k.shape[-1], v.shape[-1]),
+    ):
+        from .triton_selected_kept import kept_attention as kernel
+
+        return kernel(q, k, v, score, scale=scale, chunk=chunk, size=size)
+    return selection.kept_chunked(
+        q, k, v, score, scale=scale, chunk=chunk, size=size, softcap=softcap, kept=kept
+    )
+
+
+def future_attention(
+    q: Tensor,
+    k: Tensor,
+    *,
+    scale: float,
+    chunk: int,
+    softcap: float | None = None,
+    lengths: Tensor | None = None,
+) -> Tensor:
+    """``selection.future_attention``."""
+    if use_kernel(
+        "future_attention",
+        refusal(q, k),
+        _unlike(q, k),
+        "a soft-cap is set" if softcap is not None else None,
+        _no_tile(64, k.shape[-1]),
+    ):
+        from .triton_selected_future import future_attention as kernel
+
+        return kernel(q, k, scale=scale, chunk=chunk, lengths=lengths)
+    return selection.future_attention(q, k, scale=scale, chunk=chunk, softcap=softcap, lengths=lengths)
+
+
+def self_saliency(q: Tensor, k: Tensor, *, scale: float, window: int, softcap: float | None = None) -> Tensor:
+    """``routing.self_saliency``."""
+    if use_kernel(
+        "self_saliency",
+        refusal(q, k),
+        _unlike(q, k),
+        "a soft-cap is set" if softcap is not None else None,
+        _no_tile(window, k.shape[-1]),
+    ):
+        from .triton_selected_future import self_saliency as kernel
+
+        return kernel(q, k, scale=scale, window=window)
+    return routing.self_saliency(q, k, scale=scale, window=window, softcap=softcap)

@@ -167,7 +167,9 @@ def joint_outputs(
     rows = load_rows(q, i0, qt, T, D, BD, BT)
     acc, mass = tl.zeros([BT, BV], tl.float32), tl.zeros([BT], tl.float32)
     top = tl.full([BT], float("-inf"), tl.float32)
-    if W > 0:  # the window first: its maximum rescales what was summed before, and the linear terms must not be
+    if (
+        W > 0
+    ):  # the window first: its maximum rescales what was summed before, and the linear terms must not be
         top = tl.full([BT], -1e30, tl.float32)
         for j0 in range(first_in_window(i0, W, TERRACED) // BT * BT, i0 + BT, BT):
             kT = load_columns(k, j0, kt, T, D, BD, BT)
@@ -213,7 +215,9 @@ def joint_outputs(
         tl.store(den + line + query, mass, mask=query < T)
         tl.store(peak + line + query, top, mask=query < T)
     if TRANSFER:
-        target = load_rows(teacher + b64 * tb + tl.cast(h, tl.int64) * th, i0, tt, T, V, BV, BT).to(tl.float32)
+        target = load_rows(teacher + b64 * tb + tl.cast(h, tl.int64) * th, i0, tt, T, V, BV, BT).to(
+            tl.float32
+        )
         real = query < T
         if HAS_LENGTHS:
             real = query < tl.load(lengths + b)
@@ -326,7 +330,9 @@ def joint_sums(
         done = (total_S[:, :, 0], total_Z[:, :, 0]) if final else None
         return Sums(S, Z, None, None, run, every, done)
     if not totals:  # one run after a state: nothing is summed before it but the state
-        return Sums(S, Z, state[0].to(x.dtype)[:, :, None].contiguous(), state[1].float()[:, :, None], run, every)
+        return Sums(
+            S, Z, state[0].to(x.dtype)[:, :, None].contiguous(), state[1].float()[:, :, None], run, every
+        )
     parts = []
     for total, dtype, begin in (
         (total_S, x.dtype, None if state is None else state[0]),
@@ -370,9 +376,7 @@ def joint_forward(
     fp32, teacher [B, T, H, V], lengths and stop [B]."""
     settings = settings or {}
     setting = settings.get("joint_outputs") or launch("joint_outputs", q.device)
-    sums = joint_sums(
-        k, w_k, v, state=state, stop=stop, final=final, setting=settings.get("joint_states")
-    )
+    sums = joint_sums(k, w_k, v, state=state, stop=stop, final=final, setting=settings.get("joint_states"))
     batch, time, heads = q.shape[:3]
     tiles, transfer = triton.cdiv(time, BT), teacher is not None
     exact: dict[str, Any] = {"dtype": torch.float32, "device": q.device}

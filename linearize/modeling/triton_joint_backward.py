@@ -194,7 +194,9 @@ def joint_keys(
         uT = load_columns(dy, i0, gt, T, V, BV, BT)
         uT = (uT.to(tl.float32) * inverse[None, :]).to(uT.dtype)
         cotangent = tl.dot(values, uT, input_precision=PRECISION) - weight[None, :]
-        cotangent = tl.where(is_linear(query[None, :], key[:, None], T, W, TERRACED), cotangent, 0.0).to(uT.dtype)
+        cotangent = tl.where(is_linear(query[None, :], key[:, None], T, W, TERRACED), cotangent, 0.0).to(
+            uT.dtype
+        )
         rows = load_rows(q, i0, qt, T, D, BD, BT)
         w = load_matrix(w_q + h * D * F, D, F, BD, F)
         query_plus, query_minus = hedgehog_rows(tl.dot(rows, w, input_precision=PRECISION))
@@ -259,11 +261,15 @@ def joint_inputs(
         if edge < stored:
             at = R + ((b64 * heads + h) * stored + edge) * 2 * F * V
             d_values = tl.dot(plus, load_matrix(at, F, V, F, BV), d_values, input_precision=PRECISION)
-            d_values = tl.dot(minus, load_matrix(at + F * V, F, V, F, BV), d_values, input_precision=PRECISION)
+            d_values = tl.dot(
+                minus, load_matrix(at + F * V, F, V, F, BV), d_values, input_precision=PRECISION
+            )
             if HAS_BASE:
                 at = base_R + ((b64 * heads + h) * runs + edge * EVERY // run) * 2 * F * V
                 d_values = tl.dot(plus, load_matrix(at, F, V, F, BV), d_values, input_precision=PRECISION)
-                d_values = tl.dot(minus, load_matrix(at + F * V, F, V, F, BV), d_values, input_precision=PRECISION)
+                d_values = tl.dot(
+                    minus, load_matrix(at + F * V, F, V, F, BV), d_values, input_precision=PRECISION
+                )
         for i0 in range(first_outside(j0, W, TERRACED) // BT * BT, tl.minimum(edge * EVERY * BT, T), BT):
             query = i0 + token
             inverse = 1.0 / tl.load(den + line + query, mask=query < T, other=1.0)
@@ -406,7 +412,9 @@ def joint_backward(
     now = {"EVERY": sums.every, "HAS_BASE": sums.base_S is not None}
     then = {"EVERY": later.every, "HAS_BASE": later.base_S is not None}
     places = (later.S.shape[2], later.run, _runs(later))
-    setting = settings.get("joint_queries") or launch(f"joint_queries_{'full' if inputs else 'transfer'}", q.device)
+    setting = settings.get("joint_queries") or launch(
+        f"joint_queries_{'full' if inputs else 'transfer'}", q.device
+    )
     joint_queries[(heads, tiles, batch)](
         q, k, v, dy, w_q, w_k, g, b, sums.S, sums.Z, *_base(sums, g), done.den, done.peak, e, dx_q, dq, c, best,
         *steps, sums.S.shape[2], sums.run, _runs(sums), scale, **shape, **now, MAPS=maps, INPUTS=inputs,

@@ -1,8 +1,8 @@
 """The kept set of every chunk, all chunks at once: ``selection.running_best`` without its loop over chunks.
 
 Tokens are compared by one 64-bit number, the score's order above, the position's complement below, so that no two are
-equal and the greater one is kept. Candidates come in chunks of m (Salient: the chunk's tokens; STILL: its picks), chunks
-in segments. What comes out of :func:`running_sets`:
+equal and the greater one is kept. Candidates come in chunks of m (Salient: the chunk's tokens; STILL: its picks), and
+chunks in segments. What comes out of :func:`running_sets`:
 
     index [B, G, N, n]   positions kept by the queries of each chunk, best first, -1 in an empty slot
     leave [B, G, T]      the chunk whose set a token is no longer in; entering is known (two chunks after its own)
@@ -195,7 +195,13 @@ def replay_kernel(
 
 
 def running_sets(
-    score: Tensor, *, chunk: int, size: int, picks: int | None = None, segment: int | None = None
+    score: Tensor,
+    *,
+    chunk: int,
+    size: int,
+    picks: int | None = None,
+    segment: int | None = None,
+    settings: dict[str, Launch] | None = None,
 ) -> Sets:
     """The kept sets of score [B, T, G]: of all tokens, or of the ``picks`` best of each chunk."""
     batch, time, groups = score.shape
@@ -222,7 +228,7 @@ def running_sets(
         picks_kernel[(heads, count)](
             score, keys, leave, time, candidates, *score.stride(), groups, chunk, picks, block
         )
-    setting = launch("selected_ranks", device)
+    setting = (settings or {}).get("selected_ranks") or launch("selected_ranks", device)
     rows, length = setting.blocks["rows"], chunks * per_chunk
     ranks_kernel[(triton.cdiv(length, rows), segments, heads)](
         keys, lists, candidates, segments, n, length, **setting.options
@@ -233,13 +239,10 @@ def running_sets(
         merge_kernel[(triton.cdiv(n, 128), segments, heads)](lists, merged, segments, distance, n, 128, steps)
         lists, merged = merged, lists
         distance *= 2
-    setting = launch("selected_replay", device)
+    setting = (settings or {}).get("selected_replay") or launch("selected_replay", device)
     rows = setting.blocks["rows"]
     replay_kernel[(triton.cdiv(n, rows) + triton.cdiv(length, rows), segments, heads)](
         keys, lists, index, leave, candidates, routed, segments, time, n,
         per_chunk, max(2, triton.next_power_of_2(per_chunk)), chunks, STEPS=steps, **setting.options,
     )  # fmt: skip
     return Sets(index, leave, lists, chunks)
-
-
-__all__ = ["NEVER", "Launch", "Sets", "key_position", "order_key", "running_sets"]

@@ -166,12 +166,3 @@ def kept_attention(
     from .triton_selected_kept_backward import KeptAttention
 
     return KeptAttention.apply(q, k, v, score.detach(), scale, chunk, size)
-
-
-def refused(chunk: int, *widths: int) -> str | None:
-    """Why no kernel takes such a chunk or such head widths; None where one does."""
-    if chunk not in (16, 32, 64, 128):
-        return f"a chunk of {chunk} is not 16, 32, 64 or 128"
-    if max(widths) > 256:
-        return f"heads of {max(widths)} channels are wider than 256"
-    return None

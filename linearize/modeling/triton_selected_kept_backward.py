@@ -250,7 +250,7 @@ def kept_backward(
     *, scale: float, chunk: int, settings: dict[str, Launch] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """dq, dk and dv in the dtypes of q, k and v."""
-    batch, time, heads = q.shape[:3]
+    batch, time = q.shape[:2]
     q, k, v, dy = *(in_rows(x) for x in (q, k, v)), dy.contiguous()
     shape, count, device = shape_of(q, k, v), -(-time // chunk), q.device
     rows, n, exact = batch * shape["G"], sets.index.shape[3], dict(dtype=torch.float32, device=device)
