@@ -7,6 +7,7 @@ chunks in segments. What comes out of :func:`running_sets`:
     index [B, G, N, n]   positions kept by the queries of each chunk, best first, -1 in an empty slot
     leave [B, G, T]      the chunk whose set a token is no longer in; entering is known (two chunks after its own)
     lists [B, G, S, n]   the best n of segments 0..s, as numbers, best first
+    left [B, G, N, m]    with picks: who was kept until this chunk, -1 in an empty slot
 
 A token's place in a set is the count of better tokens handed over until then, and it leaves when that reaches n. So:
 
@@ -17,7 +18,7 @@ A token's place in a set is the count of better tokens handed over until then, a
 The work is T (n + segment) comparisons a head, no step of it in sequence but log2(segments) merges.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -40,6 +41,7 @@ class Sets(NamedTuple):
     lists: Tensor
     segment: int
     """Chunks of candidates in a segment."""
+    left: Tensor | None = None
 
 
 @triton.jit
@@ -153,9 +155,9 @@ def merge_kernel(lists, merged, count, distance, n, rows: tl.constexpr, STEPS: t
 
 @triton.jit(do_not_specialize=["candidates", "routed", "count", "time", "n"])
 def replay_kernel(
-    keys, lists, index, leave, candidates, routed, count, time, n,
+    keys, lists, index, leave, left, candidates, routed, count, time, n,
     per_chunk: tl.constexpr, padded: tl.constexpr, chunks: tl.constexpr, rows: tl.constexpr,
-    STEPS: tl.constexpr,
+    STEPS: tl.constexpr, LEFT: tl.constexpr,
 ):  # fmt: skip
     """index [BG, routed + 2, n] and leave [BG, T]; grid (tiles of carried tokens, then of own ones; S; BG)."""
     tile, segment, head = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -163,6 +165,7 @@ def replay_kernel(
     keys += head.to(tl.int64) * candidates
     index += head.to(tl.int64) * (routed + 2) * n
     leave += head.to(tl.int64) * time
+    left += head.to(tl.int64) * (routed + 2) * per_chunk
     before = lists + (head.to(tl.int64) * count + segment - 1) * n
     first = segment * chunks
     stop = tl.minimum(first + chunks, routed)
@@ -170,7 +173,7 @@ def replay_kernel(
         i = tile * rows + tl.arange(0, rows)
         key = tl.load(before + i, mask=(i < n) & (segment > 0), other=EMPTY)
         better = i
-        since = tl.full([rows], first, tl.int32)
+        since = tl.full([rows], first - 1, tl.int32)
     else:
         i = first * per_chunk + (tile - carried_tiles) * rows + tl.arange(0, rows)
         key = tl.load(keys + i, mask=i < stop * per_chunk, other=EMPTY)
@@ -179,7 +182,7 @@ def replay_kernel(
     position = key_position(key)
     real = key != EMPTY
     # Who has n better ones before its segment begins never enters, and most tokens of a long text have.
-    tl.store(leave + position, since + 2, mask=real & (better >= n) & (since >= first))
+    tl.store(leave + position, since + 2, mask=real & (better >= n))
     alive = real & (better < n)
     if tl.max(alive.to(tl.int32), 0) > 0:
         j = tl.arange(0, padded)
@@ -191,6 +194,9 @@ def replay_kernel(
             tl.store(index + (x + 2) * n + better, position, mask=kept)
             gone = inside & (better >= n)
             tl.store(leave + position, x + 2, mask=gone)
+            if LEFT:  # better ones than who was kept until now were too: its place past the n-th is its own
+                at = left + (x + 2) * per_chunk + better - n
+                tl.store(at, position, mask=gone & (since < x))
             alive = alive & (better < n) | (alive & (since > x))
 
 
@@ -212,37 +218,53 @@ def running_sets(
     device = score.device
     leave = torch.empty(batch, groups, time, dtype=torch.int32, device=device)
     index = torch.full((batch, groups, count, n), -1, dtype=torch.int32, device=device)
+    left = None
+    if picks is not None:
+        left = torch.full((batch, groups, count, picks), -1, dtype=torch.int32, device=device)
     chunks = segment or max(1, CANDIDATES_A_SEGMENT // max(1, per_chunk))
     segments = -(-routed // chunks)
     keys = torch.empty(heads, candidates, dtype=torch.int64, device=device)
     lists = torch.full((batch, groups, segments, n), LOWEST, dtype=torch.int64, device=device)
     if n == 0:  # nothing is ever kept: a token is forgotten, or linear, as soon as it leaves the local span
         leave.copy_(torch.arange(time, device=device).div(chunk, rounding_mode="floor").add(2))
-        return Sets(index, leave, lists, chunks)
+        return Sets(index, leave, lists, chunks, left)
+    shape: dict[str, Any] = dict(groups=groups, chunk=chunk)
+    shape |= dict(zip(("stride_b", "stride_t", "stride_g"), score.stride(), strict=True))
+    given = (score, keys, leave, time, candidates)
     if picks is None:
-        keys_kernel[(heads, triton.cdiv(time, 256))](
-            score, keys, leave, time, candidates, *score.stride(), groups, chunk, 256
-        )
+        shape["block"] = 256
+        keys_kernel[(heads, triton.cdiv(time, 256))](*given, **shape)
     else:
-        block = max(16, triton.next_power_of_2(chunk))
-        picks_kernel[(heads, count)](
-            score, keys, leave, time, candidates, *score.stride(), groups, chunk, picks, block
-        )
-    setting = (settings or {}).get("selected_ranks") or launch("selected_ranks", device)
-    rows, length = setting.blocks["rows"], chunks * per_chunk
-    ranks_kernel[(triton.cdiv(length, rows), segments, heads)](
-        keys, lists, candidates, segments, n, length, **setting.options
-    )
-    steps = n.bit_length()
+        shape |= dict(picks=picks, block=max(16, triton.next_power_of_2(chunk)))
+        picks_kernel[(heads, count)](*given, **shape)
+    options = ((settings or {}).get("selected_ranks") or launch("selected_ranks", device)).options
+    length = chunks * per_chunk
+    grid = (triton.cdiv(length, options["rows"]), segments, heads)
+    options["length"] = length
+    ranks_kernel[grid](keys, lists, candidates, segments, n, **options)
+    steps: dict[str, Any] = dict(STEPS=n.bit_length())
     distance, merged = 1, torch.empty_like(lists)
     while distance < segments:
-        merge_kernel[(triton.cdiv(n, 128), segments, heads)](lists, merged, segments, distance, n, 128, steps)
+        grid = (triton.cdiv(n, 128), segments, heads)
+        merge_kernel[grid](lists, merged, segments, distance, n, **steps, **dict[str, Any](rows=128))
         lists, merged = merged, lists
         distance *= 2
-    setting = (settings or {}).get("selected_replay") or launch("selected_replay", device)
-    rows = setting.blocks["rows"]
-    replay_kernel[(triton.cdiv(n, rows) + triton.cdiv(length, rows), segments, heads)](
-        keys, lists, index, leave, candidates, routed, segments, time, n,
-        per_chunk, max(2, triton.next_power_of_2(per_chunk)), chunks, STEPS=steps, **setting.options,
-    )  # fmt: skip
-    return Sets(index, leave, lists, chunks)
+    options = ((settings or {}).get("selected_replay") or launch("selected_replay", device)).options
+    options |= dict(per_chunk=per_chunk, padded=max(2, triton.next_power_of_2(per_chunk)), chunks=chunks)
+    options["LEFT"] = left is not None
+    grid = (triton.cdiv(n, options["rows"]) + triton.cdiv(length, options["rows"]), segments, heads)
+    replay_kernel[grid](
+        keys,
+        lists,
+        index,
+        leave,
+        leave if left is None else left,
+        candidates,
+        routed,
+        segments,
+        time,
+        n,
+        **steps,
+        **options,
+    )
+    return Sets(index, leave, lists, chunks, left)

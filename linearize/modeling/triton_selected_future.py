@@ -7,13 +7,15 @@ The first takes two passes over the causal half of T x T: by rows for the logsum
 s_tj - lse_t. Both are as in ``selection.py`` and ``routing.py``, which define them.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .launches import Launch, launch
-from .triton_selected_kept import LOG2E, MASKED, fitted, in_rows, rows_at, shape_of
+from .triton_selected_kept import LOG2E, MASKED, fitted, in_rows, rows_at, shape_of, strides_of
 
 LEAST = -87.33654475055310  # log of the smallest normal fp32 number: a share is never taken as nothing
 
@@ -99,7 +101,7 @@ def saliency_kernel(
     tl.store(rho + (b * time + t) * H + head, tl.maximum(share, least), mask=live)
 
 
-def _widths(q: Tensor, k: Tensor) -> dict[str, int]:
+def _widths(q: Tensor, k: Tensor) -> dict[str, Any]:
     shape = shape_of(q, k, k)
     return {name: shape[name] for name in ("G", "R", "K", "BK")}
 
@@ -117,22 +119,22 @@ def future_attention(
     """``selection.future_attention``: [B, T, G] fp32."""
     batch, time, heads = q.shape[:3]
     q, k = in_rows(q), in_rows(k)
-    shape, strides = _widths(q, k), (*q.stride()[:3], *k.stride()[:3])
+    shape, strides = _widths(q, k), strides_of(q=q, k=k)
     lse = torch.empty(batch, heads, time, dtype=torch.float32, device=q.device)
     found = torch.empty(batch, time, shape["G"], dtype=torch.float32, device=q.device)
     if lengths is None:
         lengths = torch.full((batch,), time, dtype=torch.long, device=q.device)
 
-    def options(kernel: str) -> dict:
+    def options(kernel: str) -> dict[str, Any]:
         return fitted((settings or {}).get(kernel) or launch(kernel, q.device), q, shape["R"])
 
     chosen = options("selected_row_sums")
     row_sums_kernel[(heads, triton.cdiv(time, chosen["queries"]), batch)](
-        q, k, lse, time, scale * LOG2E, *strides, **shape, **chosen
+        q, k, lse, time, scale * LOG2E, **strides, **shape, **chosen
     )
-    chosen = options("selected_column_max")
+    chosen, shape["C"] = options("selected_column_max"), chunk
     column_max_kernel[(shape["G"], triton.cdiv(time, chosen["keys"]), batch)](
-        q, k, lse, lengths, found, time, scale * LOG2E, *strides, **shape, C=chunk, **chosen
+        q, k, lse, lengths, found, time, scale * LOG2E, **strides, **shape, **chosen
     )
     return found
 
@@ -146,9 +148,8 @@ def self_saliency(
     q, k = in_rows(q), in_rows(k)
     shape = _widths(q, k)
     options = fitted(setting or launch("selected_saliency", q.device), q, shape["R"])
+    options["C"] = window
     rho = torch.empty(batch, time, heads, dtype=torch.float32, device=q.device)
     grid = (shape["G"] * triton.cdiv(shape["R"], options["heads"]), triton.cdiv(time, window), batch)
-    saliency_kernel[grid](
-        q, k, rho, time, scale * LOG2E, LEAST, *q.stride()[:3], *k.stride()[:3], **shape, C=window, **options
-    )
+    saliency_kernel[grid](q, k, rho, time, scale * LOG2E, LEAST, **strides_of(q=q, k=k), **shape, **options)
     return rho

@@ -102,8 +102,8 @@ def kept_forward_kernel(
     tl.store(lse + (b * H + head) * time + t, m + tl.log2(total), mask=live)
 
 
-def shape_of(q: Tensor, k: Tensor, v: Tensor) -> dict[str, int]:
-    """The compile-time widths of a call."""
+def shape_of(q: Tensor, k: Tensor, v: Tensor, **more: int) -> dict[str, Any]:
+    """The compile-time constants of a call: its widths, and others."""
     groups, key, value = k.shape[2], k.shape[3], v.shape[3]
     return dict(
         G=groups,
@@ -112,7 +112,13 @@ def shape_of(q: Tensor, k: Tensor, v: Tensor) -> dict[str, int]:
         V=value,
         BK=max(16, triton.next_power_of_2(key)),
         BV=max(16, triton.next_power_of_2(value)),
+        **more,
     )
+
+
+def strides_of(**tensors: Tensor) -> dict[str, Any]:
+    """Batch, time and head strides of tensors [B, T, H, D], by the names that kernels give them."""
+    return {f"{name}_{axis}": x.stride(i) for name, x in tensors.items() for i, axis in enumerate("bth")}
 
 
 def fitted(setting: Launch, q: Tensor, per_group: int) -> dict[str, Any]:
@@ -144,17 +150,16 @@ def kept_forward(
     """y [B, T, H, V] in v's dtype, and lse [B, H, T]."""
     batch, time, heads = q.shape[:3]
     q, k, v = (in_rows(x) for x in (q, k, v))
-    shape = shape_of(q, k, v)
+    shape = shape_of(q, k, v, C=chunk)
     options = fitted(setting or launch("selected_kept_forward", q.device), q, shape["R"])
     y = torch.empty(batch, time, heads, shape["V"], dtype=v.dtype, device=v.device)
     lse = torch.empty(batch, heads, time, dtype=torch.float32, device=q.device)
     n = sets.index.shape[3]
-    odd, tail = odd_slots(n, options["keys"])
+    odd, shape["TAIL"] = odd_slots(n, options["keys"])
     grid = (shape["G"] * triton.cdiv(shape["R"], options["heads"]), triton.cdiv(time, chunk), batch)
     kept_forward_kernel[grid](
         q, k, v, sets.index, y, lse, time, n, odd, scale * LOG2E,
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
-        **shape, C=chunk, TAIL=tail, **options,
+        **strides_of(q=q, k=k, v=v), **shape, **options,
     )  # fmt: skip
     return y, lse
 

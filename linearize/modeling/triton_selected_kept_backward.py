@@ -30,6 +30,7 @@ from .triton_selected_kept import (
     position_of,
     rows_at,
     shape_of,
+    strides_of,
 )
 
 SPANS = 32
@@ -189,7 +190,7 @@ def kept_dkv_kernel(
 def local_dkv_kernel(
     q, k, v, dy, lse, delta, score, leave, lists, carried_k, carried_v, entered_k, entered_v, dk, dv,
     time, n, count, span, segments, segment, spans, scale, back,
-    q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, s_b, s_t, s_g,
+    q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, s_b, s_t, s_h,
     G: tl.constexpr, R: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     C: tl.constexpr, STEPS: tl.constexpr, tokens: tl.constexpr, queries: tl.constexpr,
 ):  # fmt: skip
@@ -229,7 +230,7 @@ def local_dkv_kernel(
         to = row * time + j
         acc_k += tl.load(entered_k + to[:, None] * K + d[None, :], mask=wide, other=0.0)
         acc_v += tl.load(entered_v + to[:, None] * V + e[None, :], mask=tall, other=0.0)
-        at = score + b * s_b + g * s_g + j.to(tl.int64) * s_t
+        at = score + b * s_b + g * s_h + j.to(tl.int64) * s_t
         key = order_key(tl.load(at, mask=there, other=0.0).to(tl.float32), j)
         last = tl.minimum(tl.max(tl.where(enters, until, 0), 0), count)
         for s in range(own // span + 1, tl.minimum(spans, tl.cdiv(last - 1, span))):
@@ -252,9 +253,9 @@ def kept_backward(
     """dq, dk and dv in the dtypes of q, k and v."""
     batch, time = q.shape[:2]
     q, k, v, dy = *(in_rows(x) for x in (q, k, v)), dy.contiguous()
-    shape, count, device = shape_of(q, k, v), -(-time // chunk), q.device
+    shape, count, device = shape_of(q, k, v, C=chunk), -(-time // chunk), q.device
     rows, n, exact = batch * shape["G"], sets.index.shape[3], dict(dtype=torch.float32, device=device)
-    strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
+    strides = strides_of(q=q, k=k, v=v)
 
     def options(kernel: str) -> dict[str, Any]:
         return fitted((settings or {}).get(kernel) or launch(kernel, device), q, shape["R"])
@@ -262,11 +263,11 @@ def kept_backward(
     delta = torch.empty_like(lse)
     dq = torch.empty(q.shape, dtype=q.dtype, device=device)
     chosen = options("selected_kept_dq")
-    odd, tail = odd_slots(n, chosen["keys"])
+    odd, chosen["TAIL"] = odd_slots(n, chosen["keys"])
     grid = (shape["G"] * triton.cdiv(shape["R"], chosen["heads"]), count, batch)
     kept_dq_kernel[grid](
-        q, k, v, sets.index, y, dy, lse, delta, dq, time, n, odd, scale * LOG2E, scale, *strides,
-        **shape, C=chunk, TAIL=tail, **chosen,
+        q, k, v, sets.index, y, dy, lse, delta, dq, time, n, odd, scale * LOG2E, scale, **strides,
+        **shape, **chosen,
     )  # fmt: skip
 
     routed, segments = max(0, count - 2), sets.lists.shape[2]
@@ -277,26 +278,28 @@ def kept_backward(
     if n:
         listed = torch.empty(rows, spans, span * chunk, dtype=torch.int32, device=device)
         sizes = torch.empty(rows, spans, dtype=torch.int32, device=device)
-        entrants_kernel[(spans, rows)](sets.leave, listed, sizes, time, count, span, chunk, 1024)
+        entrants_kernel[(spans, rows)](
+            sets.leave, listed, sizes, time, count, span, **dict[str, Any](C=chunk, block=1024)
+        )
         chosen = options("selected_kept_dkv")
         tiles = triton.cdiv(n, chosen["tokens"]) + triton.cdiv(span * chunk, chosen["tokens"])
         kept_dkv_kernel[(tiles, spans, rows)](
             q, k, v, dy, lse, delta, sets.leave, sets.lists, listed, sizes,
             carried_k, carried_v, entered_k, entered_v,
-            time, n, count, span, segments, sets.segment, scale * LOG2E, scale, *strides,
-            **shape, C=chunk, **chosen,
+            time, n, count, span, segments, sets.segment, scale * LOG2E, scale, **strides,
+            **shape, **chosen,
         )  # fmt: skip
     dk, dv = (
         torch.empty(k.shape, dtype=k.dtype, device=device),
         torch.empty(v.shape, dtype=v.dtype, device=device),
     )
     chosen = options("selected_local_dkv")
-    chosen["tokens"] = min(chosen["tokens"], chunk)  # all of one chunk
+    chosen |= dict(tokens=min(chosen["tokens"], chunk), STEPS=max(1, n.bit_length()))  # all of one chunk
     local_dkv_kernel[(triton.cdiv(time, chosen["tokens"]), rows)](
         q, k, v, dy, lse, delta, score, sets.leave, sets.lists,
         carried_k, carried_v, entered_k, entered_v, dk, dv,
-        time, n, count, span, segments, sets.segment, spans, scale * LOG2E, scale, *strides, *score.stride(),
-        **shape, C=chunk, STEPS=max(1, n.bit_length()), **chosen,
+        time, n, count, span, segments, sets.segment, spans, scale * LOG2E, scale,
+        **strides, **strides_of(s=score), **shape, **chosen,
     )  # fmt: skip
     return dq, dk, dv
 
