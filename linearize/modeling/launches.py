@@ -59,6 +59,72 @@ CANDIDATES: dict[str, list[Launch]] = {
     ],
 }
 
+CANDIDATES["selected_ranks"] = [
+    Launch({"rows": 128, "columns": 32}, 4, 2),
+    Launch({"rows": 128, "columns": 64}, 4, 2),
+    Launch({"rows": 64, "columns": 64}, 4, 2),
+]
+CANDIDATES["selected_replay"] = [
+    Launch({"rows": 128}, 4, 2),
+    Launch({"rows": 64}, 4, 2),
+    Launch({"rows": 64}, 2, 2),
+    Launch({"rows": 256}, 8, 2),
+]
+CANDIDATES["selected_kept_forward"] = [
+    Launch({"heads": 2, "keys": 64}, 8, 2),
+    Launch({"heads": 2, "keys": 64}, 8, 3),
+    Launch({"heads": 2, "keys": 128}, 8, 2),
+    Launch({"heads": 1, "keys": 64}, 4, 2),
+    Launch({"heads": 1, "keys": 64}, 4, 3),
+    Launch({"heads": 1, "keys": 32}, 4, 3),
+]
+CANDIDATES["selected_kept_dq"] = [
+    Launch({"heads": 2, "keys": 32}, 8, 2),
+    Launch({"heads": 2, "keys": 64}, 8, 2),
+    Launch({"heads": 1, "keys": 64}, 4, 2),
+    Launch({"heads": 1, "keys": 32}, 4, 2),
+    Launch({"heads": 1, "keys": 64}, 8, 2),
+]
+CANDIDATES["selected_kept_dkv"] = [
+    Launch({"tokens": 128, "queries": 32}, 8, 2),
+    Launch({"tokens": 128, "queries": 64}, 8, 2),
+    Launch({"tokens": 64, "queries": 32}, 4, 2),
+    Launch({"tokens": 64, "queries": 64}, 4, 2),
+    Launch({"tokens": 64, "queries": 32}, 4, 3),
+]
+CANDIDATES["selected_local_dkv"] = [
+    Launch({"tokens": 64, "queries": 64}, 8, 2),
+    Launch({"tokens": 64, "queries": 32}, 4, 2),
+    Launch({"tokens": 64, "queries": 64}, 4, 2),
+    Launch({"tokens": 64, "queries": 32}, 4, 3),
+]
+CANDIDATES["selected_row_sums"] = [
+    Launch({"queries": 128, "keys": 64}, 8, 3),
+    Launch({"queries": 128, "keys": 128}, 8, 2),
+    Launch({"queries": 64, "keys": 64}, 4, 3),
+]
+CANDIDATES["selected_column_max"] = [
+    Launch({"queries": 64, "keys": 128}, 8, 3),
+    Launch({"queries": 128, "keys": 128}, 8, 2),
+    Launch({"queries": 64, "keys": 64}, 4, 3),
+]
+CANDIDATES["selected_saliency"] = [
+    Launch({"heads": 1}, 4, 1),
+    Launch({"heads": 2}, 8, 1),
+    Launch({"heads": 2}, 4, 1),
+]
+CANDIDATES["selected_parts"] = [Launch({}, 8, 1), Launch({}, 8, 2), Launch({}, 4, 1)]
+CANDIDATES["selected_outputs"] = [
+    Launch({"EVERY": 4, "keys": 64}, 4, 2),
+    Launch({"EVERY": 2, "keys": 64}, 4, 2),
+    Launch({"EVERY": 8, "keys": 64}, 4, 2),
+    Launch({"EVERY": 4, "keys": 64}, 4, 1),
+    Launch({"EVERY": 4, "keys": 32}, 4, 2),
+    Launch({"EVERY": 1, "keys": 64}, 4, 2),
+]
+for name, settings in CANDIDATES.items():
+    TABLE.setdefault(name, settings[:1])
+
 
 def launch(
     kernel: str,

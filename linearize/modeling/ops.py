@@ -17,8 +17,10 @@ from .lola import Sparse, hand_over_all, sparse_chunked, sparse_recurrent
 from .mapped import mapped_chunked, mapped_error_chunked, mapped_refusal
 from .mixer import Fit
 from .reference import fold, joint_chunked, joint_recurrent, window_chunked, window_recurrent
-from .routing import Past, route, routed_chunked, routed_recurrent, self_saliency, self_saliency_of
-from .selection import Kept, future_attention, kept_chunked, kept_recurrent, merge_kept
+from .routing import Past, route, routed_chunked, routed_recurrent, self_saliency_of
+from .routing import self_saliency as self_saliency_chunked
+from .selection import Kept, kept_chunked, kept_recurrent, merge_kept
+from .selection import future_attention as future_attention_chunked
 from .tiles import State
 
 __all__ = [
@@ -56,7 +58,6 @@ joint_attention = joint_chunked
 joint_decode = joint_recurrent
 window_attention = window_chunked
 window_decode = window_recurrent
-kept_attention = kept_chunked
 kept_decode = kept_recurrent
 gated_attention = gated_chunked
 gated_decode = gated_recurrent
@@ -108,3 +109,80 @@ def mapped_error(
 
         return mapped_error_kernel(q, k, v, map_q, map_k, *factors, **terms)
     return mapped_error_chunked(q, k, v, map_q, map_k, *factors, softcap=softcap, **terms)
+
+
+def _unlike(*tensors: Tensor) -> str | None:
+    kinds = {str(x.dtype).removeprefix("torch.") for x in tensors}
+    return None if len(kinds) == 1 else f"q, k and v are of several types, {' and '.join(sorted(kinds))}"
+
+
+def _no_tile(chunk: int, *widths: int) -> str | None:
+    """Why kernels whose tile of queries is a chunk do not take this one, or these head widths."""
+    if chunk not in (16, 32, 64, 128):
+        return f"a chunk of {chunk} is not 16, 32, 64 or 128"
+    return f"heads of {max(widths)} channels are wider than 256" if max(widths) > 256 else None
+
+
+def kept_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    score: Tensor,
+    *,
+    scale: float,
+    chunk: int,
+    size: int,
+    softcap: float | None = None,
+    kept: Kept | None = None,
+) -> Tensor:
+    """``selection.kept_chunked``."""
+    if use_kernel(
+        "kept_attention",
+        refusal(q, k, v, score),
+        _unlike(q, k, v),
+        "a soft-cap is set" if softcap is not None else None,
+        "a chunk continues a state" if kept is not None else None,
+        _no_tile(chunk, k.shape[-1], v.shape[-1]),
+    ):
+        from .triton_selected_kept import kept_attention as kernel
+
+        return kernel(q, k, v, score, scale=scale, chunk=chunk, size=size)
+    return kept_chunked(q, k, v, score, scale=scale, chunk=chunk, size=size, softcap=softcap, kept=kept)
+
+
+def future_attention(
+    q: Tensor,
+    k: Tensor,
+    *,
+    scale: float,
+    chunk: int,
+    softcap: float | None = None,
+    lengths: Tensor | None = None,
+) -> Tensor:
+    """``selection.future_attention``."""
+    if use_kernel(
+        "future_attention",
+        refusal(q, k),
+        _unlike(q, k),
+        "a soft-cap is set" if softcap is not None else None,
+        _no_tile(64, k.shape[-1]),
+    ):
+        from .triton_selected_future import future_attention as kernel
+
+        return kernel(q, k, scale=scale, chunk=chunk, lengths=lengths)
+    return future_attention_chunked(q, k, scale=scale, chunk=chunk, softcap=softcap, lengths=lengths)
+
+
+def self_saliency(q: Tensor, k: Tensor, *, scale: float, window: int, softcap: float | None = None) -> Tensor:
+    """``routing.self_saliency``."""
+    if use_kernel(
+        "self_saliency",
+        refusal(q, k),
+        _unlike(q, k),
+        "a soft-cap is set" if softcap is not None else None,
+        _no_tile(window, k.shape[-1]),
+    ):
+        from .triton_selected_future import self_saliency as kernel
+
+        return kernel(q, k, scale=scale, window=window)
+    return self_saliency_chunked(q, k, scale=scale, window=window, softcap=softcap)

@@ -54,7 +54,9 @@ def softmax_rows(x, D: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def store_matrix(x, value, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK: tl.constexpr):
+def store_matrix(
+    x, value, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK: tl.constexpr
+):
     """Write [BLOCK_ROWS, BLOCK] to a contiguous matrix [ROWS, D]."""
     row, column = tl.arange(0, BLOCK_ROWS), tl.arange(0, BLOCK)
     at = x + row[:, None] * D + column[None, :]

@@ -171,7 +171,9 @@ def outputs_kernel(
                 shrink = tl.exp2(highest - higher)
                 weight = weight * shrink + tl.sum(grown, 1)
                 values = load_rows(v, near, v_t, time, V, VP, BK)
-                rows = tl.dot(grown.to(values.dtype), values, rows * shrink[:, None], input_precision=PRECISION)
+                rows = tl.dot(
+                    grown.to(values.dtype), values, rows * shrink[:, None], input_precision=PRECISION
+                )
                 highest = higher
             rows = rows * (mix_window / tl.where(weight > 0, weight, 1.0))[:, None]
         # The recurrence joins the same sum.
@@ -234,7 +236,12 @@ class Shape(NamedTuple):
 
     @property
     def widths(self) -> dict[str, int]:
-        return {"K": self.key_dim, "KP": padded(self.key_dim), "V": self.value_dim, "VP": padded(self.value_dim)}
+        return {
+            "K": self.key_dim,
+            "KP": padded(self.key_dim),
+            "V": self.value_dim,
+            "VP": padded(self.value_dim),
+        }
 
 
 def shape_of(q: Tensor, k: Tensor, v: Tensor) -> Shape:
@@ -275,7 +282,13 @@ def last_state(
 
 
 def _walk(
-    mode: str, k_plain: Tensor, v: Tensor, terms: Terms, shape: Shape, chosen: Launch | None, **buffers: Tensor
+    mode: str,
+    k_plain: Tensor,
+    v: Tensor,
+    terms: Terms,
+    shape: Shape,
+    chosen: Launch | None,
+    **buffers: Tensor,
 ) -> None:
     _, options = blocks("gated_liger_states", v, chosen)
     used = [buffers.get(name, v) for name in ("sums", "totals", "states", "fine", "strong", "last", "stop")]
@@ -287,7 +300,13 @@ def _walk(
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, q_plain: Tensor, k_plain: Tensor, terms: Terms, stop: Tensor | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_plain: Tensor,
+    k_plain: Tensor,
+    terms: Terms,
+    stop: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
     """(y, the state after ``stop`` tokens of each row, states before segments, log decays of segments)."""
     shape = shape_of(q, k, v)
@@ -313,7 +332,9 @@ def outputs(
     """y [B, T, H, V] from the states before tiles."""
     y = torch.empty(*q.shape[:3], shape.value_dim, dtype=v.dtype, device=v.device)
     for is_strong in (False, True):
-        sizes, options = blocks("gated_liger_outputs" + "_strong" * is_strong, v, None if is_strong else chosen)
+        sizes, options = blocks(
+            "gated_liger_outputs" + "_strong" * is_strong, v, None if is_strong else chosen
+        )
         heads = shared_heads(shape.per_group, sizes["HEADS"])
         outputs_kernel[(shape.tiles, shape.heads // heads, shape.batch)](
             q, k, v, q_plain, k_plain, fine, strong, y,
