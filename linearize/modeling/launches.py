@@ -27,6 +27,33 @@ class Launch(NamedTuple):
 # kernel -> rows from the most to the least demanding; the first that fits is launched.
 TABLE: dict[str, list[Launch]] = {}
 
+# kernel -> settings worth timing on a new device; the first is the table's.
+CANDIDATES: dict[str, list[Launch]] = {}
+
+
+# Decode. HEADS: query heads of a program; BN: keys of the window at once; BO: tokens outside it at once; BK: channels of a
+# feature map's weight at once.
+def _step(heads: int, keys: int, channels: int, warps: int) -> Launch:
+    return Launch({"HEADS": heads, "BN": keys, "BO": 16, "BK": channels}, warps, 1)
+
+
+CANDIDATES["joint_step"] = [
+    _step(1, 64, 64, 4),
+    _step(1, 32, 64, 4),
+    _step(1, 64, 64, 8),
+    _step(2, 64, 64, 8),
+    _step(4, 64, 64, 8),
+    _step(2, 64, 64, 4),
+]
+CANDIDATES["joint_step_few"] = [
+    _step(1, 64, 128, 8),
+    _step(1, 128, 128, 8),
+    _step(1, 64, 64, 8),
+    _step(1, 64, 64, 4),
+]
+for _name in ("joint_step", "joint_step_few"):
+    TABLE[_name] = CANDIDATES[_name][:1]
+
 
 def launch(kernel: str, device: torch.device) -> Launch:
     """The settings of ``kernel`` on ``device``."""

@@ -3,8 +3,16 @@
 Each operation has a plain torch reference of the same signature, in ``reference.py``, ``gated.py``, ``selection.py``,
 ``routing.py`` or ``lola.py``. There is no other version yet; the choice is only between their forms: many queries
 (chunked) and few (recurrent).
+
+A step in place is one launch where a kernel takes it: its functions (``..._step``) return None where none does, and the
+mixer's own step, which is the reference, runs instead.
 """
 
+from typing import Any
+
+from torch import Tensor
+
+from .backend import refusal, use_kernel
 from .gated import gated_chunked, gated_recurrent, joined_chunked, joined_recurrent
 from .lola import Sparse, hand_over_all, sparse_chunked, sparse_recurrent
 from .reference import fold, joint_chunked, joint_recurrent, window_chunked, window_recurrent
@@ -23,6 +31,7 @@ __all__ = [
     "joined_decode",
     "joint_attention",
     "joint_decode",
+    "joint_step",
     "kept_attention",
     "kept_decode",
     "merge_kept",
@@ -36,6 +45,7 @@ __all__ = [
     "sparse_hand_over",
     "window_attention",
     "window_decode",
+    "window_step",
 ]
 
 joint_attention = joint_chunked
@@ -53,3 +63,21 @@ routed_decode = routed_recurrent
 sparse_attention = sparse_chunked
 sparse_decode = sparse_recurrent
 sparse_hand_over = hand_over_all
+
+
+def joint_step(q: Tensor, k: Tensor, v: Tensor, *state: Tensor, **terms: Any) -> Tensor | None:
+    """y [B, 1, H, V] of a window joined with sums; ``triton_decode.joint_step`` says what it takes and writes."""
+    if not use_kernel("joint_step", refusal(q, k, v)):
+        return None
+    from .triton_decode import joint_step as step
+
+    return step(q, k, v, *state, **terms)
+
+
+def window_step(q: Tensor, k: Tensor, v: Tensor, *state: Tensor, **terms: Any) -> Tensor | None:
+    """y [B, 1, H, V] of a window and its sinks; the same kernel without sums."""
+    if not use_kernel("window_step", refusal(q, k, v)):
+        return None
+    from .triton_decode import joint_step as step
+
+    return step(q, k, v, *state, **terms)

@@ -142,7 +142,7 @@ class SalientMixer(Mixer):
                 unroll(old, new, started.seen, started.folded)
                 for old, new in zip(started.rings, fresh, strict=True)
             ]
-            kept = self._hand_over(started, columns, limit)
+            kept = self._hand_over(started, columns, limit, x.in_place)
             y = self._step(x, started, columns, kept) if step else self._chunk(x, started, columns)
         k, v, score = (
             write(old, new, started.seen, total) for old, new in zip(started.rings, fresh, strict=True)
@@ -189,9 +189,13 @@ class SalientMixer(Mixer):
             kept=kept,
         )
 
-    def _hand_over(self, state: SalientState, columns: Sequence[Tensor], limit: Tensor) -> Kept:
+    def _hand_over(
+        self, state: SalientState, columns: Sequence[Tensor], limit: Tensor, in_place: bool = False
+    ) -> Kept:
         """The kept tokens with columns ``folded .. limit - 1`` ranked among them; column 0 is position ``folded``."""
-        kept, leaving = state.kept, int((limit - state.folded).max())
+        # A step in place does not wait for the device to say how many leave: a chunk at most.
+        kept = state.kept
+        leaving = self.config.chunk if in_place else int((limit - state.folded).max())
         if leaving <= 0:
             return kept
         k, v, score = (column[:, :leaving] for column in columns)

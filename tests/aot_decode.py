@@ -1,0 +1,39 @@
+"""Decode kernels to compile ahead of time: the chosen settings, and with ``--all`` every candidate."""
+
+import sys
+
+from aot import Case
+
+from linearize.modeling.launches import CANDIDATES
+from linearize.modeling.triton_decode import MAPS, joint_step_kernel
+
+STRIDES = {f"{x}_{axis}": "i32" for x in "qkv" for axis in ("row", "head")}
+STATE = {"seen": "*i64", "folded": "*i64"}
+
+
+def joint(name, settings, kind=2, feature_map="hedgehog", width=128, linear=True, sinks=0, dtype="*bf16"):
+    half = {"np_map": width}.get(feature_map, width // 2)
+    window, heads, groups = 64, 32, 8
+    pointers = ("q", "k", "v", "ring_k", "ring_v", "sink_k", "sink_v", "y")
+    sums = ("kv", "z", "map_q", "map_k", "extra_q", "extra_k", "logit")
+    arguments = (
+        dict.fromkeys(pointers, dtype) | dict.fromkeys(sums, "*fp32") | STATE | STRIDES | {"scale": "fp32", "cap": "fp32"}
+    )
+    constants = dict(
+        H=heads, G=groups, K=width, V=width, F=half, KP=width, VP=width, FP=half,
+        N=window * max(kind, 1) + 16, WINDOW=window, KIND=kind, SINKS=sinks, LINEAR=linear, HALVES=2,
+        MAP=MAPS[feature_map], TIED=False, AFFINE=False, CAP=False, FOLD=1 if kind == 2 else 16, **settings.blocks,
+    )  # fmt: skip
+    constants["BK"] = min(constants["BK"], width)
+    return Case(name, joint_step_kernel, arguments, constants, settings.warps, settings.stages, matrix=False)
+
+
+def cases():
+    for kernel in ("joint_step", "joint_step_few"):
+        rows = CANDIDATES[kernel] if "--all" in sys.argv else CANDIDATES[kernel][:1]
+        for i, settings in enumerate(rows):
+            for kind, kind_name in ((2, "terraced"), (1, "sliding")):
+                yield joint(f"{kernel} {kind_name} 128 #{i}", settings, kind)
+        yield joint(f"{kernel} 64", rows[0], width=64)
+        yield joint(f"{kernel} window 128", rows[0], 1, linear=False, sinks=4)
+        yield joint(f"{kernel} np_map 128", rows[0], feature_map="np_map")
