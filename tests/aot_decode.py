@@ -24,7 +24,7 @@ def joint(name, settings, kind=2, feature_map="hedgehog", width=128, linear=True
         N=window * max(kind, 1) + 16, WINDOW=window, KIND=kind, SINKS=sinks, LINEAR=linear, HALVES=2,
         MAP=MAPS[feature_map], TIED=False, AFFINE=False, CAP=False, FOLD=1 if kind == 2 else 16, **settings.blocks,
     )  # fmt: skip
-    constants["BK"] = min(constants["BK"], width)
+    constants |= {"BK": min(constants["BK"], width), "BV": min(constants["BV"], width)}
     return Case(name, joint_step_kernel, arguments, constants, settings.warps, settings.stages, matrix=False)
 
 

@@ -92,48 +92,79 @@ def query_features(
 
 
 @triton.jit
+def columns(ring, new, t, pos, stop, c, D: tl.constexpr, BD: tl.constexpr, N: tl.constexpr, G: tl.constexpr):
+    """Channels c, ... of tokens at positions ``pos`` before ``stop``, as columns [BD, n]: the newest from ``new``, the
+    others from their slots."""
+    od = c + tl.arange(0, BD)
+    there = (od < D)[:, None] & (pos < stop)[None, :]
+    x = tl.load(ring + (pos % N)[None, :] * (G * D) + od[:, None], mask=there & (pos < t)[None, :], other=0.0)
+    newest = tl.load(new + od, mask=od < D, other=0.0)
+    return tl.where((pos == t)[None, :], newest[:, None], x)
+
+
+@triton.jit
+def slots(ring, new, t, pos, stop, c, D: tl.constexpr, BD: tl.constexpr, N: tl.constexpr, G: tl.constexpr):
+    """The same as rows [n, BD]."""
+    od = c + tl.arange(0, BD)
+    there = (od < D)[None, :] & (pos < stop)[:, None]
+    x = tl.load(ring + (pos % N)[:, None] * (G * D) + od[None, :], mask=there & (pos < t)[:, None], other=0.0)
+    newest = tl.load(new + od, mask=od < D, other=0.0)
+    return tl.where((pos == t)[:, None], newest[None, :], x)
+
+
+@triton.jit
 def key_features(
-    k, weight, extra, K: tl.constexpr, F: tl.constexpr, KP: tl.constexpr, FP: tl.constexpr, MAP: tl.constexpr
+    ring,
+    new,
+    t,
+    pos,
+    stop,
+    weight,
+    extra,
+    K: tl.constexpr,
+    F: tl.constexpr,
+    FP: tl.constexpr,
+    BK: tl.constexpr,
+    N: tl.constexpr,
+    G: tl.constexpr,
+    MAP: tl.constexpr,
 ):
-    """phi^T [FP, n] of a few keys k [KP, n], formed as W^T K^T; weight and extra as for a query."""
-    od, of = tl.arange(0, KP), tl.arange(0, FP)
-    w = tl.load(
-        weight + od[None, :] * F + of[:, None],
-        mask=(od < K)[None, :] & (of < F)[:, None],
-        other=0.0,
-        eviction_policy="evict_last",
-    )
-    x, norm = k, 0.0
+    """phi^T [FP, n] of the keys at ``pos``, formed as W^T K^T; weight and extra as for a query."""
+    of = tl.arange(0, FP)
+    norm, share = 0.0, 0.0
     if MAP >= 5:
-        exact = k.to(tl.float32)
-        norm = tl.sqrt(tl.sum(exact * exact, 0, keep_dims=True))
+        square = tl.zeros_like(pos).to(tl.float32)
+        along = tl.zeros_like(pos).to(tl.float32)
+        length = 0.0
+        for c in range(0, K, BK):
+            x = columns(ring, new, t, pos, stop, c, K, BK, N, G).to(tl.float32)
+            square += tl.sum(x * x, 0)
+            if MAP == 5:
+                ok = c + tl.arange(0, BK)
+                u = tl.load(extra + ok, mask=ok < K, other=0.0).to(tl.float32)
+                along += tl.sum(u[:, None] * x, 0)
+                length += tl.sum(u * u)
+        norm = tl.sqrt(square)[None, :]
         if MAP == 5:
-            u = tl.load(extra + od, mask=od < K, other=0.0).to(tl.float32)
-            share = tl.sum(u[:, None] * exact, 0, keep_dims=True) * (2 / tl.maximum(tl.sum(u * u), 1e-24))
-            x = (exact - u[:, None] * share).to(k.dtype)
-    a = tl.dot(w.to(k.dtype), x, input_precision="ieee")
+            share = along * (2 / tl.maximum(length, 1e-24))
+    a = tl.zeros([FP, pos.shape[0]], tl.float32)
+    for c in range(0, K, BK):
+        ok = c + tl.arange(0, BK)
+        w = tl.load(
+            weight + ok[None, :] * F + of[:, None],
+            mask=(ok < K)[None, :] & (of < F)[:, None],
+            other=0.0,
+            eviction_policy="evict_last",
+        )
+        x = columns(ring, new, t, pos, stop, c, K, BK, N, G)
+        if MAP == 5:
+            u = tl.load(extra + ok, mask=ok < K, other=0.0).to(tl.float32)
+            x = (x.to(tl.float32) - u[:, None] * share[None, :]).to(x.dtype)
+        a = tl.dot(w.to(x.dtype), x, a, input_precision="ieee")
     bias = 0.0
     if MAP == 2:
         bias = tl.load(extra + of, mask=of < F, other=0.0).to(tl.float32)[:, None]
     return features(a, (of < F)[:, None], norm, bias, MAP)
-
-
-@triton.jit
-def slots_t(ring, new, t, pos, stop, D: tl.constexpr, DP: tl.constexpr, N: tl.constexpr, G: tl.constexpr):
-    """Keys at positions ``pos`` before ``stop`` as columns [DP, n]: from the ring, the newest from the inputs."""
-    od = tl.arange(0, DP)
-    held = ((pos < t) & (pos < stop))[None, :] & (od < D)[:, None]
-    x = tl.load(ring + (pos % N)[None, :] * (G * D) + od[:, None], mask=held, other=0.0)
-    return tl.where((pos == t)[None, :], new[:, None], x)
-
-
-@triton.jit
-def slots(ring, new, t, pos, stop, D: tl.constexpr, DP: tl.constexpr, N: tl.constexpr, G: tl.constexpr):
-    """The same as rows [n, DP]."""
-    od = tl.arange(0, DP)
-    held = ((pos < t) & (pos < stop))[:, None] & (od < D)[None, :]
-    x = tl.load(ring + (pos % N)[:, None] * (G * D) + od[None, :], mask=held, other=0.0)
-    return tl.where((pos == t)[:, None], new[None, :], x)
 
 
 @triton.jit
@@ -213,6 +244,7 @@ def joint_step_kernel(
     BN: tl.constexpr,
     BO: tl.constexpr,
     BK: tl.constexpr,
+    BV: tl.constexpr,
 ):
     b = tl.program_id(1)
     row = b.to(tl.int64)
@@ -229,11 +261,13 @@ def joint_step_kernel(
     first = tl.maximum(first, done)
 
     od, ov, rows = tl.arange(0, KP), tl.arange(0, VP), tl.arange(0, 16)
-    new_k = tl.load(k + row * k_row + g * k_head + od, mask=od < K, other=0.0)
-    new_v = tl.load(v + row * v_row + g * v_head + ov, mask=ov < V, other=0.0)
+    k += row * k_row + g * k_head
+    v += row * v_row + g * v_head
     ring_k += (row * N * G + g) * K
     ring_v += (row * N * G + g) * V
     if h0 % (H // G) == 0:
+        new_k = tl.load(k + od, mask=od < K, other=0.0)
+        new_v = tl.load(v + ov, mask=ov < V, other=0.0)
         tl.store(ring_k + (t % N) * (G * K) + od, new_k, mask=od < K)
         tl.store(ring_v + (t % N) * (G * V) + ov, new_v, mask=ov < V)
         if SINKS > 0:
@@ -252,8 +286,8 @@ def joint_step_kernel(
         )
         for j in range(first, t + 1, BN):
             pos = j + tl.arange(0, BN)
-            keys = slots_t(ring_k, new_k, t, pos, t + 1, K, KP, N, G)
-            values = slots(ring_v, new_v, t, pos, t + 1, V, VP, N, G)
+            keys = columns(ring_k, k, t, pos, t + 1, 0, K, KP, N, G)
+            values = slots(ring_v, v, t, pos, t + 1, 0, V, VP, N, G)
             m, l, acc = meet(heads, keys, values, pos <= t, m, l, acc, scale, cap, CAP)
         if SINKS > 0:
             sink_k += (row * SINKS * G + g) * K
@@ -262,8 +296,8 @@ def joint_step_kernel(
             for j in range(0, stop, BN):
                 pos = j + tl.arange(0, BN)
                 # The newest token is never here, and slots are positions.
-                keys = slots_t(sink_k, new_k, t, pos, stop, K, KP, SINKS, G)
-                values = slots(sink_v, new_v, t, pos, stop, V, VP, SINKS, G)
+                keys = columns(sink_k, k, t, pos, stop, 0, K, KP, SINKS, G)
+                values = slots(sink_v, v, t, pos, stop, 0, V, VP, SINKS, G)
                 m, l, acc = meet(heads, keys, values, pos < stop, m, l, acc, scale, cap, CAP)
 
     fold = first - done >= FOLD
@@ -306,9 +340,8 @@ def joint_step_kernel(
             e_k = extra_k + hs * (F if MAP == 2 else K)
             for j in range(done, first, BO):
                 pos = j + tl.arange(0, BO)
-                keys = slots_t(ring_k, new_k, t, pos, first, K, KP, N, G)
-                values = slots(ring_v, new_v, t, pos, first, V, VP, N, G)
-                k_up, k_down = key_features(keys, w_k, e_k, K, F, KP, FP, MAP)
+                k_up, k_down = key_features(ring_k, k, t, pos, first, w_k, e_k, K, F, FP, BK, N, G, MAP)
+                values = slots(ring_v, v, t, pos, first, 0, V, VP, N, G)
                 a = tl.sum(k_up * up[:, None], 0)
                 if HALVES == 2:
                     a += tl.sum(k_down * down[:, None], 0)
@@ -320,18 +353,24 @@ def joint_step_kernel(
             if (not TIED) or r == HEADS - 1:  # the last head to read them
                 if fold:
                     for half in tl.static_range(HALVES):
-                        held = tl.load(sums + half * F * V + cells, mask=inside, other=0.0)
                         total = tl.load(mass + half * F + of, mask=of < F, other=0.0)
-                        for j in range(done, first, BO):
-                            pos = j + tl.arange(0, BO)
-                            keys = slots_t(ring_k, new_k, t, pos, first, K, KP, N, G)
-                            values = slots(ring_v, new_v, t, pos, first, V, VP, N, G)
-                            k_up, k_down = key_features(keys, w_k, e_k, K, F, KP, FP, MAP)
-                            phi = k_up if half == 0 else k_down
-                            phi = tl.where((pos < first)[None, :], phi, 0.0)
-                            held += tl.dot(phi.to(values.dtype), values, input_precision="ieee")
-                            total += tl.sum(phi, 1)
-                        tl.store(sums + half * F * V + cells, held, mask=inside)
+                        for c in range(0, VP, BV):
+                            oc = c + tl.arange(0, BV)
+                            part = sums + half * F * V + of[:, None] * V + oc[None, :]
+                            real = (of < F)[:, None] & (oc < V)[None, :]
+                            held = tl.load(part, mask=real, other=0.0)
+                            for j in range(done, first, BO):
+                                at = j + tl.arange(0, BO)
+                                k_up, k_down = key_features(
+                                    ring_k, k, t, at, first, w_k, e_k, K, F, FP, BK, N, G, MAP
+                                )
+                                phi = k_up if half == 0 else k_down
+                                phi = tl.where((at < first)[None, :], phi, 0.0)
+                                held_v = slots(ring_v, v, t, at, first, c, V, BV, N, G)
+                                held = tl.dot(phi.to(held_v.dtype), held_v, held, input_precision="ieee")
+                                if c == 0:
+                                    total += tl.sum(phi, 1)
+                            tl.store(part, held, mask=real)
                         tl.store(mass + half * F + of, total, mask=of < F)
             if KIND == 0:
                 den += 1e-12
@@ -390,6 +429,7 @@ def joint_step(
     kind = KINDS[window_kind if window else None]
     settings = settings or launch("joint_step_few" if batch * heads < FEW else "joint_step", q.device)
     blocks = dict(settings.blocks)
+    blocks |= {"BK": min(blocks["BK"], padded(key_dim)), "BV": min(blocks["BV"], padded(value_dim))}
     blocks["HEADS"] = heads // groups if tied else largest(blocks["HEADS"], heads // groups)
     nothing = y  # never read: what it stands for is not compiled
     sink_k, sink_v = sinks or (nothing, nothing)
@@ -436,7 +476,7 @@ def joint_step(
         AFFINE=affine,
         CAP=softcap is not None,
         FOLD=1 if kind == 2 else fold_every,
-        **{**blocks, "BK": min(blocks["BK"], padded(key_dim))},
+        **blocks,
         num_warps=settings.warps,
         num_stages=settings.stages,
     )
