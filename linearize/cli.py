@@ -279,7 +279,8 @@ def generate_(
     temperature: Annotated[float | None, typer.Option(help="With --sample: 1 if not given.")] = None,
     seed: Annotated[int | None, typer.Option(help="With --sample: 0 if not given.")] = None,
     static: Annotated[
-        bool, typer.Option("--static", help="Decode in place, on a GPU from a CUDA graph: the same text, sooner.")
+        bool,
+        typer.Option("--static", help="Decode in place, on a GPU from a CUDA graph: the same text, sooner."),
     ] = False,
     as_json: AsJson = False,
 ) -> None:

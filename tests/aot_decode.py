@@ -17,7 +17,11 @@ def joint(name, settings, kind=2, feature_map="hedgehog", width=128, linear=True
     pointers = ("q", "k", "v", "ring_k", "ring_v", "sink_k", "sink_v", "y")
     sums = ("kv", "z", "map_q", "map_k", "extra_q", "extra_k", "logit")
     arguments = (
-        dict.fromkeys(pointers, dtype) | dict.fromkeys(sums, "*fp32") | STATE | STRIDES | {"scale": "fp32", "cap": "fp32"}
+        dict.fromkeys(pointers, dtype)
+        | dict.fromkeys(sums, "*fp32")
+        | STATE
+        | STRIDES
+        | {"scale": "fp32", "cap": "fp32"}
     )
     constants = dict(
         H=heads, G=groups, K=width, V=width, F=half, KP=width, VP=width, FP=half,

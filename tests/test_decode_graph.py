@@ -4,7 +4,7 @@ import pytest
 import torch
 import transformers.masking_utils
 from test_generation import CONFIGS, generate, padded
-from tiny import ids, student
+from tiny import student
 from typer.testing import CliRunner
 
 from linearize.modeling import graph
@@ -80,7 +80,9 @@ def test_replayed_steps_equal_steps(family, name, layers, recorder):
 
 def test_sampling_stops_and_returned_caches(recorder):
     model, (x, mask) = student("llama", CONFIGS["terraced"], layers=[0, 1]), padded()
-    kwargs = dict(do_sample=True, top_k=20, num_return_sequences=2, return_dict_in_generate=True, output_logits=True)
+    kwargs = dict(
+        do_sample=True, top_k=20, num_return_sequences=2, return_dict_in_generate=True, output_logits=True
+    )
     torch.manual_seed(3)
     expected = generate(model, x, mask, **kwargs)
     torch.manual_seed(3)
@@ -99,7 +101,9 @@ def test_sampling_stops_and_returned_caches(recorder):
 def test_chunked_prompts_and_beams(recorder):
     model, (x, mask) = student("llama", CONFIGS["sliding"]), padded()
     expected = generate(model, x, mask)
-    assert torch.equal(generate(model, x, mask, cache_implementation="static", prefill_chunk_size=6), expected)
+    assert torch.equal(
+        generate(model, x, mask, cache_implementation="static", prefill_chunk_size=6), expected
+    )
     assert recorder.records == 1
     beams = dict(num_beams=3)
     assert torch.equal(

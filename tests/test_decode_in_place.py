@@ -29,9 +29,7 @@ def prompt(lengths, time):
 @torch.no_grad()
 def steps(model, cache, x, mask, tokens):
     positions = (mask.cumsum(1) - 1).clamp_min(0)[:, -x.shape[1] :]
-    outputs = [
-        model(x, attention_mask=mask, position_ids=positions, past_key_values=cache).logits[:, -1:]
-    ]
+    outputs = [model(x, attention_mask=mask, position_ids=positions, past_key_values=cache).logits[:, -1:]]
     for t in range(tokens.shape[1]):
         mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
         position = mask.sum(1, keepdim=True) - 1

@@ -14,7 +14,9 @@ from linearize.modeling.registry import METHODS
 from linearize.modeling.window import WindowConfig
 
 pytest.importorskip("triton")
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is for machines without a GPU")
+pytestmark = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="the interpreter is for machines without a GPU"
+)
 
 
 @pytest.fixture(autouse=True)
@@ -57,34 +59,42 @@ def part(x, start, stop, **changes):
 
 
 def cast(items, dtype):
-    changed = {n: t.to(dtype) for n, t in items._asdict().items() if isinstance(t, torch.Tensor) and t.is_floating_point()}
+    changed = {
+        n: t.to(dtype)
+        for n, t in items._asdict().items()
+        if isinstance(t, torch.Tensor) and t.is_floating_point()
+    }
     return items._replace(**changed)
 
 
 @torch.no_grad()
 def compare(config, geometry, lengths, count, *, operation, softcap=None, dtype=torch.float32, device="cpu"):
-    """``count`` steps in place after a ragged prompt, against steps in fp64, and a chunk that goes on from the state."""
+    """``count`` steps in place after a ragged prompt, against steps in fp64; then a chunk goes on from the state."""
     exact = mixer_of(config, geometry).to(device)
     mixer = copy.deepcopy(exact).float()
-    rows, longest = len(lengths), max(lengths)
+    rows, longest, near = len(lengths), max(lengths), torch.bfloat16 if dtype == torch.float16 else dtype
     x = tokens(geometry, rows, longest + count + 7, softcap=softcap)
     x = cast(cast(x, dtype), torch.float64)  # both see the same rounded inputs
     x = x._replace(**{n: t.to(device) for n, t in x._asdict().items() if isinstance(t, torch.Tensor)})
     prompt = part(x, 0, longest, lengths=torch.tensor(lengths, device=device))
     _, state = exact(prompt)
-    sums = {n: t.float() if n in FLOATS else t.to(dtype) for n, t in state._asdict().items() if t.is_floating_point()}
+    sums = {
+        n: t.float() if n in FLOATS else t.to(dtype)
+        for n, t in state._asdict().items()
+        if t.is_floating_point()
+    }
     held = mixer.with_room(state._replace(**sums))
     held = type(held)(*(t.clone(memory_format=torch.contiguous_format) for t in held))
     places = [t.data_ptr() for t in held]
     for t in range(longest, longest + count):
         expected, state = exact(part(x, t, t + 1), state)
         y, new = mixer(cast(part(x, t, t + 1, in_place=True), dtype), held)
-        assert_near(y, expected, "kernel", dtype)
+        assert_near(y, expected, "kernel", near)
         assert [t.data_ptr() for t in new] == places
     assert ran()[operation] == "triton"
     assert torch.equal(held.seen, state.seen)
     rest = part(x, longest + count, longest + count + 7)
-    assert_near(mixer(cast(rest, dtype), held)[0], exact(rest, state)[0], "kernel", dtype)
+    assert_near(mixer(cast(rest, dtype), held)[0], exact(rest, state)[0], "kernel", near)
 
 
 FLOATS = {"kv", "z", "score", "kept_score", "log_decay", "key", "slots", "tail"}
@@ -133,15 +143,13 @@ def test_window_and_sums(name):
 
 
 def test_window_and_sums_with_a_softcap():
-    compare(
-        LolcatsConfig(window=4), geometry(2, 1), (6,), 10, operation="joint_step", softcap=3.0
-    )
+    compare(LolcatsConfig(window=4), geometry(2, 1), (6,), 10, operation="joint_step", softcap=3.0)
 
 
 WINDOW = {
-    "sliding": (WindowConfig(window=8), geometry(4, 2), (3, 11), 14),
-    "terraced": (WindowConfig(window=4, window_kind="terraced"), geometry(4, 1), (1, 13), 12),
-    "sinks": (WindowConfig(window=5, sinks=3), geometry(2, 2, 20, 12), (1, 2, 9), 16),
+    "window sliding": (WindowConfig(window=8), geometry(4, 2), (3, 11), 14),
+    "window terraced": (WindowConfig(window=4, window_kind="terraced"), geometry(4, 1), (1, 13), 12),
+    "window and sinks": (WindowConfig(window=5, sinks=3), geometry(2, 2, 20, 12), (1, 2, 9), 16),
     "more keys than a tile": (WindowConfig(window=70, sinks=2), geometry(1, 1), (90,), 4),
 }
 
@@ -150,3 +158,12 @@ WINDOW = {
 def test_window(name):
     config, shape, lengths, count = WINDOW[name]
     compare(config, shape, lengths, count, operation="window_step")
+
+
+STEPS = {}
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_steps_of_other_methods(name):
+    config, shape, lengths, count = STEPS[name]
+    compare(config, shape, lengths, count, operation=f"{config.name}_step")

@@ -270,7 +270,6 @@ class LinearAttention(nn.Module):
             layer.store(state, time, valid, in_place)
         return rows.scatter(y) if rows is not None and isinstance(y, Tensor) else y
 
-
     def _in_place(self, layer: Any) -> bool:
         """Whether the next step of one token a row writes into the layer's state, which is made ready for it."""
         if torch.is_grad_enabled() or not layer.in_place or self.mixer.why_not_in_place() is not None:

@@ -87,7 +87,9 @@ class StepGraph:
                 value = (value.shape, value.dtype, value.device)
             fixed[name] = id(value) if name == "past_key_values" else value
         layers = inputs["past_key_values"].layers
-        states = [layer.state if hasattr(layer, "state") else getattr(layer, "keys", None) for layer in layers]
+        states = [
+            layer.state if hasattr(layer, "state") else getattr(layer, "keys", None) for layer in layers
+        ]
         if [id(x) for x in states] != [id(x) for x in self._states]:
             self._states = states
             self._ready = None
@@ -101,7 +103,9 @@ class StepGraph:
             return self._refuse("a state is not written in place")
         if mask is not None and not bool(mask[:, -1].all()):
             return self._refuse("a row has no new token")
-        self._places = {n: x.clone() for n, x in inputs.items() if isinstance(x, Tensor) and n != "attention_mask"}
+        self._places = {
+            n: x.clone() for n, x in inputs.items() if isinstance(x, Tensor) and n != "attention_mask"
+        }
         fixed = inputs | self._places | {"attention_mask": _whole_mask(cache, mask)}
         clock = _clock(cache, self._places["input_ids"])
         counts = [layer._seen for layer in layers]

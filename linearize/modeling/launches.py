@@ -31,8 +31,8 @@ TABLE: dict[str, list[Launch]] = {}
 CANDIDATES: dict[str, list[Launch]] = {}
 
 
-# Decode. HEADS: query heads of a program; BN: keys of the window at once; BO: tokens outside it at once; BK: channels of a
-# feature map's weight at once; BV: channels of values that a fold adds at once.
+# Decode. HEADS: query heads of a program; BN: keys of the window at once; BO: tokens outside it at once; BK: channels
+# of a feature map's weight at once; BV: channels of values that a fold adds at once.
 def _step(heads: int, keys: int, channels: int, warps: int) -> Launch:
     return Launch({"HEADS": heads, "BN": keys, "BO": 16, "BK": channels, "BV": 64}, warps, 1)
 

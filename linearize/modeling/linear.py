@@ -22,10 +22,9 @@ from .mixer import Geometry, Method, MethodConfig, Mixer, MixerInput
 from .ops import fold, joint_attention, joint_decode, joint_step
 from .ring import final, resize, span, take, unroll, write
 
-
 FOLD_EVERY = 16
 """Tokens outside the window that steps in place collect before they sum them: meanwhile the sums, most of what a step
-reads, are not written. 16 is the narrowest operand of a matrix instruction; every such token costs its map at each step."""
+reads, are not written. 16 is the narrowest operand of a matrix instruction, and each costs its map at every step."""
 
 
 @dataclass(frozen=True)

@@ -67,8 +67,8 @@ class MixerInput(NamedTuple):
     pending: int = 0
     """Newest tokens that a state must be able to forget again by lowering its ``seen`` counter."""
     in_place: bool = False
-    """Whether the state may be overwritten: a decode step of one real token a row, whose state keeps its tensors and their
-    sizes and which never waits for the device. Where a mixer returns other tensors, the caller copies them."""
+    """Whether the state may be overwritten: a decode step of one real token a row, whose state keeps its tensors and
+    their sizes and which never waits for the device. Where a mixer returns other tensors, the caller copies them."""
     transfer: bool = False
     """Stage 1, on the teacher's own inputs: a mixer with a loss of its own returns a :class:`Fit` in place of y."""
 

@@ -12,9 +12,10 @@ FOLD, and sums are the reference's up to rounding.
 
 A program has HEADS query heads of one key/value head and reads k and v for all of them at once. What several programs
 share: (1) the slot of the new token, written by one of them and read by none, since all have the token from the inputs;
-(2) the counters, which the last program of a row advances: every program adds ARRIVED to ``seen`` after its last
-read, and whoever finds that all others have done so writes both. A sum is read and written by one program alone, which
-is why the columns of V are not split. Numerators and denominators are fp32; operands of products have the inputs' dtype.
+(2) the counters, which the last program of a row advances: every program counts itself in the upper bits of ``seen``
+after its last read, and whoever finds that all others have done so writes both. A sum is read and written by one
+program alone, which is why the columns of V are not split. Numerators and denominators are fp32; operands of products
+have the inputs' dtype.
 """
 
 import triton
@@ -131,7 +132,8 @@ def key_features(
 ):
     """phi^T [FP, n] of the keys at ``pos``, formed as W^T K^T; weight and extra as for a query."""
     of = tl.arange(0, FP)
-    norm, share = 0.0, 0.0
+    norm = 0.0
+    share = tl.zeros_like(pos).to(tl.float32)
     if MAP >= 5:
         square = tl.zeros_like(pos).to(tl.float32)
         along = tl.zeros_like(pos).to(tl.float32)
@@ -168,7 +170,7 @@ def key_features(
 
 
 @triton.jit
-def meet(q, k, v, visible, m, l, acc, scale, cap, CAP: tl.constexpr):
+def meet(q, k, v, visible, m, mass, acc, scale, cap, CAP: tl.constexpr):
     """Online softmax: the running maximum, sum and numerator of rows q [16, K] after keys [K, n], values [n, V]."""
     s = tl.dot(q, k, input_precision="ieee") * scale
     if CAP:
@@ -178,7 +180,7 @@ def meet(q, k, v, visible, m, l, acc, scale, cap, CAP: tl.constexpr):
     p = tl.where(visible[None, :], tl.exp(s - high[:, None]), 0.0)
     keep = tl.exp(m - high)
     acc = acc * keep[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
-    return high, l * keep + tl.sum(p, 1), acc
+    return high, mass * keep + tl.sum(p, 1), acc
 
 
 @triton.jit
@@ -270,13 +272,13 @@ def joint_step_kernel(
         new_v = tl.load(v + ov, mask=ov < V, other=0.0)
         tl.store(ring_k + (t % N) * (G * K) + od, new_k, mask=od < K)
         tl.store(ring_v + (t % N) * (G * V) + ov, new_v, mask=ov < V)
-        if SINKS > 0:
+        if SINKS > 0:  # noqa: SIM102 (a branch of the compiler)
             if t < SINKS:
                 tl.store(sink_k + ((row * SINKS + t) * G + g) * K + od, new_k, mask=od < K)
                 tl.store(sink_v + ((row * SINKS + t) * G + g) * V + ov, new_v, mask=ov < V)
 
     m = tl.full([16], LOW, tl.float32)
-    l = tl.zeros([16], tl.float32)
+    mass = tl.zeros([16], tl.float32)
     acc = tl.zeros([16, VP], tl.float32)
     if KIND != 0:
         heads = tl.load(
@@ -288,7 +290,7 @@ def joint_step_kernel(
             pos = j + tl.arange(0, BN)
             keys = columns(ring_k, k, t, pos, t + 1, 0, K, KP, N, G)
             values = slots(ring_v, v, t, pos, t + 1, 0, V, VP, N, G)
-            m, l, acc = meet(heads, keys, values, pos <= t, m, l, acc, scale, cap, CAP)
+            m, mass, acc = meet(heads, keys, values, pos <= t, m, mass, acc, scale, cap, CAP)
         if SINKS > 0:
             sink_k += (row * SINKS * G + g) * K
             sink_v += (row * SINKS * G + g) * V
@@ -298,13 +300,13 @@ def joint_step_kernel(
                 # The newest token is never here, and slots are positions.
                 keys = columns(sink_k, k, t, pos, stop, 0, K, KP, SINKS, G)
                 values = slots(sink_v, v, t, pos, stop, 0, V, VP, SINKS, G)
-                m, l, acc = meet(heads, keys, values, pos < stop, m, l, acc, scale, cap, CAP)
+                m, mass, acc = meet(heads, keys, values, pos < stop, m, mass, acc, scale, cap, CAP)
 
     fold = first - done >= FOLD
     for r in tl.static_range(HEADS):
         h = h0 + r
         num = tl.sum(tl.where((rows == r)[:, None], acc, 0.0), 0)
-        den = tl.sum(tl.where(rows == r, l, 0.0))
+        den = tl.sum(tl.where(rows == r, mass, 0.0))
         if LINEAR:
             share = 1.0
             if KIND != 0:
@@ -316,7 +318,7 @@ def joint_step_kernel(
             hs = g if TIED else h
             of = tl.arange(0, FP)
             sums = kv + (row * (G if TIED else H) + hs) * (HALVES * F * V)
-            mass = z + (row * (G if TIED else H) + hs) * (HALVES * F)
+            norms = z + (row * (G if TIED else H) + hs) * (HALVES * F)
             cells = of[:, None] * V + ov[None, :]
             inside = (of < F)[:, None] & (ov < V)[None, :]
             up_sums = tl.load(sums + cells, mask=inside, other=0.0)
@@ -331,11 +333,11 @@ def joint_step_kernel(
                 MAP,
             )
             linear = tl.sum(up_sums * up[:, None], 0)
-            weight = tl.sum(up * tl.load(mass + of, mask=of < F, other=0.0))
+            weight = tl.sum(up * tl.load(norms + of, mask=of < F, other=0.0))
             if HALVES == 2:
                 down_sums = tl.load(sums + F * V + cells, mask=inside, other=0.0)
                 linear += tl.sum(down_sums * down[:, None], 0)
-                weight += tl.sum(down * tl.load(mass + F + of, mask=of < F, other=0.0))
+                weight += tl.sum(down * tl.load(norms + F + of, mask=of < F, other=0.0))
             w_k = map_k + hs * K * F
             e_k = extra_k + hs * (F if MAP == 2 else K)
             for j in range(done, first, BO):
@@ -350,10 +352,10 @@ def joint_step_kernel(
                 weight += tl.sum(a)
             num += share * linear
             den += share * weight
-            if (not TIED) or r == HEADS - 1:  # the last head to read them
+            if (not TIED) or r == HEADS - 1:  # noqa: SIM102 (the last head to read them; for the compiler)
                 if fold:
                     for half in tl.static_range(HALVES):
-                        total = tl.load(mass + half * F + of, mask=of < F, other=0.0)
+                        total = tl.load(norms + half * F + of, mask=of < F, other=0.0)
                         for c in range(0, VP, BV):
                             oc = c + tl.arange(0, BV)
                             part = sums + half * F * V + of[:, None] * V + oc[None, :]
@@ -371,7 +373,7 @@ def joint_step_kernel(
                                 if c == 0:
                                     total += tl.sum(phi, 1)
                             tl.store(part, held, mask=real)
-                        tl.store(mass + half * F + of, total, mask=of < F)
+                        tl.store(norms + half * F + of, total, mask=of < F)
             if KIND == 0:
                 den += 1e-12
         tl.store(y + (row * H + h) * V + ov, (num / den).to(y.dtype.element_ty), mask=ov < V)
@@ -388,7 +390,7 @@ def rows_of(x: Tensor) -> Tensor:
 
 def padded(width: int) -> int:
     """The power of two, at least 16, that a tile of this width takes."""
-    return max(16, triton.next_power_of_2(width))
+    return max(16, 1 << (width - 1).bit_length())
 
 
 def joint_step(
@@ -476,9 +478,7 @@ def joint_step(
         AFFINE=affine,
         CAP=softcap is not None,
         FOLD=1 if kind == 2 else fold_every,
-        **blocks,
-        num_warps=settings.warps,
-        num_stages=settings.stages,
+        **settings._replace(blocks=blocks).options,
     )
     return y
 
