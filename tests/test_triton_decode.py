@@ -7,6 +7,8 @@ import torch
 from tolerances import assert_near
 
 from linearize.modeling.backend import ran
+from linearize.modeling.lawcat import LawcatConfig
+from linearize.modeling.liger import LigerConfig
 from linearize.modeling.linear import LinearConfig
 from linearize.modeling.lolcats import LolcatsConfig
 from linearize.modeling.mixer import Geometry, MixerInput
@@ -160,7 +162,34 @@ def test_window(name):
     compare(config, shape, lengths, count, operation="window_step")
 
 
-STEPS = {}
+STEPS = {
+    "gla": (LigerConfig(window=8), geometry(4, 2), (3, 11), 12),
+    "hgrn2": (LigerConfig(variant="hgrn2", window=5, hgrn2_lower_bound=0.2), geometry(3, 1, 20, 24), (7,), 8),
+    "gla, learnt and normalised": (
+        LigerConfig(
+            window=4,
+            normalize=True,
+            train_mix="head",
+            train_gate_bias=True,
+            train_key_temperature=True,
+            rope_on_recurrent=True,
+        ),
+        geometry(4, 2, 16, 48),
+        (2, 9),
+        8,
+    ),
+    "no window": (LigerConfig(window=None, feature_map="identity", train_mix=None), geometry(2, 2), (4,), 4),
+    "no recurrence": (LigerConfig(window=4, mix_recurrent=0.0), geometry(2, 1), (4,), 6),
+    "lawcat": (LawcatConfig(), geometry(4, 2), (2, 9), 10),
+    "lawcat beside a window": (
+        LawcatConfig(window=8, tie_qk_map=False, conv_tied=True, gate_bias=2.0),
+        geometry(3, 1, 20, 24),
+        (6,),
+        12,
+    ),
+    "lawcat, keys convolved": (LawcatConfig(conv_on="k", feature_map="np_map"), geometry(2, 2), (5,), 6),
+    "lawcat, nothing convolved": (LawcatConfig(conv_size=None, rope=True), geometry(2, 1), (5,), 4),
+}
 
 
 @pytest.mark.parametrize("name", STEPS)

@@ -51,7 +51,31 @@ CANDIDATES["joint_step_few"] = [
     _step(1, 64, 64, 8),
     _step(1, 64, 64, 4),
 ]
-for _name in ("joint_step", "joint_step_few"):
+
+
+# SPLITS: programs that share the columns of a key/value head's values.
+def _fading(splits: int, values: int, warps: int, **blocks: int) -> Launch:
+    return Launch({"SPLITS": splits, "BV": values, "BN": 64} | blocks, warps, 1)
+
+
+CANDIDATES["liger_step"] = [_fading(2, 64, 4), _fading(4, 32, 4), _fading(1, 64, 4), _fading(1, 64, 8)]
+CANDIDATES["liger_step_few"] = [_fading(8, 16, 4), _fading(4, 32, 4), _fading(4, 32, 8), _fading(2, 64, 8)]
+
+
+def _lawcat(channels: int, values: int, warps: int) -> Launch:
+    return Launch({"BK": channels, "BV": values, "BN": 64}, warps, 1)
+
+
+CANDIDATES["lawcat_step"] = [_lawcat(64, 128, 8), _lawcat(64, 64, 4), _lawcat(32, 64, 4), _lawcat(64, 128, 4)]
+CANDIDATES["lawcat_step_few"] = [_lawcat(128, 128, 8), _lawcat(64, 64, 8), _lawcat(64, 64, 4)]
+for _name in (
+    "joint_step",
+    "joint_step_few",
+    "liger_step",
+    "liger_step_few",
+    "lawcat_step",
+    "lawcat_step_few",
+):
     TABLE[_name] = CANDIDATES[_name][:1]
 
 

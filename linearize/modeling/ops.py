@@ -34,6 +34,8 @@ __all__ = [
     "joint_step",
     "kept_attention",
     "kept_decode",
+    "lawcat_step",
+    "liger_step",
     "merge_kept",
     "route",
     "routed_attention",
@@ -67,11 +69,39 @@ sparse_hand_over = hand_over_all
 
 def joint_step(q: Tensor, k: Tensor, v: Tensor, *state: Tensor, **terms: Any) -> Tensor | None:
     """y [B, 1, H, V] of a window joined with sums; ``triton_decode.joint_step`` says what it takes and writes."""
-    if not use_kernel("joint_step", refusal(q, k, v)):
+    tied = terms["sums"][1].shape[1] != q.shape[2]
+    if not use_kernel("joint_step", refusal(q, k, v), _few_heads(q, k) if tied else None):
         return None
     from .triton_decode import joint_step as step
 
     return step(q, k, v, *state, **terms)
+
+
+def liger_step(
+    q: Tensor, k: Tensor, v: Tensor, *state: Tensor, against: str | None, **terms: Any
+) -> Tensor | None:
+    """y [B, 1, H, V] of a fading recurrence beside a window; ``against``: why the kernel cannot, if it cannot."""
+    if not use_kernel("liger_step", refusal(q, k, v), against, _few_heads(q, k)):
+        return None
+    from .triton_decode_gated import liger_step as step
+
+    return step(q, k, v, *state, **terms)
+
+
+def lawcat_step(
+    q: Tensor, k: Tensor, v: Tensor, *state: Tensor, against: str | None, **terms: Any
+) -> Tensor | None:
+    """y [B, 1, H, V] of normalised fading sums after a convolution; ``against`` as in :func:`liger_step`."""
+    if not use_kernel("lawcat_step", refusal(q, k, v), against):
+        return None
+    from .triton_decode_gated import lawcat_step as step
+
+    return step(q, k, v, *state, **terms)
+
+
+def _few_heads(q: Tensor, k: Tensor) -> str | None:
+    """A tile of 16 rows holds the query heads of a group."""
+    return "more than 16 query heads share a key/value head" if q.shape[2] > 16 * k.shape[2] else None
 
 
 def window_step(q: Tensor, k: Tensor, v: Tensor, *state: Tensor, **terms: Any) -> Tensor | None:

@@ -18,6 +18,8 @@ program alone, which is why the columns of V are not split. Numerators and denom
 have the inputs' dtype.
 """
 
+from typing import Any
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -438,6 +440,27 @@ def joint_step(
     kv, z = sums or (nothing, nothing)
     map_q, map_k = maps or (nothing, nothing)
     extra_q, extra_k = extras or (nothing, nothing)
+    constants: dict[str, Any] = dict(
+        H=heads,
+        G=groups,
+        K=key_dim,
+        V=value_dim,
+        F=width,
+        KP=padded(key_dim),
+        VP=padded(value_dim),
+        FP=max(padded(width), 16),
+        N=ring_k.shape[1],
+        WINDOW=window or 0,
+        KIND=kind,
+        SINKS=0 if sinks is None else sinks[0].shape[1],
+        LINEAR=sums is not None,
+        HALVES=halves,
+        MAP=MAPS[feature_map],
+        TIED=tied,
+        AFFINE=affine,
+        CAP=softcap is not None,
+        FOLD=1 if kind == 2 else fold_every,
+    )
     joint_step_kernel[(heads // blocks["HEADS"], batch)](
         queries,
         keys,
@@ -459,25 +482,7 @@ def joint_step(
         scale,
         softcap or 0.0,
         *(stride for x in (queries, keys, values) for stride in x.stride()[:2]),
-        H=heads,
-        G=groups,
-        K=key_dim,
-        V=value_dim,
-        F=width,
-        KP=padded(key_dim),
-        VP=padded(value_dim),
-        FP=max(padded(width), 16),
-        N=ring_k.shape[1],
-        WINDOW=window or 0,
-        KIND=kind,
-        SINKS=0 if sinks is None else sinks[0].shape[1],
-        LINEAR=sums is not None,
-        HALVES=halves,
-        MAP=MAPS[feature_map],
-        TIED=tied,
-        AFFINE=affine,
-        CAP=softcap is not None,
-        FOLD=1 if kind == 2 else fold_every,
+        **constants,
         **settings._replace(blocks=blocks).options,
     )
     return y
