@@ -58,7 +58,7 @@ def _fading(splits: int, values: int, warps: int, **blocks: int) -> Launch:
     return Launch({"SPLITS": splits, "BV": values, "BN": 64} | blocks, warps, 1)
 
 
-CANDIDATES["liger_step"] = [_fading(2, 64, 4), _fading(4, 32, 4), _fading(1, 64, 4), _fading(1, 64, 8)]
+CANDIDATES["liger_step"] = [_fading(4, 32, 4), _fading(2, 64, 4), _fading(8, 16, 4), _fading(1, 64, 8)]
 CANDIDATES["liger_step_few"] = [_fading(8, 16, 4), _fading(4, 32, 4), _fading(4, 32, 8), _fading(2, 64, 8)]
 
 
@@ -66,9 +66,20 @@ def _lawcat(channels: int, values: int, warps: int) -> Launch:
     return Launch({"BK": channels, "BV": values, "BN": 64}, warps, 1)
 
 
-CANDIDATES["lawcat_step"] = [_lawcat(64, 128, 8), _lawcat(64, 64, 4), _lawcat(32, 64, 4), _lawcat(64, 128, 4)]
-CANDIDATES["lawcat_step_few"] = [_lawcat(128, 128, 8), _lawcat(64, 64, 8), _lawcat(64, 64, 4)]
+CANDIDATES["lawcat_step"] = [_lawcat(64, 64, 4), _lawcat(64, 128, 8), _lawcat(64, 32, 4), _lawcat(64, 64, 8)]
+CANDIDATES["lawcat_step_few"] = [_lawcat(64, 64, 8), _lawcat(128, 128, 8), _lawcat(64, 64, 4)]
+
+
+# BS: slots of a kept set that are ranked and moved at once.
+def _kept(keys: int, slots: int, warps: int) -> Launch:
+    return Launch({"BN": keys, "BS": slots}, warps, 1)
+
+
+CANDIDATES["salient_step"] = [_kept(64, 32, 4), _kept(128, 32, 8), _kept(64, 32, 8), _kept(32, 32, 4)]
+CANDIDATES["salient_step_few"] = [_kept(128, 32, 8), _kept(64, 32, 4), _kept(64, 64, 8)]
 for _name in (
+    "salient_step",
+    "salient_step_few",
     "joint_step",
     "joint_step_few",
     "liger_step",

@@ -40,6 +40,7 @@ __all__ = [
     "route",
     "routed_attention",
     "routed_decode",
+    "salient_step",
     "self_saliency",
     "self_saliency_of",
     "sparse_attention",
@@ -95,6 +96,15 @@ def lawcat_step(
     if not use_kernel("lawcat_step", refusal(q, k, v), against):
         return None
     from .triton_decode_gated import lawcat_step as step
+
+    return step(q, k, v, *state, **terms)
+
+
+def salient_step(q: Tensor, k: Tensor, v: Tensor, *state: Tensor, **terms: Any) -> Tensor | None:
+    """y [B, 1, H, V] against a kept set and the local span, which hands its oldest chunk over when it is due."""
+    if not use_kernel("salient_step", refusal(q, k, v), _few_heads(q, k)):
+        return None
+    from .triton_decode_kept import salient_step as step
 
     return step(q, k, v, *state, **terms)
 
