@@ -36,6 +36,8 @@ class Mode(NamedTuple):
 
     name: str
     record: Record | None = None
+    step: bool = False
+    """Whether a forward gives every row one real token, whatever its mask says: a decode step of fixed shapes."""
 
 
 LINEAR = Mode("linear")
@@ -104,7 +106,7 @@ class LinearMask:
         self._base: dict[torch.device, Any] = {}
         self._rows: dict[tuple[torch.device, bool], Rows | None] = {}
         mask, length = request["attention_mask"], request["q_length"]
-        self.valid: Tensor | None = None if mask is None else mask[:, -length:]
+        self.valid: Tensor | None = None if mask is None or mode.step else mask[:, -length:]
 
     def base(self, device: torch.device) -> Any:
         """The mask of the base attention implementation, for layers that compute softmax; made once a forward."""
@@ -253,6 +255,7 @@ class LinearAttention(nn.Module):
         if rows is not None:
             parts = {name: rows.gather(part) for name, part in parts.items()}
         layer = None if cache is None else cache_layer(cache, self.layer_idx)
+        in_place = layer is not None and time == 1 and rows is None and self._in_place(layer)
         x = MixerInput(
             **parts,
             scale=kwargs["scaling"] if kwargs.get("scaling") is not None else q.shape[-1] ** -0.5,
@@ -260,13 +263,21 @@ class LinearAttention(nn.Module):
             lengths=None if rows is None else rows.lengths,
             use_cache=layer is not None,
             pending=0 if layer is None else layer.pending,
+            in_place=in_place,
             transfer=teacher is not None,
         )
         with torch.autocast(q.device.type, enabled=False):
             y, state = self.mixer(x, None if layer is None else layer.state)
         if layer is not None:
-            layer.store(state, time, valid)
+            layer.store(state, time, valid, in_place)
         return rows.scatter(y) if rows is not None and isinstance(y, Tensor) else y
+
+    def _in_place(self, layer: Any) -> bool:
+        """Whether the next step of one token a row writes into the layer's state, which is made ready for it."""
+        if torch.is_grad_enabled() or not layer.in_place or self.mixer.why_not_in_place() is not None:
+            return False
+        layer.own(self.mixer.with_room)
+        return True
 
 
 def _mode_of(mask: Any) -> Mode:

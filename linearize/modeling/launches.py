@@ -125,6 +125,68 @@ CANDIDATES["selected_outputs"] = [
 for name, settings in CANDIDATES.items():
     TABLE.setdefault(name, settings[:1])
 
+# kernel -> settings worth timing on a new device; the first is the table's.
+CANDIDATES: dict[str, list[Launch]] = {}
+
+
+# Decode. HEADS: query heads of a program; BN: keys of the window at once; BO: tokens outside it at once; BK: channels
+# of a feature map's weight at once; BV: channels of values that a fold adds at once.
+def _step(heads: int, keys: int, channels: int, warps: int) -> Launch:
+    return Launch({"HEADS": heads, "BN": keys, "BO": 16, "BK": channels, "BV": 64}, warps, 1)
+
+
+CANDIDATES["joint_step"] = [
+    _step(1, 64, 64, 4),
+    _step(1, 32, 64, 4),
+    _step(1, 64, 64, 8),
+    _step(2, 64, 64, 8),
+    _step(4, 64, 64, 8),
+    _step(2, 64, 64, 4),
+]
+CANDIDATES["joint_step_few"] = [
+    _step(1, 64, 128, 8),
+    _step(1, 128, 128, 8),
+    _step(1, 64, 64, 8),
+    _step(1, 64, 64, 4),
+]
+
+
+# SPLITS: programs that share the columns of a key/value head's values.
+def _fading(splits: int, values: int, warps: int, **blocks: int) -> Launch:
+    return Launch({"SPLITS": splits, "BV": values, "BN": 64} | blocks, warps, 1)
+
+
+CANDIDATES["liger_step"] = [_fading(4, 32, 4), _fading(2, 64, 4), _fading(8, 16, 4), _fading(1, 64, 8)]
+CANDIDATES["liger_step_few"] = [_fading(8, 16, 4), _fading(4, 32, 4), _fading(4, 32, 8), _fading(2, 64, 8)]
+
+
+def _lawcat(channels: int, values: int, warps: int) -> Launch:
+    return Launch({"BK": channels, "BV": values, "BN": 64}, warps, 1)
+
+
+CANDIDATES["lawcat_step"] = [_lawcat(64, 64, 4), _lawcat(64, 128, 8), _lawcat(64, 32, 4), _lawcat(64, 64, 8)]
+CANDIDATES["lawcat_step_few"] = [_lawcat(64, 64, 8), _lawcat(128, 128, 8), _lawcat(64, 64, 4)]
+
+
+# BS: slots of a kept set that are ranked and moved at once.
+def _kept(keys: int, slots: int, warps: int) -> Launch:
+    return Launch({"BN": keys, "BS": slots}, warps, 1)
+
+
+CANDIDATES["salient_step"] = [_kept(64, 32, 4), _kept(128, 32, 8), _kept(64, 32, 8), _kept(32, 32, 4)]
+CANDIDATES["salient_step_few"] = [_kept(128, 32, 8), _kept(64, 32, 4), _kept(64, 64, 8)]
+for _name in (
+    "salient_step",
+    "salient_step_few",
+    "joint_step",
+    "joint_step_few",
+    "liger_step",
+    "liger_step_few",
+    "lawcat_step",
+    "lawcat_step_few",
+):
+    TABLE[_name] = CANDIDATES[_name][:1]
+
 
 def launch(
     kernel: str,

@@ -4,6 +4,9 @@ Each operation has a plain torch reference of the same signature, in ``reference
 ``selection.py``, ``routing.py`` or ``lola.py``, in two forms: many queries (chunked) and few (recurrent). Some have
 Triton kernels beside it, ``triton_*.py``: every call asks ``backend.py`` whether they can run, and ``ran()`` says what
 did and why. Their modules are imported where they are called, since Triton is optional.
+
+A step in place is one launch where a kernel takes it: its functions (``..._step``) return None where none does, and the
+mixer's own step, which is the reference, runs instead.
 """
 
 from typing import Any
@@ -35,8 +38,11 @@ __all__ = [
     "joined_decode",
     "joint_attention",
     "joint_decode",
+    "joint_step",
     "kept_attention",
     "kept_decode",
+    "lawcat_step",
+    "liger_step",
     "mapped_attention",
     "mapped_error",
     "merge_kept",
@@ -45,6 +51,7 @@ __all__ = [
     "route",
     "routed_attention",
     "routed_decode",
+    "salient_step",
     "self_saliency",
     "self_saliency_of",
     "sparse_attention",
@@ -52,6 +59,7 @@ __all__ = [
     "sparse_hand_over",
     "window_attention",
     "window_decode",
+    "window_step",
 ]
 
 joint_attention = joint_chunked
@@ -186,3 +194,58 @@ def self_saliency(q: Tensor, k: Tensor, *, scale: float, window: int, softcap: f
 
         return kernel(q, k, scale=scale, window=window)
     return self_saliency_chunked(q, k, scale=scale, window=window, softcap=softcap)
+
+
+def joint_step(q: Tensor, k: Tensor, v: Tensor, *state: Tensor, **terms: Any) -> Tensor | None:
+    """y [B, 1, H, V] of a window joined with sums; ``triton_decode.joint_step`` says what it takes and writes."""
+    tied = terms["sums"][1].shape[1] != q.shape[2]
+    if not use_kernel("joint_step", refusal(q, k, v), _few_heads(q, k) if tied else None):
+        return None
+    from .triton_decode import joint_step as step
+
+    return step(q, k, v, *state, **terms)
+
+
+def liger_step(
+    q: Tensor, k: Tensor, v: Tensor, *state: Tensor, against: str | None, **terms: Any
+) -> Tensor | None:
+    """y [B, 1, H, V] of a fading recurrence beside a window; ``against``: why the kernel cannot, if it cannot."""
+    if not use_kernel("liger_step", refusal(q, k, v), against, _few_heads(q, k)):
+        return None
+    from .triton_decode_gated import liger_step as step
+
+    return step(q, k, v, *state, **terms)
+
+
+def lawcat_step(
+    q: Tensor, k: Tensor, v: Tensor, *state: Tensor, against: str | None, **terms: Any
+) -> Tensor | None:
+    """y [B, 1, H, V] of normalised fading sums after a convolution; ``against`` as in :func:`liger_step`."""
+    if not use_kernel("lawcat_step", refusal(q, k, v), against):
+        return None
+    from .triton_decode_gated import lawcat_step as step
+
+    return step(q, k, v, *state, **terms)
+
+
+def salient_step(q: Tensor, k: Tensor, v: Tensor, *state: Tensor, **terms: Any) -> Tensor | None:
+    """y [B, 1, H, V] against a kept set and the local span, which hands its oldest chunk over when it is due."""
+    if not use_kernel("salient_step", refusal(q, k, v), _few_heads(q, k)):
+        return None
+    from .triton_decode_kept import salient_step as step
+
+    return step(q, k, v, *state, **terms)
+
+
+def _few_heads(q: Tensor, k: Tensor) -> str | None:
+    """A tile of 16 rows holds the query heads of a group."""
+    return "more than 16 query heads share a key/value head" if q.shape[2] > 16 * k.shape[2] else None
+
+
+def window_step(q: Tensor, k: Tensor, v: Tensor, *state: Tensor, **terms: Any) -> Tensor | None:
+    """y [B, 1, H, V] of a window and its sinks; the same kernel without sums."""
+    if not use_kernel("window_step", refusal(q, k, v)):
+        return None
+    from .triton_decode import joint_step as step
+
+    return step(q, k, v, *state, **terms)
