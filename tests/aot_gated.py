@@ -1,4 +1,4 @@
-"""Kernels of gated linear attention as they are compiled for ``tests/aot.py``: chosen settings, heads of 128 and of 64."""
+"""Kernels of gated linear attention as ``tests/aot.py`` compiles them: chosen settings, heads of 128 and of 64."""
 
 import triton.language as tl
 from aot import Case
@@ -7,13 +7,13 @@ from linearize.modeling import triton_gated as shared
 from linearize.modeling import triton_gated_liger as liger
 from linearize.modeling.launches import CANDIDATES, Launch
 
-FP32 = {"scale", "bias", "inverse", "sharpness", "mix_window", "mix_recurrent"}
-STRIDES = {"_b": 1024 * 2048, "_t": 1024, "_h": 128}
-STATES = {"sums", "totals", "states", "last", "start", "lse", "delta", "shares"}
+FP32 = {"factor", "scale", "bias", "inverse", "sharpness", "mix_window", "mix_recurrent"}
+STRIDES = ("_b", "_t", "_h")
+STATES = {"sums", "totals", "states", "last", "start", "lse", "delta", "dphi", "inner"}
 
 
 def arguments(kernel, constants, pointers: dict[str, str]) -> dict[str, str]:
-    """Types of what is no constant: strides and sizes are int32."""
+    """Types of what is no constant."""
     kinds = {}
     for name in kernel.arg_names:
         if name in constants:
@@ -21,7 +21,7 @@ def arguments(kernel, constants, pointers: dict[str, str]) -> dict[str, str]:
         if name in pointers:
             kinds[name] = pointers[name]
         else:
-            kinds[name] = "fp32" if name in FP32 else "i32"
+            kinds[name] = "fp32" if name in FP32 else "i32:16" if name[-2:] in STRIDES else "i32"
     return kinds
 
 
@@ -30,11 +30,6 @@ def case(
 ) -> Case:
     constants = {key: value for key, value in constants.items() if key in kernel.arg_names}
     constants |= {key: value for key, value in row.blocks.items() if key in kernel.arg_names}
-    # Strides are multiples of 16 in a call, which the compiler is told; here they are constants.
-    strides = {name: STRIDES[name[-2:]] for name in kernel.arg_names if name[-2:] in STRIDES}
-    constants |= {
-        name: size * (4 if name[0] == "q" and name[-2:] != "_h" else 1) for name, size in strides.items()
-    }
     kinds = arguments(kernel, constants, pointers)
     return Case(
         f"{name} {row.blocks} {row.warps} {row.stages}",
@@ -50,6 +45,8 @@ def case(
 def liger_constants(width: int, per_group: int = 4, hgrn2: bool = False) -> dict:
     sizes = {
         "G": 8,
+        "H": 32,
+        "ADD": True,
         "R": per_group,
         "K": width,
         "KP": width,
@@ -73,7 +70,7 @@ def typed(kernel, float_names=()) -> dict[str, str]:
     scalars = FP32 | {"time", "segments"}
     pointers = {}
     for name in kernel.arg_names:
-        if name in scalars or name.isupper() or name[-2:] in ("_b", "_t", "_h"):
+        if name in scalars or name.isupper() or name[-2:] in STRIDES:
             continue
         pointers[name] = (
             "*i64"

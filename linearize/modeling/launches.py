@@ -231,5 +231,8 @@ CANDIDATES: dict[str, list[Launch]] = {
     "gated_liger_values": [Launch({}, 4, 1)],
     "gated_liger_values_strong": [Launch({}, 8, 1)],
     "gated_liger_gates": [Launch({}, 8, 1)],
+    "gated_lawcat_states": [Launch({"C": 64, "CS": 256}, 4, 1)],
+    "gated_lawcat_outputs": [Launch({}, 4, 1)],
+    "gated_lawcat_outputs_strong": [Launch({}, 8, 1)],
 }
 TABLE.update({kernel: [rows[0]] for kernel, rows in CANDIDATES.items() if kernel.startswith("gated")})
