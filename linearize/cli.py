@@ -278,6 +278,10 @@ def generate_(
     ] = False,
     temperature: Annotated[float | None, typer.Option(help="With --sample: 1 if not given.")] = None,
     seed: Annotated[int | None, typer.Option(help="With --sample: 0 if not given.")] = None,
+    static: Annotated[
+        bool,
+        typer.Option("--static", help="Decode in place, on a GPU from a CUDA graph: the same text, sooner."),
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Continue a prompt."""
@@ -297,7 +301,7 @@ def generate_(
     defaults = {"do_sample": True, "temperature": 1.0, "seed": 0}
     given = {"temperature": temperature, "seed": seed}
     sampling = defaults | {k: v for k, v in given.items() if v is not None} if sample else {}
-    text = generate(model, tokenizer, prompt, max_new_tokens, **sampling)
+    text = generate(model, tokenizer, prompt, max_new_tokens, static=static, **sampling)
     if as_json:
         print_json(json.dumps({"prompt": prompt, "continuation": text}))
     else:

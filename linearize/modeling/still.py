@@ -206,7 +206,7 @@ class StillMixer(Mixer):
             score = (self._score_step if step else self._score_chunk)(x, started, k)
             fresh = (x.k, x.v, score)
             columns = (k, v, unroll(started.score, score, started.seen, started.folded))
-            older = self._hand_over(started, columns, limit)
+            older = self._hand_over(started, columns, limit, x.in_place)
             y = self._step(x, started, columns, older) if step else self._chunk(x, started, columns)
         k, v, score = (
             write(old, new, started.seen, total) for old, new in zip(started.rings, fresh, strict=True)
@@ -277,10 +277,13 @@ class StillMixer(Mixer):
             past=past,
         )
 
-    def _hand_over(self, state: StillState, columns: Sequence[Tensor], limit: Tensor) -> Older:
+    def _hand_over(
+        self, state: StillState, columns: Sequence[Tensor], limit: Tensor, in_place: bool = False
+    ) -> Older:
         """What has left the local span once columns ``folded .. limit - 1`` have; column 0 is position ``folded``."""
         config, leaving = self.config, limit - state.folded
-        count = int(leaving.max())
+        # A step in place does not wait for the device to say how many leave: a chunk at most.
+        count = config.chunk if in_place else int(leaving.max())
         if count <= 0:
             return Older(state.kept, state.kv, state.z)
         k, v, score = (column[:, :count] for column in columns)
@@ -341,6 +344,9 @@ class StillMixer(Mixer):
             return None
         logits = self.output_gate(x.hidden.to(self.output_gate.weight.dtype)) + self.config.gate_bias
         return logits.sigmoid().unflatten(-1, (self.geometry.heads, -1))
+
+    def why_not_in_place(self) -> str | None:
+        return "STILL without a budget grows with the text" if self.config.budget is None else None
 
     def growth(self, itemsize: int) -> float:
         config, shape = self.config, self.geometry

@@ -1,0 +1,352 @@
+"""Gradients of Liger's layer: dq and dk of the window (rotated), dq and dk of the recurrence (not rotated), and dv.
+
+With u = dy times the recurrence's share and S_t the state, everything per key/value head and summed over its queries,
+
+    dphi_q_t = S_t u_t                              R_t = diag(a_{t+1}) R_{t+1} + phi_q_t u_t^T
+    dphi_k_t = R_t v_t                              dv_t = R_t^T phi_k_t
+    dlog a_t = sum_{s >= t} (phi_q_s dphi_q_s - phi_k_s dphi_k_s)
+
+A sum over all later tokens is never formed: behind a tile it is the sum over values of S times R there, channel by
+channel, which both walks have. From dlog a, dk = dlog a sigmoid(-k) / N joins the features' own gradient; for hgrn2,
+whose key is 1 - a, dlog a also loses a dphi_k. Kept from the forward pass are the states before segments and their log
+decays; states before and behind tiles are made again.
+
+    back_states      R behind segments and tiles      ``states`` in reverse
+    queries          dq, and phi_q . dphi_q           a tile of one head
+    keys             dphi_k, fp32                     a tile of a group
+    values           dv                               a tile of a group
+    gates            dk from dphi_k and dlog a        a tile of a group
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launches import Launch
+from .triton_common import load_matrix, load_rows, store_rows
+from .triton_gated import (
+    LOG2E,
+    blocks,
+    earlier,
+    gated_dtype,
+    scan,
+    steps_of,
+    store_matrix,
+    strong_gradient,
+    strong_scores,
+)
+from .triton_gated_liger import Shape, Terms, key_features, key_gates, query_features, tile_states
+from .triton_gated_window import window_keys, window_queries
+
+
+@triton.jit(do_not_specialize=["time", "segments"])
+def back_states_kernel(
+    q_plain, k_plain, dy, sums, states, fine,
+    q_b, q_t, q_h, k_b, k_t, k_h,
+    time, segments, bias, inverse,
+    G: tl.constexpr, R: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, V: tl.constexpr, VP: tl.constexpr,
+    C: tl.constexpr, CS: tl.constexpr, MODE: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """``states_kernel`` from a segment's end: MODE "sums" or "fine", the state behind every tile."""
+    BT: tl.constexpr = C // 2
+    n, g, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    row = b * G + g
+    k_plain += b * k_b + g * k_h
+    q_plain += b * q_b + g * R * q_h
+    dy += b * time * (G * R * V) + g * R * V
+    if MODE == "sums":
+        state = tl.zeros([KP, VP], tl.float32)
+    else:
+        state = load_matrix(states + (row * (segments + 1) + n) * K * V, K, V, KP, VP)
+    first = n * CS
+    count = tl.cdiv(tl.minimum(CS, time - first), BT)
+    for i in range(0, count):
+        t = first + (count - 1 - i) * BT
+        if MODE == "fine":
+            if ((t + BT) % C == 0) | (i == 0):
+                store_matrix(fine + (row * tl.cdiv(time, C) + t // C) * K * V, state, K, V, KP, VP)
+        log_decay = key_gates(k_plain, t, k_t, time, bias, inverse, K, KP, BT)
+        reach = tl.exp(tl.cumsum(log_decay, 0))
+        state = state * tl.exp(tl.sum(log_decay, 0))[:, None]
+        for r in range(0, R):
+            reading = query_features(q_plain + r * q_h, t, q_t, time, K, KP, BT) * reach
+            wanted = load_rows(dy + r * V, t, G * R * V, time, V, VP, BT).to(DTYPE)
+            state = tl.dot(tl.trans(reading.to(DTYPE)), wanted, state, input_precision=PRECISION)
+    if MODE == "sums":
+        store_matrix(sums + (row * segments + n) * K * V, state, K, V, KP, VP)
+
+
+@triton.jit(do_not_specialize=["time"])
+def queries_kernel(
+    q_plain, k_plain, v, dy, fine, strong, dq, inner,
+    q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h,
+    time, bias, inverse, sharpness, factor,
+    G: tl.constexpr, R: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, V: tl.constexpr, VP: tl.constexpr,
+    HGRN2: tl.constexpr, C: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr, STRONG: tl.constexpr,
+):  # fmt: skip
+    n, h, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    H: tl.constexpr = G * R
+    tile = (b * G + h // R) * tl.cdiv(time, C) + n
+    above = tl.load(strong + tile)
+    if (above > 0) != STRONG:
+        return
+    t = n * C
+    k_plain += b * k_b + h // R * k_h
+    log_decay = key_gates(k_plain, t, k_t, time, bias, inverse, K, KP, C)
+    reach = tl.exp(tl.cumsum(log_decay, 0))
+    phi_k = key_features(k_plain, t, k_t, time, bias, inverse, sharpness, K, KP, C, HGRN2)
+    if not STRONG:
+        early = (phi_k / reach).to(DTYPE)
+    values = load_rows(v + b * v_b + h // R * v_h, t, v_t, time, V, VP, C).to(DTYPE)
+    wanted = load_rows(dy + b * time * (H * V) + h * V, t, H * V, time, V, VP, C).to(DTYPE)
+    pairs = tl.dot(wanted, tl.trans(values), input_precision=PRECISION)
+    pairs = tl.where(earlier(C, False), pairs, 0.0)
+    state = load_matrix(fine + tile * K * V, K, V, KP, VP)
+    found = tl.dot(wanted, tl.trans(state), input_precision=PRECISION)
+    if STRONG:
+        found = found * reach
+        found += strong_gradient(pairs, phi_k, log_decay, above > 1, C, KP, DTYPE, PRECISION, False)
+    else:
+        found = tl.dot(pairs.to(DTYPE), early, found, input_precision=PRECISION) * reach
+    phi_q = query_features(q_plain + b * q_b + h * q_h, t, q_t, time, K, KP, C)
+    along = tl.sum(phi_q * found, 1)
+    found = phi_q * (found - along[:, None]) * factor
+    store_rows(dq + b * time * (H * K) + h * K, found, t, H * K, time, K, KP, C)
+    token = t + tl.arange(0, C)
+    tl.store(inner + b * time * H + h + token.to(tl.int64) * H, along * factor, mask=token < time)
+
+
+@triton.jit(do_not_specialize=["time"])
+def keys_kernel(
+    q_plain, k_plain, v, dy, fine, strong, dphi,
+    q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h,
+    time, bias, inverse, factor,
+    G: tl.constexpr, R: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, V: tl.constexpr, VP: tl.constexpr,
+    C: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr, STRONG: tl.constexpr,
+):  # fmt: skip
+    """``fine`` are the states behind tiles."""
+    n, g, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    tile = (b * G + g) * tl.cdiv(time, C) + n
+    above = tl.load(strong + tile)
+    if (above > 0) != STRONG:
+        return
+    t = n * C
+    q_plain += b * q_b + g * R * q_h
+    dy += b * time * (G * R * V) + g * R * V
+    log_decay = key_gates(k_plain + b * k_b + g * k_h, t, k_t, time, bias, inverse, K, KP, C)
+    reach = tl.exp(tl.cumsum(log_decay, 0))
+    values = load_rows(v + b * v_b + g * v_h, t, v_t, time, V, VP, C).to(DTYPE)
+    found = tl.zeros([C, KP], tl.float32)
+    for r in range(0, R):
+        phi_q = query_features(q_plain + r * q_h, t, q_t, time, K, KP, C)
+        wanted = load_rows(dy + r * V, t, G * R * V, time, V, VP, C).to(DTYPE)
+        pairs = tl.dot(values, tl.trans(wanted), input_precision=PRECISION)
+        pairs = tl.where(earlier(C, True), pairs, 0.0)
+        if STRONG:
+            found += strong_gradient(pairs, phi_q, log_decay, above > 1, C, KP, DTYPE, PRECISION, True)
+        else:
+            reading = (phi_q * reach).to(DTYPE)
+            found = tl.dot(pairs.to(DTYPE), reading, found, input_precision=PRECISION)
+    if not STRONG:
+        found = found / reach
+    since = tl.exp(tl.cumsum(log_decay, 0, reverse=True) - log_decay)
+    state = load_matrix(fine + tile * K * V, K, V, KP, VP)
+    found += since * tl.dot(values, tl.trans(state), input_precision=PRECISION)
+    store_rows(dphi + b * time * (G * K) + g * K, found * factor, t, G * K, time, K, KP, C)
+
+
+@triton.jit(do_not_specialize=["time"])
+def values_kernel(
+    q_plain, k_plain, dy, fine, strong, dv,
+    q_b, q_t, q_h, k_b, k_t, k_h,
+    time, bias, inverse, sharpness, factor,
+    G: tl.constexpr, R: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, V: tl.constexpr, VP: tl.constexpr,
+    HGRN2: tl.constexpr, C: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr, STRONG: tl.constexpr,
+    ADD: tl.constexpr,
+):  # fmt: skip
+    """``ADD`` to the gradient that is in dv, the window's."""
+    n, g, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    tile = (b * G + g) * tl.cdiv(time, C) + n
+    above = tl.load(strong + tile)
+    if (above > 0) != STRONG:
+        return
+    t = n * C
+    q_plain += b * q_b + g * R * q_h
+    dy += b * time * (G * R * V) + g * R * V
+    dv += b * time * (G * V) + g * V
+    k_plain += b * k_b + g * k_h
+    log_decay = key_gates(k_plain, t, k_t, time, bias, inverse, K, KP, C)
+    phi_k = key_features(k_plain, t, k_t, time, bias, inverse, sharpness, K, KP, C, HGRN2)
+    late = phi_k * tl.exp(tl.cumsum(log_decay, 0, reverse=True) - log_decay)
+    found = tl.dot(late.to(DTYPE), load_matrix(fine + tile * K * V, K, V, KP, VP), input_precision=PRECISION)
+    reach = tl.exp(tl.cumsum(log_decay, 0))
+    if not STRONG:
+        early = (phi_k / reach).to(DTYPE)
+    for r in range(0, R):
+        phi_q = query_features(q_plain + r * q_h, t, q_t, time, K, KP, C)
+        if STRONG:
+            scores = strong_scores(phi_q, phi_k, log_decay, above > 1, C, KP, DTYPE, PRECISION, True)
+        else:
+            scores = tl.dot(early, tl.trans((phi_q * reach).to(DTYPE)), input_precision=PRECISION)
+            scores = tl.where(earlier(C, True), scores, 0.0)
+        wanted = load_rows(dy + r * V, t, G * R * V, time, V, VP, C).to(DTYPE)
+        found = tl.dot(scores.to(DTYPE), wanted, found, input_precision=PRECISION)
+    found = found * factor
+    if ADD:
+        found += load_rows(dv, t, G * V, time, V, VP, C).to(tl.float32)
+    store_rows(dv, found, t, G * V, time, V, VP, C)
+
+
+@triton.jit(do_not_specialize=["time"])
+def gates_kernel(
+    q_plain, k_plain, dq, inner, dphi, before, behind, dk,
+    q_b, q_t, q_h, k_b, k_t, k_h,
+    time, bias, inverse, sharpness, factor,
+    G: tl.constexpr, R: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, V: tl.constexpr, VP: tl.constexpr,
+    HGRN2: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    """dphi_q phi_q comes back from dq = phi_q (dphi_q - phi_q . dphi_q) and the inner product."""
+    n, g, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    H: tl.constexpr = G * R
+    tiles = tl.cdiv(time, C)
+    tile = (b * G + g) * tiles + n
+    t = n * C
+    token = t + tl.arange(0, C)
+    change = tl.zeros([C, KP], tl.float32)
+    for r in range(0, R):
+        h = g * R + r
+        along = tl.load(inner + b * time * H + h + token.to(tl.int64) * H, mask=token < time, other=0.0)
+        phi_q = query_features(q_plain + b * q_b + h * q_h, t, q_t, time, K, KP, C)
+        change += phi_q * along[:, None]
+        change += load_rows(dq + b * time * (H * K) + h * K, t, H * K, time, K, KP, C).to(tl.float32)
+    k_plain += b * k_b + g * k_h
+    phi_k = key_features(k_plain, t, k_t, time, bias, inverse, sharpness, K, KP, C, HGRN2)
+    of_features = load_rows(dphi + b * time * (G * K) + g * K, t, G * K, time, K, KP, C)
+    change -= phi_k * of_features
+    # What crosses the tile's end.
+    later = tl.zeros([KP], tl.float32)
+    if n + 1 < tiles:
+        channel = tl.arange(0, KP)
+        for i in range(0, VP, 16):
+            value = i + tl.arange(0, 16)
+            at = channel[:, None] * V + value[None, :]
+            there = (channel < K)[:, None] & (value < V)[None, :]
+            kept = tl.load(before + (tile + 1) * K * V + at, mask=there, other=0.0).to(tl.float32)
+            read = tl.load(behind + tile * K * V + at, mask=there, other=0.0).to(tl.float32)
+            later += tl.sum(kept * read, 1)
+    of_gate = tl.cumsum(change, 0, reverse=True) + (later * factor)[None, :]
+    raw = load_rows(k_plain, t, k_t, time, K, KP, C).to(tl.float32)
+    if HGRN2:
+        of_gate -= (1.0 - phi_k) * of_features
+        found = tl.zeros([C, KP], tl.float32)
+    else:
+        along = tl.sum(phi_k * of_features, 1)
+        found = phi_k * (of_features - along[:, None]) * sharpness
+    found += of_gate * inverse / (1.0 + tl.exp2(tl.minimum((raw + bias) * LOG2E, 126.0)))
+    store_rows(dk + b * time * (G * K) + g * K, found, t, G * K, time, K, KP, C)
+
+
+def backward(
+    q: Tensor, k: Tensor, v: Tensor, q_plain: Tensor, k_plain: Tensor, states: Tensor, totals: Tensor, dy: Tensor,
+    terms: Terms, shape: Shape,
+) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of q, k (None without a window), v, q_plain and k_plain."""
+    dy = dy.contiguous()
+    if terms.window:
+        window = {"scale": terms.scale, "window": terms.window, "factor": terms.mix_window}
+        dq, lse, delta = window_queries(q, k, v, dy, **window)
+        dk, dv = window_keys(q, k, v, dy, lse, delta, **window)
+    else:
+        dq, dk, dv = None, None, torch.empty(v.shape, dtype=v.dtype, device=v.device)
+    before, strong = tile_states(k_plain, v, states, terms, shape)
+    behind = back_tile_states(q_plain, k_plain, dy, totals, terms, shape)
+    dq_plain, inner = queries(q_plain, k_plain, v, dy, before, strong, terms, shape)
+    dphi = keys(q_plain, k_plain, v, dy, behind, strong, terms, shape)
+    values(q_plain, k_plain, dy, behind, strong, dv, terms, shape)
+    return dq, dk, dv, dq_plain, gates(q_plain, k_plain, dq_plain, inner, dphi, before, behind, terms, shape)
+
+
+def back_tile_states(
+    q_plain: Tensor, k_plain: Tensor, dy: Tensor, totals: Tensor, terms: Terms, shape: Shape,
+    chosen: Launch | None = None,
+) -> Tensor:  # fmt: skip
+    """R [B, G, tiles, K, V] behind every tile."""
+    lead, square = (shape.batch, shape.groups), (shape.key_dim, shape.value_dim)
+    sums = totals.new_empty(*lead, shape.segments, *square)
+    fine = torch.empty(*lead, shape.tiles, *square, dtype=gated_dtype(dy.dtype)[1], device=dy.device)
+    states = sums
+    _, options = blocks("gated_liger_back_states", dy, chosen)
+    for mode in ("sums", "fine"):
+        back_states_kernel[(shape.segments, shape.groups, shape.batch)](
+            q_plain, k_plain, dy, sums, states, fine, *steps_of(q_plain), *steps_of(k_plain),
+            shape.time, shape.segments, *terms.gate[:2], G=shape.groups, R=shape.per_group, **shape.widths,
+            C=shape.tile, CS=shape.segment, MODE=mode, DTYPE=gated_dtype(dy.dtype)[0], PRECISION="ieee", **options,
+        )  # fmt: skip
+        if mode == "sums":
+            states = scan(sums, totals, reverse=True)
+    return fine
+
+
+def queries(
+    q_plain: Tensor, k_plain: Tensor, v: Tensor, dy: Tensor, before: Tensor, strong: Tensor, terms: Terms,
+    shape: Shape, chosen: Launch | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(dq of the recurrence, phi_q . dphi_q [B, T, H] fp32)."""
+    dq = torch.empty(q_plain.shape, dtype=q_plain.dtype, device=v.device)
+    inner = torch.empty(q_plain.shape[:3], dtype=torch.float32, device=v.device)
+    for is_strong in (False, True):
+        _, options = blocks("gated_liger_queries" + "_strong" * is_strong, v, None if is_strong else chosen)
+        queries_kernel[(shape.tiles, shape.heads, shape.batch)](
+            q_plain, k_plain, v, dy, before, strong, dq, inner, *steps_of(q_plain), *steps_of(k_plain), *steps_of(v),
+            shape.time, *terms.gate, terms.mix_recurrent, G=shape.groups, R=shape.per_group, **shape.widths,
+            HGRN2=terms.hgrn2, C=shape.tile, DTYPE=gated_dtype(v.dtype)[0], PRECISION="ieee", STRONG=is_strong,
+            **options,
+        )  # fmt: skip
+    return dq, inner
+
+
+def keys(
+    q_plain: Tensor, k_plain: Tensor, v: Tensor, dy: Tensor, behind: Tensor, strong: Tensor, terms: Terms,
+    shape: Shape, chosen: Launch | None = None,
+) -> Tensor:  # fmt: skip
+    """dphi_k [B, T, G, K] fp32."""
+    dphi = torch.empty(k_plain.shape, dtype=torch.float32, device=v.device)
+    for is_strong in (False, True):
+        _, options = blocks("gated_liger_keys" + "_strong" * is_strong, v, None if is_strong else chosen)
+        keys_kernel[(shape.tiles, shape.groups, shape.batch)](
+            q_plain, k_plain, v, dy, behind, strong, dphi, *steps_of(q_plain), *steps_of(k_plain), *steps_of(v),
+            shape.time, *terms.gate[:2], terms.mix_recurrent, G=shape.groups, R=shape.per_group, **shape.widths,
+            C=shape.tile, DTYPE=gated_dtype(v.dtype)[0], PRECISION="ieee", STRONG=is_strong, **options,
+        )  # fmt: skip
+    return dphi
+
+
+def values(
+    q_plain: Tensor, k_plain: Tensor, dy: Tensor, behind: Tensor, strong: Tensor, dv: Tensor, terms: Terms,
+    shape: Shape, chosen: Launch | None = None,
+) -> None:  # fmt: skip
+    """The recurrence's dv, added to the window's in place."""
+    for is_strong in (False, True):
+        _, options = blocks("gated_liger_values" + "_strong" * is_strong, dy, None if is_strong else chosen)
+        values_kernel[(shape.tiles, shape.groups, shape.batch)](
+            q_plain, k_plain, dy, behind, strong, dv, *steps_of(q_plain), *steps_of(k_plain),
+            shape.time, *terms.gate, terms.mix_recurrent, G=shape.groups, R=shape.per_group, **shape.widths,
+            HGRN2=terms.hgrn2, C=shape.tile, DTYPE=gated_dtype(dy.dtype)[0], PRECISION="ieee", STRONG=is_strong,
+            ADD=terms.window > 0, **options,
+        )  # fmt: skip
+
+
+def gates(
+    q_plain: Tensor, k_plain: Tensor, dq: Tensor, inner: Tensor, dphi: Tensor, before: Tensor, behind: Tensor,
+    terms: Terms, shape: Shape, chosen: Launch | None = None,
+) -> Tensor:  # fmt: skip
+    """dk of the recurrence."""
+    dk = torch.empty(k_plain.shape, dtype=k_plain.dtype, device=dq.device)
+    _, options = blocks("gated_liger_gates", dq, chosen)
+    gates_kernel[(shape.tiles, shape.groups, shape.batch)](
+        q_plain, k_plain, dq, inner, dphi, before, behind, dk, *steps_of(q_plain), *steps_of(k_plain),
+        shape.time, *terms.gate, terms.mix_recurrent, G=shape.groups, R=shape.per_group, **shape.widths,
+        HGRN2=terms.hgrn2, C=shape.tile, **options,
+    )  # fmt: skip
+    return dk
