@@ -36,6 +36,8 @@ import measure  # noqa: E402
 from case import TOKENS, Case  # noqa: E402
 from measure import NotRun, in_k, markdown, one_line, short, significant  # noqa: E402
 
+from linearize.modeling.launches import CANDIDATES  # noqa: E402
+
 QUICK = (2048, 32768)
 SWEPT = ((1, 32768), (16, 2048))
 MARK = "\x1e"  # begins a line that is ours: libraries print, too
@@ -139,6 +141,11 @@ def backward(name: str) -> bool:
     return "backward" in name
 
 
+def pass_of(name: str) -> str:
+    """Which of softmax's passes a case stands beside; a transfer has none of its own."""
+    return "forward+backward" if backward(name) else "transfer" if "transfer" in name else "forward"
+
+
 def lengths_of(args: argparse.Namespace, case: Case) -> list[int]:
     wanted = args.lengths or (QUICK if args.quick else None)
     return [length for length in case.lengths if wanted is None or length in wanted]
@@ -158,8 +165,10 @@ def dry(args: argparse.Namespace) -> int:
                 assert isinstance(case, Case) and callable(case.make), case
                 points = ", ".join(in_k(length) for length in lengths_of(args, case))
                 rows.append((family, case.group, case.name, points, case.target_ms or "", bool(case.check)))
-            swept = ", ".join(getattr(module, "SWEEPS", {}))
-            rows.append((family, "sweeps", swept or "none", "", "", ""))
+            sweeps = getattr(module, "SWEEPS", {})
+            rows.append((family, "sweeps", ", ".join(sweeps) or "none", "", "", ""))
+            if missing := sweeps.keys() - CANDIDATES.keys():
+                raise LookupError(f"SWEEPS names kernels without CANDIDATES: {', '.join(sorted(missing))}")
         except Exception as error:
             broken += 1
             rows.append((family, "broken", one_line(error), "", "", ""))
@@ -372,7 +381,7 @@ def point(case: Case, length: int, why_not: str | None, milliseconds: float) -> 
         "group": case.group,
         "name": case.name,
         "peer": case.peer,
-        "pass": "decode" if decode else "forward+backward" if backward(case.name) else "forward",
+        "pass": "decode" if decode else pass_of(case.name),
         "T": length,
         "B": batch,
     }
@@ -439,8 +448,6 @@ def trials(
     args: argparse.Namespace, family: str
 ) -> Iterator[tuple[str, int, Any, tuple[int, int], Callable]]:
     """Kernel, candidate's number, candidate, shape and what makes the call."""
-    from linearize.modeling.launches import CANDIDATES
-
     for kernel, make in getattr(module_of(args, family), "SWEEPS", {}).items():
         if args.sweep != ["all"] and kernel not in args.sweep:
             continue

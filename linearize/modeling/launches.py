@@ -125,9 +125,6 @@ CANDIDATES["selected_outputs"] = [
 for name, settings in CANDIDATES.items():
     TABLE.setdefault(name, settings[:1])
 
-# kernel -> settings worth timing on a new device; the first is the table's.
-CANDIDATES: dict[str, list[Launch]] = {}
-
 
 # Decode. HEADS: query heads of a program; BN: keys of the window at once; BO: tokens outside it at once; BK: channels
 # of a feature map's weight at once; BV: channels of values that a fold adds at once.
