@@ -165,8 +165,10 @@ def runs(method: str, sizes: Sizes, device: torch.device) -> Iterator[Run]:
     yield Run(f"{method}: prefill, T={sizes.tokens}", prefill(1, sizes.tokens))
     batch = max(1, sizes.tokens // length)
     for transfer in (False, True):
-        x = _input(sizes, batch, length, device)._replace(transfer=transfer)
-        if not transfer:
+        x = _input(sizes, batch, length, device)
+        if transfer:
+            x = x._replace(transfer=True, teacher=torch.randn_like(x.q))
+        else:
             x = x._replace(**{name: getattr(x, name).requires_grad_() for name in ("q", "k", "v")})
         kind = "transfer" if transfer else "training"
         yield Run(f"{method}: {kind}, B={batch}, T={length}", _step(mixer, x))
@@ -177,10 +179,9 @@ def _decode(mixer: Mixer, sizes: Sizes, device: torch.device) -> Callable[[], An
     with torch.no_grad():
         _, state = mixer(_input(sizes, sizes.batch, 256, device)._replace(use_cache=True))
     x = _input(sizes, sizes.batch, 1, device)._replace(use_cache=True)
-    in_place: Any = mixer if "in_place" in MixerInput._fields else None
-    if in_place is not None and in_place.why_not_in_place() is None:
-        x = x._replace(**{"in_place": True})
-        state = in_place.with_room(state)
+    if mixer.why_not_in_place() is None:
+        x = x._replace(in_place=True)
+        state = mixer.with_room(state)
         state = type(state)(*(t.clone(memory_format=torch.contiguous_format) for t in state))
 
     def call() -> Any:

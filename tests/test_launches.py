@@ -2,6 +2,7 @@
 
 import json
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -63,6 +64,13 @@ def test_every_default_row_and_candidate_is_a_launch():
         assert kernel in launches.TABLE and rows[0] in launches.TABLE[kernel], kernel
         assert len(rows) <= 6, f"{kernel}: too many to time"
     assert all(r.kernel in launches.TABLE and r.date and r.versions for r in tuned.TUNED)
+
+
+def test_the_tables_are_made_once():
+    """A second definition would lose, unseen, what the first one holds."""
+    lines = Path(launches.__file__).read_text().splitlines()
+    for name in ("TABLE", "CANDIDATES"):
+        assert sum(line.startswith((f"{name}:", f"{name} =")) for line in lines) == 1, name
 
 
 def test_options_are_the_keywords_of_a_launch():

@@ -36,6 +36,8 @@ import measure  # noqa: E402
 from case import TOKENS, Case  # noqa: E402
 from measure import NotRun, in_k, markdown, one_line, short, significant  # noqa: E402
 
+from linearize.modeling.launches import CANDIDATES  # noqa: E402
+
 QUICK = (2048, 32768)
 SWEPT = ((1, 32768), (16, 2048))
 MARK = "\x1e"  # begins a line that is ours: libraries print, too
@@ -82,6 +84,7 @@ def arguments(words: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--lengths", type=lambda text: [int(n) for n in text.split(",")], metavar="T,T")
     parser.add_argument("--quick", action="store_true", help="T = 2K and 32K, peers forward only, few calls")
     parser.add_argument("--milliseconds", type=float, help="time spent on one point (default 100)")
+    parser.add_argument("--budget", type=float, default=300.0, help="seconds; points after them are not run")
     parser.add_argument("--sweep", **listed, help="kernels, or `all`")
     parser.add_argument("--jobs", type=int, default=8, help="processes that compile for --sweep")
     parser.add_argument("--warm", action="store_true", help="keep Triton's usual cache: no cold start")
@@ -138,6 +141,11 @@ def backward(name: str) -> bool:
     return "backward" in name
 
 
+def pass_of(name: str) -> str:
+    """Which of softmax's passes a case stands beside; a transfer has none of its own."""
+    return "forward+backward" if backward(name) else "transfer" if "transfer" in name else "forward"
+
+
 def lengths_of(args: argparse.Namespace, case: Case) -> list[int]:
     wanted = args.lengths or (QUICK if args.quick else None)
     return [length for length in case.lengths if wanted is None or length in wanted]
@@ -157,8 +165,10 @@ def dry(args: argparse.Namespace) -> int:
                 assert isinstance(case, Case) and callable(case.make), case
                 points = ", ".join(in_k(length) for length in lengths_of(args, case))
                 rows.append((family, case.group, case.name, points, case.target_ms or "", bool(case.check)))
-            swept = ", ".join(getattr(module, "SWEEPS", {}))
-            rows.append((family, "sweeps", swept or "none", "", "", ""))
+            sweeps = getattr(module, "SWEEPS", {})
+            rows.append((family, "sweeps", ", ".join(sweeps) or "none", "", "", ""))
+            if missing := sweeps.keys() - CANDIDATES.keys():
+                raise LookupError(f"SWEEPS names kernels without CANDIDATES: {', '.join(sorted(missing))}")
         except Exception as error:
             broken += 1
             rows.append((family, "broken", one_line(error), "", "", ""))
@@ -207,10 +217,11 @@ class Worker:
                 return
             yield line
 
-    def go(self) -> None:
+    def go(self, seconds: float) -> None:
+        """Let it time, for so long."""
         assert self.process.stdin is not None
         try:
-            self.process.stdin.write("go\n")
+            self.process.stdin.write(f"{seconds}\n")
             self.process.stdin.flush()
         except BrokenPipeError:
             pass  # it ended; until() says so
@@ -252,7 +263,7 @@ def run(args: argparse.Namespace) -> int:
     print(f"prepared in {time.monotonic() - start:.0f} s", file=sys.stderr)
     for worker in workers:
         if worker.family not in broken:
-            worker.go()
+            worker.go(start + args.budget - time.monotonic())
             for line in worker.until(time.monotonic() + MEASURE_SECONDS):
                 if "broken" in line:
                     broken[worker.family] = line["broken"]
@@ -266,7 +277,7 @@ def run(args: argparse.Namespace) -> int:
         worker.end()
     print(table(lines.rows))
     print(f"\n{time.monotonic() - start:.0f} s, compilation included", file=sys.stderr)
-    return 1 if broken or any("not_run" in row and row.get("red") for row in lines.rows) else 0
+    return 1 if broken or any("red" in row.get("not_run", "") for row in lines.rows) else 0
 
 
 def with_ratio(row: dict[str, Any], before: Iterable[dict[str, Any]]) -> dict[str, Any]:
@@ -310,8 +321,8 @@ def work(args: argparse.Namespace) -> int:
     torch.zeros(1, device=args.device)  # its context is not a kernel's cold start
     if args.sweep:
         say({"done": True})
-        sys.stdin.readline()
-        for row in swept(args):
+        end = time.monotonic() + float(sys.stdin.readline())
+        for row in swept(args, end):
             say(row)
         say({"done": True})
         return 0
@@ -322,14 +333,17 @@ def work(args: argparse.Namespace) -> int:
     if firsts:
         total = sum(first.get("seconds", 0.0) for _, first in firsts)
         say({"group": "all", "name": args.worker, "seconds": round(total, 2)})
-    found = {check: red(check) for check in {case.check for case in cases if case.check is not None}}
+    found = {check: red(check) for check in dict.fromkeys(case.check for case in cases) if check is not None}
     measure.clear()
     say({"done": True})
-    if not sys.stdin.readline():
+    if not (given := sys.stdin.readline()):
         return 1
+    end = time.monotonic() + float(given)
     for case in cases:
         for length in lengths_of(args, case):
-            say(point(case, length, found[case.check] if case.check else None, args.milliseconds))
+            why_not = f"its check is red: {said}" if (said := found.get(case.check)) else None
+            why_not = why_not or ("the time was up" if time.monotonic() > end else None)
+            say(point(case, length, why_not, args.milliseconds))
     say({"done": True})
     return 0
 
@@ -357,7 +371,7 @@ def red(check: Callable[[], None]) -> str | None:
     return None
 
 
-def point(case: Case, length: int, against: str | None, milliseconds: float) -> dict[str, Any]:
+def point(case: Case, length: int, why_not: str | None, milliseconds: float) -> dict[str, Any]:
     """One row."""
     import torch
 
@@ -367,12 +381,12 @@ def point(case: Case, length: int, against: str | None, milliseconds: float) -> 
         "group": case.group,
         "name": case.name,
         "peer": case.peer,
-        "pass": "decode" if decode else "forward+backward" if backward(case.name) else "forward",
+        "pass": "decode" if decode else pass_of(case.name),
         "T": length,
         "B": batch,
     }
-    if against is not None:
-        return {**row, "red": True, "not_run": f"its check is red: {against}"}
+    if why_not is not None:
+        return {**row, "not_run": why_not}
     measure.clear()
     try:
         call = case.make(batch, length)
@@ -421,7 +435,7 @@ def sweep(args: argparse.Namespace) -> int:
         worker = Worker(args, family)
         for part in range(2):
             if part:
-                worker.go()
+                worker.go(start + args.budget - time.monotonic())
             for line in worker.until(time.monotonic() + MEASURE_SECONDS):
                 broken += "broken" in line
                 lines.add({"kind": "sweep", "family": family, **line})
@@ -434,8 +448,6 @@ def trials(
     args: argparse.Namespace, family: str
 ) -> Iterator[tuple[str, int, Any, tuple[int, int], Callable]]:
     """Kernel, candidate's number, candidate, shape and what makes the call."""
-    from linearize.modeling.launches import CANDIDATES
-
     for kernel, make in getattr(module_of(args, family), "SWEEPS", {}).items():
         if args.sweep != ["all"] and kernel not in args.sweep:
             continue
@@ -465,11 +477,13 @@ def compile_share(args: argparse.Namespace) -> int:
     return 0
 
 
-def swept(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+def swept(args: argparse.Namespace, end: float) -> Iterator[dict[str, Any]]:
     for kernel, number, candidate, (batch, length), make in trials(args, args.worker):
         row = {"kernel": kernel, "number": number, "launch": candidate._asdict(), "B": batch, "T": length}
         measure.clear()
         try:
+            if time.monotonic() > end:
+                raise NotRun("the time was up")
             call = call_of(make, candidate, (batch, length))
             call()
             yield {**row, **measure.times(call, args.milliseconds).rounded()}

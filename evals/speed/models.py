@@ -65,6 +65,7 @@ def main(words: list[str] | None = None) -> int:
         print("models.py: torch finds no GPU; --tiny tries the road without one", file=sys.stderr)
         return 2
     start = time.monotonic()
+    ends[0] = start + args.budget
     lines = measure.Lines(args.output, measure.provenance(args.commit))
     for row in rows(args):
         whole = lines.add(row)
@@ -100,6 +101,7 @@ def arguments(words: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--train-tokens", type=int, default=8192, help="of a step of transfer; half of it finetunes"
     )
+    parser.add_argument("--budget", type=float, default=500.0, help="seconds; points after them are not run")
     parser.add_argument(
         "--limit", type=float, default=20.0, help="seconds; a call predicted to be longer is not made"
     )
@@ -245,8 +247,13 @@ def best_softmax() -> Iterator[None]:
         yield
 
 
+ends = [math.inf]  # when the run's time is up
+
+
 def attempt(make: Callable[..., dict[str, Any]], *given: Any) -> dict[str, Any]:
     """The fields of a row, or why there are none."""
+    if time.monotonic() > ends[0]:
+        return {"not_run": "the time was up"}
     try:
         return make(*given)
     except torch.cuda.OutOfMemoryError:

@@ -125,9 +125,6 @@ CANDIDATES["selected_outputs"] = [
 for name, settings in CANDIDATES.items():
     TABLE.setdefault(name, settings[:1])
 
-# kernel -> settings worth timing on a new device; the first is the table's.
-CANDIDATES: dict[str, list[Launch]] = {}
-
 
 # Decode. HEADS: query heads of a program; BN: keys of the window at once; BO: tokens outside it at once; BK: channels
 # of a feature map's weight at once; BV: channels of values that a fold adds at once.
@@ -216,7 +213,7 @@ def shared_memory(device: torch.device) -> int:
 
 
 # Gated linear attention: C and CS, tokens of a tile and of a segment, are those of the states' row for all kernels.
-CANDIDATES: dict[str, list[Launch]] = {
+CANDIDATES |= {
     "gated_scan": [Launch({"BN": 512}, 4, 1), Launch({"BN": 256}, 2, 1), Launch({"BN": 1024}, 4, 1)],
     "gated_liger_states": [Launch({"C": 64, "CS": 256}, 8, 1)],
     "gated_liger_outputs": [Launch({"HEADS": 1, "BK": 64}, 4, 1)],
