@@ -67,6 +67,7 @@ __all__ = [
     "sparse_attention",
     "sparse_decode",
     "sparse_hand_over",
+    "still_step",
     "window_attention",
     "window_decode",
     "window_step",
@@ -243,6 +244,18 @@ def salient_step(q: Tensor, k: Tensor, v: Tensor, *state: Tensor, **terms: Any) 
     if not use_kernel("salient_step", refusal(q, k, v), _few_heads(q, k)):
         return None
     from .triton_decode_kept import salient_step as step
+
+    return step(q, k, v, *state, **terms)
+
+
+def still_step(
+    q: Tensor, k: Tensor, v: Tensor, *state: Tensor, against: str | None, **terms: Any
+) -> Tensor | None:
+    """y [B, 1, H, V] against picked tokens, the local span and the sums of all others; ``against`` as in
+    :func:`liger_step`."""
+    if not use_kernel("still_step", refusal(q, k, v), against):
+        return None
+    from .triton_decode_routed import still_step as step
 
     return step(q, k, v, *state, **terms)
 
