@@ -29,7 +29,9 @@ def forward_cases(width: int, half: int, terraced: bool, table: dict[str, Any]) 
         yield case(f"joint_states {width} {reverse=}", forward.joint_states, constants, setting)
     setting = table["joint_outputs"][0]
     for save, transfer in ((False, False), (True, False), (True, True)):
-        constants = shape | setting.blocks | dict(EVERY=1, W=64, TERRACED=terraced, HAS_BASE=True, HAS_BETA=False)
+        constants = (
+            shape | setting.blocks | dict(EVERY=1, W=64, TERRACED=terraced, HAS_BASE=True, HAS_BETA=False)
+        )
         constants |= dict(SAVE=save, TRANSFER=transfer, HAS_LENGTHS=False)
         name = f"joint_outputs {width} {kind} save={save} transfer={transfer}"
         yield case(name, forward.joint_outputs, constants, setting)
@@ -45,14 +47,36 @@ def backward_cases(width: int, half: int, terraced: bool, table: dict[str, Any])
         yield case(f"joint_queries {width} {kind} {mode}", backward.joint_queries, constants, setting)
     for name in ("joint_keys", "joint_values", "joint_inputs"):
         kernel = getattr(backward, name)
-        constants = {key: value for key, value in shape.items() if key in kernel.arg_names} | table[name][0].blocks
+        constants = {key: value for key, value in shape.items() if key in kernel.arg_names} | table[name][
+            0
+        ].blocks
         yield case(f"{name} {width} {kind}", kernel, constants, table[name][0])
     if not terraced:
         constants = {name: shape[name] for name in ("D", "F", "BD", "BT", "GROUP", "PRECISION")}
         yield case(f"joint_maps {width}", backward.joint_maps, constants, table["joint_maps"][0])
 
 
-HALF = {"x", "w", "val", "q", "k", "v", "w_q", "w_k", "S", "base_S", "teacher", "y", "dy", "dq", "dk", "dv", "dx", "R", "base_R"}
+HALF = {
+    "x",
+    "w",
+    "val",
+    "q",
+    "k",
+    "v",
+    "w_q",
+    "w_k",
+    "S",
+    "base_S",
+    "teacher",
+    "y",
+    "dy",
+    "dq",
+    "dk",
+    "dv",
+    "dx",
+    "R",
+    "base_R",
+}
 NUMBERS = {"scale": "fp32", "stop": "*i64", "lengths": "*i64", "best": "*i32"}
 
 

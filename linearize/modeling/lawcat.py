@@ -34,7 +34,7 @@ from torch.nn.functional import avg_pool1d, linear, logsigmoid, pad, rms_norm
 from .errors import ConversionError
 from .feature_maps import FEATURE_MAPS, check_map, width_of
 from .mixer import Geometry, Method, MethodConfig, Mixer, MixerInput, check_window
-from .ops import gated_attention, gated_decode, joined_attention, joined_decode
+from .ops import gated_attention, gated_decode, joined_attention, joined_decode, lawcat_step
 from .ring import at_columns, attend_through, new_columns, resize, unroll, write
 from .tiles import accumulator
 
@@ -210,6 +210,10 @@ class LawcatMixer(Mixer):
             self.norm.fill_(1.0)
 
     def forward(self, x: MixerInput, state: LawcatState | None = None) -> tuple[Tensor, LawcatState | None]:
+        if x.in_place and state is not None:
+            y = self._step_in_place(x, state)
+            if y is not None:
+                return y, state
         config, fresh = self.config, state is None
         q, k = (x.q, x.k) if config.rope else (x.q_plain, x.k_plain)
         assert q is not None and k is not None
@@ -228,6 +232,55 @@ class LawcatMixer(Mixer):
         new = {"tail_q": q, "tail_k": k, "k": x.k, "v": x.v, "log_decay": log_decay}
         rings = {name: write(getattr(state, name), t, state.seen, total) for name, t in new.items()}
         return y, state._replace(**rings, kv=kv, seen=total, folded=limit)
+
+    def _step_in_place(self, x: MixerInput, state: LawcatState) -> Tensor | None:
+        """y by one kernel that also writes the state, after the gate's projections; None where no kernel takes it."""
+        config, convolved = self.config, self._convolved
+        read = (x.q, x.k) if config.rope else (x.q_plain, x.k_plain)
+        assert read[0] is not None and read[1] is not None
+        against = None
+        for unusual, words in (
+            (config.kv_shared, "heads share a state"),
+            (not config.normalize, "its output is normed and not divided"),
+            (config.window_exclude, "the window's tokens enter the sums later"),
+            ("v" in convolved, "values are convolved"),
+        ):
+            against = words if unusual and against is None else against
+        map_q = self.map_k if config.tie_qk_map else self.map_q
+        extra = {"np_map": "reflect", "t2r": "bias"}.get(config.feature_map)
+        name = "taps_k" if config.conv_tied else "taps_q"
+        return lawcat_step(
+            x.q,
+            x.k,
+            x.v,
+            state.tail_q,
+            state.tail_k,
+            state.k,
+            state.v,
+            state.kv,
+            state.seen,
+            state.folded,
+            against=against,
+            read=read,
+            log_decay=self._log_decay(x),
+            taps=(
+                getattr(self, name) if "q" in convolved else None,
+                self.taps_k if "k" in convolved else None,
+            ),
+            maps=(map_q.weight, self.map_k.weight),
+            extras=None if extra is None else (getattr(map_q, extra), getattr(self.map_k, extra)),
+            feature_map=config.feature_map,
+            scale=x.scale,
+            window=config.window,
+            window_logit=None if config.window is None else self.window_logit,
+            softcap=x.softcap,
+            eps=config.eps,
+        )
+
+    def with_room(self, state: LawcatState) -> LawcatState:
+        """A slot more in the tails: the oldest input is read by others when a program writes the newest."""
+        tails = {name: getattr(state, name) for name in ("tail_q", "tail_k") if getattr(state, name).shape[1]}
+        return state._replace(**{n: resize(t, state.seen, t.shape[1] + 1) for n, t in tails.items()})
 
     # The sums.
 

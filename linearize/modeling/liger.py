@@ -30,7 +30,15 @@ from torch.nn.functional import logsigmoid
 
 from .errors import ConversionError
 from .mixer import Geometry, Method, MethodConfig, Mixer, MixerInput, check_window
-from .ops import Averaged, averaged_attention, gated_attention, gated_decode, window_attention, window_decode
+from .ops import (
+    Averaged,
+    averaged_attention,
+    gated_attention,
+    gated_decode,
+    liger_step,
+    window_attention,
+    window_decode,
+)
 from .ring import at_columns, attend_through, new_columns, resize, unroll, write
 from .tiles import accumulator
 
@@ -192,6 +200,10 @@ class LigerMixer(Mixer):
             self.log_temperature.fill_(math.log(config.key_temperature))
 
     def forward(self, x: MixerInput, state: LigerState | None = None) -> tuple[Tensor, LigerState | None]:
+        if x.in_place and state is not None:
+            y = self._step_in_place(x, state)
+            if y is not None:
+                return y, state
         fresh = state is None
         state = self._start(x) if state is None else self._grow(state, x.pending)
         total = state.seen + (x.q.shape[1] if x.lengths is None else x.lengths)
@@ -218,6 +230,45 @@ class LigerMixer(Mixer):
             return y, None
         rings = {name: write(getattr(state, name), t, state.seen, total) for name, t in new.items()}
         return y, state._replace(**rings, seen=total, folded=limit)
+
+    def _step_in_place(self, x: MixerInput, state: LigerState) -> Tensor | None:
+        """y by one kernel that also writes the state; None where no kernel takes it."""
+        config = self.config
+        assert x.q_plain is not None and x.k_plain is not None
+        against = "gsa has two recurrences" if config.variant == "gsa" else None
+        if config.gate_source != "k":
+            against = f"its gate comes from {config.gate_source}"
+        return liger_step(
+            x.q,
+            x.k,
+            x.v,
+            state.k,
+            state.v,
+            state.kv,
+            state.seen,
+            state.folded,
+            against=against,
+            read=(x.q, x.k) if config.rope_on_recurrent else (x.q_plain, x.k_plain),
+            gate=x.k_plain,
+            scale=x.scale,
+            window=config.window if config.has_window else None,
+            softcap=x.softcap,
+            recurrence=config.has_recurrence,
+            hgrn=config.variant == "hgrn2",
+            raw=self._reads_raw,
+            normalize_eps=NORMALIZER_EPS if config.normalize else None,
+            gate_bias=self.gate_bias if config.train_gate_bias else config.gate_bias,
+            log_temperature=self.log_temperature if config.train_key_temperature else None,
+            temperature=config.key_temperature,
+            log_mix=self.log_mix if config.train_mix is not None else None,
+            mix=(config.mix_window, config.mix_recurrent),
+            steps=self._gate_steps,
+            floor=config.hgrn2_lower_bound,
+        )
+
+    @property
+    def _gate_steps(self) -> float:
+        return self.config.gate_normalizer or (1.0 if self.config.variant == "hgrn2" else 16.0)
 
     def _mix(self, branches: list[Tensor]) -> Tensor:
         config = self.config
@@ -253,17 +304,12 @@ class LigerMixer(Mixer):
             x.scale,
             config.window if config.has_window else 0,
             config.variant == "hgrn2",
-            self._steps,
+            self._gate_steps,
             config.gate_bias,
             config.key_temperature,
             config.mix_window,
             config.mix_recurrent,
         )
-
-    @property
-    def _steps(self) -> float:
-        """N, the divisor of the log gate."""
-        return self.config.gate_normalizer or (1.0 if self.config.variant == "hgrn2" else 16.0)
 
     # The window.
 
@@ -321,7 +367,7 @@ class LigerMixer(Mixer):
         if source.shape[-1] != self.width:
             source = source.unflatten(-1, (self.width, -1)).mean(-1)
         bias = self.gate_bias if config.train_gate_bias else config.gate_bias
-        log_decay = logsigmoid(source + bias) / self._steps
+        log_decay = logsigmoid(source + bias) / self._gate_steps
         if config.hgrn2_lower_bound:
             floor = torch.full_like(log_decay, math.log(config.hgrn2_lower_bound))
             log_decay = torch.logaddexp(floor, log_decay + math.log1p(-config.hgrn2_lower_bound))

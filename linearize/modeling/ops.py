@@ -1,14 +1,21 @@
 """The only door to compute: a mixer calls an operation here and never asks which version runs.
 
-Each operation has a plain torch reference of the same signature, in ``reference.py``, ``gated.py``, ``selection.py``,
-``routing.py`` or ``lola.py``. There is no other version yet; the choice is only between their forms: many queries
-(chunked) and few (recurrent).
+Each operation has a plain torch reference of the same signature, in ``reference.py``, ``mapped.py``, ``gated.py``,
+``selection.py``, ``routing.py`` or ``lola.py``, in two forms: many queries (chunked) and few (recurrent). Some have
+Triton kernels beside it, ``triton_*.py``: every call asks ``backend.py`` whether they can run, and ``ran()`` says what
+did and why. Their modules are imported where they are called, since Triton is optional.
+
+A step in place is one launch where a kernel takes it: its functions (``..._step``) return None where none does, and the
+mixer's own step, which is the reference, runs instead.
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .backend import refusal, use_kernel
+from .backend import ran, reference_only, refusal, use_kernel
+from .feature_maps import FeatureMap
 from .gated import (
     Averaged,
     averaged_chunked,
@@ -18,9 +25,14 @@ from .gated import (
     joined_recurrent,
 )
 from .lola import Sparse, hand_over_all, sparse_chunked, sparse_recurrent
+from .mapped import mapped_chunked, mapped_error_chunked, mapped_refusal
+from .mixer import Fit
 from .reference import fold, joint_chunked, joint_recurrent, window_chunked, window_recurrent
-from .routing import Past, route, routed_chunked, routed_recurrent, self_saliency, self_saliency_of
-from .selection import Kept, future_attention, kept_chunked, kept_recurrent, merge_kept
+from .routing import Past, route, routed_chunked, routed_recurrent, self_saliency_of
+from .routing import self_saliency as self_saliency_chunked
+from .selection import Kept, kept_chunked, kept_recurrent, merge_kept
+from .selection import future_attention as future_attention_chunked
+from .tiles import State
 
 __all__ = [
     "Averaged",
@@ -36,26 +48,35 @@ __all__ = [
     "joined_decode",
     "joint_attention",
     "joint_decode",
+    "joint_step",
     "kept_attention",
     "kept_decode",
+    "lawcat_step",
+    "liger_step",
+    "mapped_attention",
+    "mapped_error",
     "merge_kept",
+    "ran",
+    "reference_only",
     "route",
     "routed_attention",
     "routed_decode",
+    "salient_step",
     "self_saliency",
     "self_saliency_of",
     "sparse_attention",
     "sparse_decode",
     "sparse_hand_over",
+    "still_step",
     "window_attention",
     "window_decode",
+    "window_step",
 ]
 
 joint_attention = joint_chunked
 joint_decode = joint_recurrent
 window_attention = window_chunked
 window_decode = window_recurrent
-kept_attention = kept_chunked
 kept_decode = kept_recurrent
 gated_attention = gated_chunked
 gated_decode = gated_recurrent
@@ -66,6 +87,191 @@ routed_decode = routed_recurrent
 sparse_attention = sparse_chunked
 sparse_decode = sparse_recurrent
 sparse_hand_over = hand_over_all
+
+
+def mapped_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    map_q: FeatureMap,
+    map_k: FeatureMap,
+    *factors: Tensor | None,
+    softcap: float | None = None,
+    state: State | None = None,
+    pending: int = 0,
+    **terms: Any,
+) -> tuple[Tensor, State | None]:
+    """``mapped_chunked``; with ``pending`` tokens held back, linear keys lie behind ``stop``."""
+    held = "tokens that may be taken back are not fused" if pending else None
+    if use_kernel(
+        "mapped_attention", refusal(q, k, v), held, mapped_refusal(k, v, map_q, map_k, softcap, state)
+    ):
+        from .triton_mapped import mapped_kernel
+
+        return mapped_kernel(q, k, v, map_q, map_k, *factors, state=state, **terms)
+    return mapped_chunked(q, k, v, map_q, map_k, *factors, softcap=softcap, state=state, **terms)
+
+
+def mapped_error(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    map_q: FeatureMap,
+    map_k: FeatureMap,
+    *factors: Tensor | None,
+    softcap: float | None = None,
+    **terms: Any,
+) -> Fit:
+    """``mapped_error_chunked``: what a transfer minimises."""
+    if use_kernel("mapped_error", refusal(q, k, v), mapped_refusal(k, v, map_q, map_k, softcap, None)):
+        from .triton_mapped import mapped_error_kernel
+
+        return mapped_error_kernel(q, k, v, map_q, map_k, *factors, **terms)
+    return mapped_error_chunked(q, k, v, map_q, map_k, *factors, softcap=softcap, **terms)
+
+
+def _unlike(*tensors: Tensor) -> str | None:
+    kinds = {str(x.dtype).removeprefix("torch.") for x in tensors}
+    return None if len(kinds) == 1 else f"q, k and v are of several types, {' and '.join(sorted(kinds))}"
+
+
+def _no_tile(chunk: int, *widths: int) -> str | None:
+    """Why kernels whose tile of queries is a chunk do not take this one, or these head widths."""
+    if chunk not in (16, 32, 64, 128):
+        return f"a chunk of {chunk} is not 16, 32, 64 or 128"
+    return f"heads of {max(widths)} channels are wider than 256" if max(widths) > 256 else None
+
+
+def kept_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    score: Tensor,
+    *,
+    scale: float,
+    chunk: int,
+    size: int,
+    softcap: float | None = None,
+    kept: Kept | None = None,
+) -> Tensor:
+    """``selection.kept_chunked``."""
+    if use_kernel(
+        "kept_attention",
+        refusal(q, k, v, score),
+        _unlike(q, k, v),
+        "a soft-cap is set" if softcap is not None else None,
+        "a chunk continues a state" if kept is not None else None,
+        _no_tile(chunk, k.shape[-1], v.shape[-1]),
+    ):
+        from .triton_selected_kept import kept_attention as kernel
+
+        return kernel(q, k, v, score, scale=scale, chunk=chunk, size=size)
+    return kept_chunked(q, k, v, score, scale=scale, chunk=chunk, size=size, softcap=softcap, kept=kept)
+
+
+def future_attention(
+    q: Tensor,
+    k: Tensor,
+    *,
+    scale: float,
+    chunk: int,
+    softcap: float | None = None,
+    lengths: Tensor | None = None,
+) -> Tensor:
+    """``selection.future_attention``."""
+    if use_kernel(
+        "future_attention",
+        refusal(q, k),
+        _unlike(q, k),
+        "a soft-cap is set" if softcap is not None else None,
+        _no_tile(64, k.shape[-1]),
+    ):
+        from .triton_selected_future import future_attention as kernel
+
+        return kernel(q, k, scale=scale, chunk=chunk, lengths=lengths)
+    return future_attention_chunked(q, k, scale=scale, chunk=chunk, softcap=softcap, lengths=lengths)
+
+
+def self_saliency(q: Tensor, k: Tensor, *, scale: float, window: int, softcap: float | None = None) -> Tensor:
+    """``routing.self_saliency``."""
+    if use_kernel(
+        "self_saliency",
+        refusal(q, k),
+        _unlike(q, k),
+        "a soft-cap is set" if softcap is not None else None,
+        _no_tile(window, k.shape[-1]),
+    ):
+        from .triton_selected_future import self_saliency as kernel
+
+        return kernel(q, k, scale=scale, window=window)
+    return self_saliency_chunked(q, k, scale=scale, window=window, softcap=softcap)
+
+
+def joint_step(q: Tensor, k: Tensor, v: Tensor, *state: Tensor, **terms: Any) -> Tensor | None:
+    """y [B, 1, H, V] of a window joined with sums; ``triton_decode.joint_step`` says what it takes and writes."""
+    tied = terms["sums"][1].shape[1] != q.shape[2]
+    if not use_kernel("joint_step", refusal(q, k, v), _few_heads(q, k) if tied else None):
+        return None
+    from .triton_decode import joint_step as step
+
+    return step(q, k, v, *state, **terms)
+
+
+def liger_step(
+    q: Tensor, k: Tensor, v: Tensor, *state: Tensor, against: str | None, **terms: Any
+) -> Tensor | None:
+    """y [B, 1, H, V] of a fading recurrence beside a window; ``against``: why the kernel cannot, if it cannot."""
+    if not use_kernel("liger_step", refusal(q, k, v), against, _few_heads(q, k)):
+        return None
+    from .triton_decode_gated import liger_step as step
+
+    return step(q, k, v, *state, **terms)
+
+
+def lawcat_step(
+    q: Tensor, k: Tensor, v: Tensor, *state: Tensor, against: str | None, **terms: Any
+) -> Tensor | None:
+    """y [B, 1, H, V] of normalised fading sums after a convolution; ``against`` as in :func:`liger_step`."""
+    if not use_kernel("lawcat_step", refusal(q, k, v), against):
+        return None
+    from .triton_decode_gated import lawcat_step as step
+
+    return step(q, k, v, *state, **terms)
+
+
+def salient_step(q: Tensor, k: Tensor, v: Tensor, *state: Tensor, **terms: Any) -> Tensor | None:
+    """y [B, 1, H, V] against a kept set and the local span, which hands its oldest chunk over when it is due."""
+    if not use_kernel("salient_step", refusal(q, k, v), _few_heads(q, k)):
+        return None
+    from .triton_decode_kept import salient_step as step
+
+    return step(q, k, v, *state, **terms)
+
+
+def still_step(
+    q: Tensor, k: Tensor, v: Tensor, *state: Tensor, against: str | None, **terms: Any
+) -> Tensor | None:
+    """y [B, 1, H, V] against picked tokens, the local span and the sums of all others; ``against`` as in
+    :func:`liger_step`."""
+    if not use_kernel("still_step", refusal(q, k, v), against):
+        return None
+    from .triton_decode_routed import still_step as step
+
+    return step(q, k, v, *state, **terms)
+
+
+def _few_heads(q: Tensor, k: Tensor) -> str | None:
+    """A tile of 16 rows holds the query heads of a group."""
+    return "more than 16 query heads share a key/value head" if q.shape[2] > 16 * k.shape[2] else None
+
+
+def window_step(q: Tensor, k: Tensor, v: Tensor, *state: Tensor, **terms: Any) -> Tensor | None:
+    """y [B, 1, H, V] of a window and its sinks; the same kernel without sums."""
+    if not use_kernel("window_step", refusal(q, k, v)):
+        return None
+    from .triton_decode import joint_step as step
+
+    return step(q, k, v, *state, **terms)
 
 
 def averaged_attention(

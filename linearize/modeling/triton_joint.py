@@ -48,8 +48,8 @@ def joint_states(
     GROUP: tl.constexpr, EVERY: tl.constexpr, REVERSE: tl.constexpr, HAS_STOP: tl.constexpr,
     TOTALS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """S [B, H, stored, 2F, V] and Z [B, H, stored, 2F] before every EVERY-th tile of a run of ``run`` tiles; after it and
-    to the run's end with REVERSE, where x is q, val dy. Totals of the run: [B, H, runs, 2F, V] fp32.
+    """S [B, H, stored, 2F, V] and Z [B, H, stored, 2F] before every EVERY-th tile of a run of ``run`` tiles; after it
+    and to the run's end with REVERSE, where x is q, val dy. Totals of the run: [B, H, runs, 2F, V] fp32.
 
     A program makes one half of the features: both halves' sums would not fit into registers.
     """
@@ -90,11 +90,10 @@ def joint_states(
             phi = tl.where(live[None, :], phi, 0.0)
             z += tl.sum(phi, 1)
         acc = tl.dot(phi.to(values.dtype), values, acc, input_precision=PRECISION)
-        if REVERSE:
-            if n % EVERY == 0:
-                at = out + n // EVERY
-                tl.store(S + at * 2 * F * V + place, acc.to(S.dtype.element_ty), mask=inside)
-                tl.store(Z + at * 2 * F + half * F + f, z)
+        if REVERSE and n % EVERY == 0:
+            at = out + n // EVERY
+            tl.store(S + at * 2 * F * V + place, acc.to(S.dtype.element_ty), mask=inside)
+            tl.store(Z + at * 2 * F + half * F + f, z)
     if TOTALS:
         at = (tl.cast(b, tl.int64) * heads + h) * runs + part
         tl.store(total_S + at * 2 * F * V + place, acc, mask=inside)
@@ -156,7 +155,9 @@ def joint_outputs(
     rows = load_rows(q, i0, qt, T, D, BD, BT)
     acc, mass = tl.zeros([BT, BV], tl.float32), tl.zeros([BT], tl.float32)
     top = tl.full([BT], float("-inf"), tl.float32)
-    if W > 0:  # the window first: its maximum rescales what was summed before, and the linear terms must not be
+    if (
+        W > 0
+    ):  # the window first: its maximum rescales what was summed before, and the linear terms must not be
         top = tl.full([BT], -1e30, tl.float32)
         for j0 in range(first_in_window(i0, W, TERRACED) // BK * BK, tl.minimum(i0 + BT, T), BK):
             kT = load_columns(k, j0, kt, T, D, BD, BK)
@@ -209,7 +210,9 @@ def joint_outputs(
         tl.store(den + line + query, mass, mask=query < T)
         tl.store(peak + line + query, top, mask=query < T)
     if TRANSFER:
-        target = load_rows(teacher + b64 * tb + tl.cast(h, tl.int64) * th, i0, tt, T, V, BV, BT).to(tl.float32)
+        target = load_rows(teacher + b64 * tb + tl.cast(h, tl.int64) * th, i0, tt, T, V, BV, BT).to(
+            tl.float32
+        )
         real = query < T
         if HAS_LENGTHS:
             real = query < tl.load(lengths + b)
@@ -322,7 +325,9 @@ def joint_sums(
         done = (total_S[:, :, 0], total_Z[:, :, 0]) if final else None
         return Sums(S, Z, None, None, run, every, done)
     if not totals:  # one run after a state: nothing is summed before it but the state
-        return Sums(S, Z, state[0].to(x.dtype)[:, :, None].contiguous(), state[1].float()[:, :, None], run, every)
+        return Sums(
+            S, Z, state[0].to(x.dtype)[:, :, None].contiguous(), state[1].float()[:, :, None], run, every
+        )
     parts = []
     for total, dtype, begin in (
         (total_S, x.dtype, None if state is None else state[0]),
@@ -362,13 +367,11 @@ def joint_forward(
     lengths: Tensor | None = None,
     settings: dict[str, Launch] | None = None,
 ) -> Forward:
-    """The forward pass; q [B, T, H, K], k [B, T, G, K], v [B, T, G, V], maps [H, K, f] in the dtype of q, g and beta [H]
-    fp32, teacher [B, T, H, V], lengths and stop [B]."""
+    """The forward pass; q [B, T, H, K], k [B, T, G, K], v [B, T, G, V], maps [H, K, f] in the dtype of q, g and beta
+    [H] fp32, teacher [B, T, H, V], lengths and stop [B]."""
     settings = settings or {}
     setting = settings.get("joint_outputs") or launch("joint_outputs", q.device)
-    sums = joint_sums(
-        k, w_k, v, state=state, stop=stop, final=final, setting=settings.get("joint_states")
-    )
+    sums = joint_sums(k, w_k, v, state=state, stop=stop, final=final, setting=settings.get("joint_states"))
     batch, time, heads = q.shape[:3]
     tiles, transfer = triton.cdiv(time, BT), teacher is not None
     exact: dict[str, Any] = {"dtype": torch.float32, "device": q.device}

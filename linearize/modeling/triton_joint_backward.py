@@ -7,8 +7,8 @@ With den_i the normaliser, u_i = dy_i / den_i, e_i = (dy_i . y_i) / den_i, the c
     ds_ij = p_ij G_ij - c_i [j = j*_i]                      dv_j = sum_window p_ij u_i + b R^T phi_k_j
 
 S, z sum over older keys (the forward's), R, r over later queries (``joint_sums`` in reverse); j*_i is the key that
-attains the row's window maximum, the first of equals. The second form of c_i, and so the gradients of the factors, needs
-nothing of the window: a transfer, where q, k and v are frozen, never forms a score.
+attains the row's window maximum, the first of equals. The second form of c_i, and so the gradients of the factors,
+needs nothing of the window: a transfer, where q, k and v are frozen, never forms a score.
 
     joint_delta     e
     joint_queries   a tile of queries: the logits' gradient dx_q of its map, c, j*; with INPUTS dq
@@ -48,7 +48,7 @@ def joint_delta(
     dy, y, den, e, gb, gt, gh, T, V: tl.constexpr, BV: tl.constexpr, BT: tl.constexpr
 ):  # fmt: skip
     """e [B, H, T] of dy and y [B, T, H, V], y contiguous."""
-    h, n, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    h, n = tl.program_id(0), tl.program_id(1)
     heads, b64 = tl.num_programs(0), tl.cast(tl.program_id(2), tl.int64)
     one = load_rows(dy + b64 * gb + tl.cast(h, tl.int64) * gh, n * BT, gt, T, V, BV, BT)
     other = load_rows(y + (b64 * T * heads + h) * V, n * BT, heads * V, T, V, BV, BT)
@@ -195,7 +195,9 @@ def joint_keys(
         uT = load_columns(dy, i0, gt, T, V, BV, BT)
         uT = (uT.to(tl.float32) * inverse[None, :]).to(uT.dtype)
         cotangent = tl.dot(values, uT, input_precision=PRECISION) - weight[None, :]
-        cotangent = tl.where(is_linear(query[None, :], key[:, None], T, W, TERRACED), cotangent, 0.0).to(uT.dtype)
+        cotangent = tl.where(is_linear(query[None, :], key[:, None], T, W, TERRACED), cotangent, 0.0).to(
+            uT.dtype
+        )
         rows = load_rows(q, i0, qt, T, D, BD, BT)
         w = load_matrix(w_q + h * D * F, D, F, BD, F)
         query_plus, query_minus = hedgehog_rows(tl.dot(rows, w, input_precision=PRECISION))
@@ -326,7 +328,9 @@ def joint_inputs(
                 columns = load_columns(gradients, i0, gt, T, V, BV, BI)
                 inverse = 1.0 / tl.load(den + line + query, mask=real, other=1.0)
                 weight = tl.load(e + line + query, mask=real, other=0.0)
-                ds = p * (tl.dot(values, columns, input_precision=PRECISION) * inverse[None, :] - weight[None, :])
+                ds = p * (
+                    tl.dot(values, columns, input_precision=PRECISION) * inverse[None, :] - weight[None, :]
+                )
                 share = tl.load(c + line + query, mask=real, other=0.0)
                 where = tl.load(best + line + query, mask=real, other=-1)
                 ds -= tl.where(where[None, :] == key[:, None], share[None, :], 0.0)
@@ -342,7 +346,7 @@ def joint_maps(
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """part [B, parts, H, K, F] fp32: sums of x dx^T over ``run`` tiles."""
-    h, p, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    h, p = tl.program_id(0), tl.program_id(1)
     heads, parts, b64 = tl.num_programs(0), tl.num_programs(1), tl.cast(tl.program_id(2), tl.int64)
     x += b64 * xb + tl.cast(h // GROUP, tl.int64) * xh
     dx += (b64 * T * heads + h) * F
@@ -405,8 +409,8 @@ def joint_backward(
 ) -> Gradients:
     """Gradients after ``joint_forward(..., save=True)``, of the maps, of q, k and v, or of both.
 
-    With a teacher ``dy`` is the forward's own y - teacher and ``done.e`` is set: the gradients are those of half the sum
-    of its squares.
+    With a teacher ``dy`` is the forward's own y - teacher and ``done.e`` is set: the gradients are those of half the
+    sum of its squares.
     """
     settings = settings or {}
     batch, time, heads = q.shape[:3]
@@ -436,7 +440,9 @@ def joint_backward(
     now = {"EVERY": sums.every, "HAS_BASE": sums.base_S is not None}
     then = {"EVERY": later.every, "HAS_BASE": later.base_S is not None}
     places = (later.S.shape[2], later.run, _runs(later))
-    setting = settings.get("joint_queries") or launch(f"joint_queries_{'full' if inputs else 'transfer'}", q.device)
+    setting = settings.get("joint_queries") or launch(
+        f"joint_queries_{'full' if inputs else 'transfer'}", q.device
+    )
     joint_queries[(heads, tiles, batch)](
         q, k, v, dy, w_q, w_k, g, b, sums.S, sums.Z, *_base(sums, g), done.den, done.peak, e, dx_q, dq, c, best,
         *steps, sums.S.shape[2], sums.run, _runs(sums), scale, **shape, **now, MAPS=maps, INPUTS=inputs,
