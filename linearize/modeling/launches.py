@@ -235,7 +235,7 @@ CANDIDATES |= {
     ],
     "gated_liger_outputs_strong": [Launch({"BK": 32}, 8, 1)],
     "gated_window_queries": [
-        Launch({"BT": 64, "BK": size}, 4, stages) for size, stages in ((64, 1), (32, 1), (64, 2), (32, 2))
+        Launch({"BT": 64, "BK": size}, 4, stages) for size, stages in ((32, 1), (32, 2), (64, 1), (64, 2))
     ],
     "gated_window_keys": [
         Launch({"BT": 32, "BK": 64}, 4, 1),

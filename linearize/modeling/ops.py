@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from .backend import ran, reference_only, refusal, use_kernel
-from .feature_maps import FeatureMap
 from .convolved import convolved_chunked
+from .feature_maps import FeatureMap
 from .gated import (
     Averaged,
     averaged_chunked,

@@ -9,12 +9,12 @@ With L the running sum of the log decays inside a tile, exp(L_i - L_j) is split 
 
     score_ij = sum_f (phi_q_i exp(L_i))_f (phi_k_j exp(-L_j))_f
 
-is one product, whose first factor also reads the state, and whose rounding is that of any product, as long as exp(-L_j)
-stays inside the range of fp32 and bf16: where no channel forgets more than exp(-REACH) in a tile. Tiles with a stronger
-gate are left to other kernels, which walk through them by runs of 16 tokens with the state in registers. There no
-exponent is positive: pairs of a run are sorted by the largest power of two that has a multiple between them, one product
-for each, split there. (As a branch of the first kernels this would take registers from every tile.) What carries a gate
-is bf16 also where the inputs are fp16, whose exponents are too short.
+is one product, whose first factor also reads the state, and whose rounding is that of any product, as long as
+exp(-L_j) stays inside the range of fp32 and bf16: where no channel forgets more than exp(-REACH) in a tile. Tiles with
+a stronger gate are left to other kernels, which walk through them by runs of 16 tokens with the state in registers.
+There no exponent is positive: pairs of a run are sorted by the largest power of two that has a multiple between them,
+one product for each, split there. (As a branch of the first kernels this would take registers from every tile.) What
+carries a gate is bf16 also where the inputs are fp16, whose exponents are too short.
 """
 
 import torch
@@ -95,7 +95,13 @@ def earlier(C: tl.constexpr, TURNED: tl.constexpr):
 
 @triton.jit
 def run_scores(
-    phi_q, phi_k, log_decay, F: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr, TURNED: tl.constexpr
+    phi_q,
+    phi_k,
+    log_decay,
+    F: tl.constexpr,
+    DTYPE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    TURNED: tl.constexpr,
 ):
     """Scores [RUN, RUN] of a run at any gate, zeros where the key is later; ``TURNED``: a row is a key."""
     scores = tl.where(together(1), tl.sum(phi_q * phi_k, 1)[:, None], 0.0)
@@ -112,7 +118,13 @@ def run_scores(
 
 @triton.jit
 def run_gradient(
-    weights, phi, log_decay, F: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr, OF_KEYS: tl.constexpr
+    weights,
+    phi,
+    log_decay,
+    F: tl.constexpr,
+    DTYPE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    OF_KEYS: tl.constexpr,
 ):
     """Gradient [RUN, F] of the queries' features from the scores' and the keys' features; ``OF_KEYS``: of the keys',
     from the scores' turned and the queries'."""
