@@ -5,6 +5,7 @@ from aot import Case
 
 from linearize.modeling import triton_gated as shared
 from linearize.modeling import triton_gated_lawcat as lawcat
+from linearize.modeling import triton_gated_lawcat_backward as lawcat_back
 from linearize.modeling import triton_gated_liger as liger
 from linearize.modeling import triton_gated_liger_backward as back
 from linearize.modeling import triton_gated_window as window
@@ -25,6 +26,8 @@ STATES = {
     "sums_z",
     "states_z",
     "fine_z",
+    "before_z",
+    "e",
     "last_z",
     "den",
     "logits",
@@ -144,7 +147,11 @@ KERNELS = [
     ("gated_liger_values", back.values_kernel, liger_constants, ({},)),
     ("gated_liger_gates", back.gates_kernel, liger_constants, ({}, {"HGRN2": True})),
     ("gated_lawcat_states", lawcat.states_kernel, lawcat_constants, (*WALKS, {"MODE": "last"})),
-    ("gated_lawcat_outputs", lawcat.outputs_kernel, lawcat_constants, ({},)),
+    ("gated_lawcat_outputs", lawcat.outputs_kernel, lawcat_constants, ({}, {"SAVE": True})),
+    ("gated_lawcat_back_states", lawcat_back.back_states_kernel, lawcat_constants, WALKS),
+    ("gated_lawcat_queries", lawcat_back.queries_kernel, lawcat_constants, ({},)),
+    ("gated_lawcat_keys", lawcat_back.keys_kernel, lawcat_constants, ({},)),
+    ("gated_lawcat_values", lawcat_back.values_kernel, lawcat_constants, ({},)),
 ]
 STRONG = {"gated_liger_outputs": liger.strong_outputs_kernel}
 """Kernels of strong tiles, where they are not the same kernel; their products are smaller than a warp group's."""

@@ -11,7 +11,7 @@ from linearize.modeling.convolved import convolved_chunked
 from linearize.modeling.gated import Averaged, averaged_chunked
 from linearize.modeling.launches import TABLE
 from linearize.modeling.triton_gated import scan
-from linearize.modeling.triton_gated_lawcat import convolved_kernel
+from linearize.modeling.triton_gated_lawcat_backward import convolved_kernel
 from linearize.modeling.triton_gated_liger import forward, shape_of
 from linearize.modeling.triton_gated_liger_backward import averaged_kernel, backward
 
@@ -135,18 +135,28 @@ def rounded(inputs: list) -> list:
     return [None if x is None else x.detach().float() for x in inputs]
 
 
+def check_lawcat(inputs: list) -> None:
+    """y, and every gradient."""
+    exact = [None if x is None else x.requires_grad_() for x in inputs]
+    some = [None if x is None else x.requires_grad_() for x in rounded(inputs)]
+    expected, _ = convolved_chunked(*exact, steps=16.0, eps=1e-10)
+    made, _ = convolved_kernel(*some, steps=16.0, eps=1e-10)
+    assert_near(made, expected, "kernel")
+    dy = torch.randn(made.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    wanted = torch.autograd.grad(expected, [x for x in exact if x is not None], dy)
+    found = torch.autograd.grad(made, [x for x in some if x is not None], dy.float())
+    for gradient, truth in zip(found, wanted, strict=True):
+        assert_near(gradient, truth, "kernel")
+
+
 @pytest.mark.parametrize("name", LAWCAT)
-def test_lawcat_is_the_reference(name):
-    inputs = draw_lawcat(*LAWCAT[name])
-    expected, _ = convolved_chunked(*inputs, steps=16.0, eps=1e-10)
-    assert_near(convolved_kernel(*rounded(inputs), steps=16.0, eps=1e-10)[0], expected, "kernel")
+def test_lawcat_is_the_reference_with_every_gradient(name):
+    check_lawcat(draw_lawcat(*LAWCAT[name]))
 
 
 @pytest.mark.parametrize("taps", ["", "q", "k"])
 def test_lawcat_convolves_what_has_taps(taps):
-    inputs = draw_lawcat(1, 40, 2, 1, 16, 16, 16, taps=taps)
-    expected, _ = convolved_chunked(*inputs, steps=16.0, eps=1e-10)
-    assert_near(convolved_kernel(*rounded(inputs), steps=16.0, eps=1e-10)[0], expected, "kernel")
+    check_lawcat(draw_lawcat(1, 40, 2, 1, 16, 16, 16, taps=taps))
 
 
 @pytest.mark.parametrize("stop", [[0, 75], [1, 32], [64, 63]])

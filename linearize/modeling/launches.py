@@ -253,5 +253,11 @@ CANDIDATES |= {
     "gated_lawcat_states": [Launch({"C": 64, "CS": size}, 8, 1) for size in (256, 128, 512)],
     "gated_lawcat_outputs": [Launch({}, 4, 1), Launch({}, 8, 1)],
     "gated_lawcat_outputs_strong": [Launch({}, 8, 1)],
+    "gated_lawcat_back_states": [Launch({}, 8, 1)],
+    **{
+        f"gated_lawcat_{kernel}{strong}": [Launch({}, 8, 1)]
+        for kernel in ("queries", "keys", "values")
+        for strong in ("", "_strong")
+    },
 }
 TABLE.update({kernel: [rows[0]] for kernel, rows in CANDIDATES.items() if kernel.startswith("gated")})

@@ -295,16 +295,6 @@ def taps_of(taps: Tensor) -> int:
     return taps.shape[2] if taps.numel() else 0
 
 
-def convolved_kernel(
-    q: Tensor, k: Tensor, v: Tensor, logits: Tensor, taps_q: Tensor | None, taps_k: Tensor | None, map_q: Tensor,
-    map_k: Tensor, *, steps: float, eps: float, stop: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """``convolved.convolved_chunked``, without gradients."""
-    layer = layer_of(q, k, v, logits, taps_q, taps_k, map_q, map_k)
-    made, last = forward(layer, steps=steps, eps=eps, stop=stop)
-    return made.y, last
-
-
 def layer_of(
     q: Tensor, k: Tensor, v: Tensor, logits: Tensor, taps_q: Tensor | None, taps_k: Tensor | None, map_q: Tensor,
     map_k: Tensor,
