@@ -11,7 +11,7 @@ from linearize.modeling.convolved import convolved_chunked
 from linearize.modeling.gated import Averaged, averaged_chunked
 from linearize.modeling.launches import TABLE
 from linearize.modeling.triton_gated import scan
-from linearize.modeling.triton_gated_lawcat_backward import convolved_kernel
+from linearize.modeling.triton_gated_convolved import convolved_kernel
 from linearize.modeling.triton_gated_liger import forward, shape_of
 from linearize.modeling.triton_gated_liger_backward import averaged_kernel, backward
 
@@ -47,7 +47,8 @@ def draw(batch, length, heads, groups, key_dim, value_dim, spread=1.0) -> list[T
 GLA = Averaged(0.25, 20, False, 16.0, 0.3, 0.8, 0.4, 0.6)
 HGRN2 = Averaged(0.25, 20, True, 1.0, 0.1, 1.0, 0.5, 0.5)
 CASES = {
-    "odd": (2, 67, 2, 1, 16, 16, 1.0, GLA),
+    "rows": (2, 33, 2, 1, 16, 16, 1.0, GLA),
+    "two segments": (1, 67, 1, 1, 16, 16, 1.0, GLA),
     "groups of four": (1, 34, 4, 1, 16, 16, 1.0, GLA),
     "groups of two, wide values": (1, 35, 4, 2, 16, 24, 1.0, GLA),
     "no groups, odd widths": (1, 37, 2, 2, 24, 16, 1.0, GLA._replace(window=5)),
@@ -55,11 +56,11 @@ CASES = {
     "one token": (1, 1, 2, 1, 16, 16, 1.0, GLA),
     "below a tile": (1, 31, 2, 1, 16, 16, 1.0, GLA._replace(window=64)),
     "a tile": (1, 32, 2, 1, 16, 16, 1.0, GLA),
-    "a segment": (1, 64, 2, 1, 16, 16, 1.0, GLA._replace(window=1)),
-    "no window": (1, 66, 2, 1, 16, 16, 1.0, GLA._replace(window=0)),
-    "strong gates": (1, 67, 2, 1, 16, 16, 40.0, GLA),
-    "fierce gates": (1, 67, 2, 1, 16, 16, 500.0, GLA),
-    "hgrn2, strong gates": (1, 67, 2, 1, 16, 16, 20.0, HGRN2),
+    "a segment": (1, 64, 1, 1, 16, 16, 1.0, GLA._replace(window=1)),
+    "no window": (1, 66, 1, 1, 16, 16, 1.0, GLA._replace(window=0)),
+    "strong gates": (1, 67, 1, 1, 16, 16, 40.0, GLA),
+    "fierce gates": (1, 40, 2, 1, 16, 16, 500.0, GLA),
+    "hgrn2, strong gates": (1, 40, 2, 1, 16, 16, 20.0, HGRN2),
 }
 
 
@@ -108,13 +109,14 @@ def test_scan_starts_from_a_state():
 
 
 LAWCAT = {
-    "odd": (2, 67, 2, 1, 16, 16, 16, 1.0),
-    "groups of two, narrow features, wide values": (1, 35, 4, 2, 16, 24, 8, 1.0),
+    "rows": (2, 33, 1, 1, 16, 16, 16, 1.0),
+    "two segments": (1, 67, 1, 1, 16, 16, 16, 1.0),
+    "groups of two, narrow features, wide values": (1, 34, 4, 2, 16, 24, 8, 1.0),
     "no groups, odd widths": (1, 37, 2, 2, 24, 16, 12, 1.0),
     "one token": (1, 1, 3, 1, 16, 16, 16, 1.0),
     "a tile": (1, 32, 2, 1, 16, 16, 16, 1.0),
-    "a segment": (1, 64, 2, 1, 16, 16, 16, 1.0),
-    "strong gates": (1, 37, 2, 1, 16, 16, 16, 100.0),
+    "a segment": (1, 64, 1, 1, 16, 16, 16, 1.0),
+    "strong gates": (1, 37, 1, 1, 16, 16, 16, 100.0),
 }
 
 

@@ -196,8 +196,8 @@ def sweep_liger(kernel: str) -> Callable[[Launch, int, int], Callable[[], Any]]:
 def sweep_lawcat(kernel: str) -> Callable[[Launch, int, int], Callable[[], Any]]:
     @torch.no_grad()
     def make(setting: Launch, batch: int, length: int) -> Callable[[], Any]:
+        from linearize.modeling import triton_gated_convolved as back
         from linearize.modeling import triton_gated_lawcat as made
-        from linearize.modeling import triton_gated_lawcat_backward as back
 
         layer, steps = made.layer_of(*lawcat_inputs(batch, length)), LAWCAT["steps"]
         if kernel == "states":

@@ -315,7 +315,7 @@ def convolved_attention(
     through = _through_state(stop, *(x for x in (q, k, v, logits, *parts) if x is not None))
     if not use_kernel("convolved_attention", refusal(q, k, v, logits), _uneven(q, k, v), through):
         return convolved_chunked(q, k, v, logits, *parts, stop=stop, **terms)
-    from .triton_gated_lawcat_backward import convolved_kernel
+    from .triton_gated_convolved import convolved_kernel
 
     return convolved_kernel(q, k, v, logits, *parts, stop=stop, **terms)
 
