@@ -157,7 +157,7 @@ def lawcat_step_kernel(
     tail_q += (row * NQ * H + h) * K
     tail_k += (row * NK * G + g) * K
     wide: tl.constexpr = F if MAP == 2 else K
-    q_up, q_down = convolved_features(
+    q_up, q_down = convolved_features(  # pyright: ignore[reportGeneralTypeIssues]
         tail_q, plain_q, taps_q + h * K * TAPS_Q, map_q + h * K * F, extra_q + h * wide, t,
         K, NQ, H, TAPS_Q, F, FP, BK, MAP,
     )  # fmt: skip
