@@ -33,17 +33,17 @@ CANDIDATES: dict[str, list[Launch]] = {}
 
 # Decode. HEADS: query heads of a program; BN: keys of the window at once; BO: tokens outside it at once; BK: channels
 # of a feature map's weight at once; BV: channels of values that a fold adds at once.
-def _step(heads: int, keys: int, channels: int, warps: int) -> Launch:
-    return Launch({"HEADS": heads, "BN": keys, "BO": 16, "BK": channels, "BV": 64}, warps, 1)
+def _step(heads: int, keys: int, channels: int, warps: int, values: int = 64) -> Launch:
+    return Launch({"HEADS": heads, "BN": keys, "BO": 16, "BK": channels, "BV": values}, warps, 1)
 
 
 CANDIDATES["joint_step"] = [
+    _step(1, 64, 32, 4),
     _step(1, 64, 64, 4),
-    _step(1, 32, 64, 4),
     _step(1, 64, 64, 8),
     _step(2, 64, 64, 8),
     _step(4, 64, 64, 8),
-    _step(2, 64, 64, 4),
+    _step(1, 64, 32, 4, 32),
 ]
 CANDIDATES["joint_step_few"] = [
     _step(1, 64, 128, 8),
