@@ -38,12 +38,12 @@ def _step(heads: int, keys: int, channels: int, warps: int, values: int = 64) ->
 
 
 CANDIDATES["joint_step"] = [
+    _step(1, 64, 32, 4, 32),
     _step(1, 64, 32, 4),
     _step(1, 64, 64, 4),
     _step(1, 64, 64, 8),
     _step(2, 64, 64, 8),
     _step(4, 64, 64, 8),
-    _step(1, 64, 32, 4, 32),
 ]
 CANDIDATES["joint_step_few"] = [
     _step(1, 64, 128, 8),
