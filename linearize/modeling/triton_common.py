@@ -67,24 +67,27 @@ def load_transposed(x, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_ROWS: tl.const
 @triton.jit
 def hedgehog_rows(a):
     """(softmax(a), softmax(-a)) over the channels of a [tokens, f], fp32."""
-    plus = tl.exp2((a - tl.max(a, 1)[:, None]) * LOG2E)
-    minus = tl.exp2((tl.min(a, 1)[:, None] - a) * LOG2E)
-    return plus / tl.sum(plus, 1)[:, None], minus / tl.sum(minus, 1)[:, None]
+    a *= LOG2E
+    plus = tl.exp2(a - tl.max(a, 1)[:, None])
+    minus = tl.exp2(tl.min(a, 1)[:, None] - a)
+    return plus * (1.0 / tl.sum(plus, 1))[:, None], minus * (1.0 / tl.sum(minus, 1))[:, None]
 
 
 @triton.jit
 def hedgehog_columns(a):
     """The same of a [f, tokens]."""
-    plus = tl.exp2((a - tl.max(a, 0)[None, :]) * LOG2E)
-    minus = tl.exp2((tl.min(a, 0)[None, :] - a) * LOG2E)
-    return plus / tl.sum(plus, 0)[None, :], minus / tl.sum(minus, 0)[None, :]
+    a *= LOG2E
+    plus = tl.exp2(a - tl.max(a, 0)[None, :])
+    minus = tl.exp2(tl.min(a, 0)[None, :] - a)
+    return plus * (1.0 / tl.sum(plus, 0))[None, :], minus * (1.0 / tl.sum(minus, 0))[None, :]
 
 
 @triton.jit
 def hedgehog_half(a):
     """softmax(a) over the channels of a [f, tokens]: one half of the map, the other being that of -a."""
-    p = tl.exp2((a - tl.max(a, 0)[None, :]) * LOG2E)
-    return p / tl.sum(p, 0)[None, :]
+    a *= LOG2E
+    p = tl.exp2(a - tl.max(a, 0)[None, :])
+    return p * (1.0 / tl.sum(p, 0))[None, :]
 
 
 @triton.jit

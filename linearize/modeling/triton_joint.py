@@ -129,6 +129,17 @@ def add_sums(
     return tl.dot(minus, rest, acc, input_precision=PRECISION)
 
 
+@triton.jit
+def from_z(plus, minus, Z, at, base_Z, base, HAS_BASE: tl.constexpr, F: tl.constexpr):
+    """phi z [tokens] of features [tokens, F]."""
+    f = tl.arange(0, F)
+    z_plus, z_minus = tl.load(Z + at * 2 * F + f), tl.load(Z + at * 2 * F + F + f)
+    if HAS_BASE:
+        z_plus += tl.load(base_Z + base * 2 * F + f)
+        z_minus += tl.load(base_Z + base * 2 * F + F + f)
+    return tl.sum(plus * z_plus[None, :], 1) + tl.sum(minus * z_minus[None, :], 1)
+
+
 @triton.jit(do_not_specialize=["T", "stored", "run", "runs"])
 def joint_outputs(
     q, k, v, w_q, w_k, g, beta, S, Z, base_S, base_Z, teacher, lengths, y, den, peak, e, loss,
@@ -153,55 +164,82 @@ def joint_outputs(
     i0 = n * BT
     query = i0 + token
     rows = load_rows(q, i0, qt, T, D, BD, BT)
-    acc, mass = tl.zeros([BT, BV], tl.float32), tl.zeros([BT], tl.float32)
-    top = tl.full([BT], float("-inf"), tl.float32)
-    if (
-        W > 0
-    ):  # the window first: its maximum rescales what was summed before, and the linear terms must not be
-        top = tl.full([BT], -1e30, tl.float32)
-        for j0 in range(first_in_window(i0, W, TERRACED) // BK * BK, tl.minimum(i0 + BT, T), BK):
-            kT = load_columns(k, j0, kt, T, D, BD, BK)
-            values = load_rows(v, j0, vt, T, V, BV, BK)
-            seen = in_window(query[:, None], (j0 + near)[None, :], W, TERRACED)
-            scores = tl.where(seen, tl.dot(rows, kT, input_precision=PRECISION) * (scale * LOG2E), -1e30)
-            higher = tl.maximum(top, tl.max(scores, 1))
-            p = tl.where(seen, tl.exp2(scores - higher[:, None]), 0.0)
-            shrink = tl.exp2(top - higher)
-            mass = mass * shrink + tl.sum(p, 1)
-            acc = acc * shrink[:, None] + tl.dot(p.to(values.dtype), values, input_precision=PRECISION)
-            top = higher
-        factor = tl.load(g + h)
-        acc, mass = acc * factor, mass * factor
     w = load_matrix(w_q + h * D * F, D, F, BD, F)
-    plus, minus = hedgehog_rows(tl.dot(rows, w, input_precision=PRECISION))
-    if HAS_BETA:
-        plus, minus = plus * tl.load(beta + h), minus * tl.load(beta + h)
     edge = tl.minimum(first_in_window(i0, W, TERRACED), i0) // BT // EVERY  # the sums of whole linear tiles
     at = (b64 * heads + h) * stored + edge
     base = (b64 * heads + h) * runs + edge * EVERY // run
-    f = tl.arange(0, F)
-    z_plus, z_minus = tl.load(Z + at * 2 * F + f), tl.load(Z + at * 2 * F + F + f)
-    if HAS_BASE:
-        z_plus += tl.load(base_Z + base * 2 * F + f)
-        z_minus += tl.load(base_Z + base * 2 * F + F + f)
-    mass += tl.sum(plus * z_plus[None, :], 1) + tl.sum(minus * z_minus[None, :], 1)
-    plus, minus = plus.to(rows.dtype), minus.to(rows.dtype)
-    acc = add_sums(acc, plus, minus, S, at, F, V, BV, PRECISION)
-    if HAS_BASE:
-        acc = add_sums(acc, plus, minus, base_S, base, F, V, BV, PRECISION)
-    # What lies between those tiles and the windows of the last rows.
-    newest = first_in_window(tl.minimum(i0 + BT, T) - 1, W, TERRACED)
-    wT = load_transposed(w_k + h * D * F, D, F, BD, F)
-    for j0 in range(edge * EVERY * BT, newest, BK):
-        kT = load_columns(k, j0, kt, T, D, BD, BK)
-        values = load_rows(v, j0, vt, T, V, BV, BK)
-        key_plus, key_minus = hedgehog_columns(tl.dot(wT, kT, input_precision=PRECISION))
-        a = tl.dot(plus, key_plus.to(rows.dtype), input_precision=PRECISION)
-        a = tl.dot(minus, key_minus.to(rows.dtype), a, input_precision=PRECISION)
-        key = (j0 + near)[None, :]
-        a = tl.where((key <= query[:, None]) & (key < first_in_window(query, W, TERRACED)[:, None]), a, 0.0)
-        mass += tl.sum(a, 1)
-        acc += tl.dot(a.to(values.dtype), values, input_precision=PRECISION)
+    acc, mass = tl.zeros([BT, BV], tl.float32), tl.zeros([BT], tl.float32)
+    top = tl.full([BT], float("-inf"), tl.float32)
+    if W == BT and EVERY == 1:
+        # All that is near are two tiles, where each key has one weight, of the window or linear. Sums start last: the
+        # weights of both tiles, rounded, take fewer registers than they do.
+        last_kT, kT = load_columns(k, i0 - BT, kt, T, D, BD, BT), load_columns(k, i0, kt, T, D, BD, BT)
+        gap = token[:, None] - token[None, :]
+        seen = (gap < BT if TERRACED else gap < 0) & (i0 > 0)
+        last = tl.where(seen, tl.dot(rows, last_kT, input_precision=PRECISION) * (scale * LOG2E), -1e30)
+        own = tl.where(gap >= 0, tl.dot(rows, kT, input_precision=PRECISION) * (scale * LOG2E), -1e30)
+        top = tl.maximum(tl.max(last, 1), tl.max(own, 1))
+        factor = tl.load(g + h)
+        own, last = factor * tl.exp2(own - top[:, None]), factor * tl.exp2(last - top[:, None])
+        mass += tl.sum(own, 1) + tl.sum(last, 1)
+        own, last = own.to(rows.dtype), last.to(rows.dtype)
+        plus, minus = hedgehog_rows(tl.dot(rows, w, input_precision=PRECISION))
+        if HAS_BETA:
+            plus, minus = plus * tl.load(beta + h), minus * tl.load(beta + h)
+        mass += from_z(plus, minus, Z, at, base_Z, base, HAS_BASE, F)
+        plus, minus = plus.to(rows.dtype), minus.to(rows.dtype)
+        if not TERRACED:
+            wT = load_transposed(w_k + h * D * F, D, F, BD, F)
+            key_plus, key_minus = hedgehog_columns(tl.dot(wT, last_kT, input_precision=PRECISION))
+            a = tl.dot(plus, key_plus.to(rows.dtype), input_precision=PRECISION)
+            a = tl.dot(minus, key_minus.to(rows.dtype), a, input_precision=PRECISION)
+            a = tl.where((gap >= 0) & (i0 > 0), a, 0.0)
+            mass += tl.sum(a, 1)
+            last = tl.where(gap < 0, last, a.to(rows.dtype))
+        acc = tl.dot(own, load_rows(v, i0, vt, T, V, BV, BT), acc, input_precision=PRECISION)
+        acc = tl.dot(last, load_rows(v, i0 - BT, vt, T, V, BV, BT), acc, input_precision=PRECISION)
+        acc = add_sums(acc, plus, minus, S, at, F, V, BV, PRECISION)
+        if HAS_BASE:
+            acc = add_sums(acc, plus, minus, base_S, base, F, V, BV, PRECISION)
+    else:
+        if W > 0:  # first: its maximum rescales what was summed before, and the linear terms must not be
+            top = tl.full([BT], -1e30, tl.float32)
+            for j0 in range(first_in_window(i0, W, TERRACED) // BK * BK, tl.minimum(i0 + BT, T), BK):
+                kT = load_columns(k, j0, kt, T, D, BD, BK)
+                values = load_rows(v, j0, vt, T, V, BV, BK)
+                seen = in_window(query[:, None], (j0 + near)[None, :], W, TERRACED)
+                scores = tl.where(seen, tl.dot(rows, kT, input_precision=PRECISION) * (scale * LOG2E), -1e30)
+                higher = tl.maximum(top, tl.max(scores, 1))
+                p = tl.where(seen, tl.exp2(scores - higher[:, None]), 0.0)
+                shrink = tl.exp2(top - higher)
+                mass = mass * shrink + tl.sum(p, 1)
+                acc = acc * shrink[:, None] + tl.dot(p.to(values.dtype), values, input_precision=PRECISION)
+                top = higher
+            factor = tl.load(g + h)
+            acc, mass = acc * factor, mass * factor
+        plus, minus = hedgehog_rows(tl.dot(rows, w, input_precision=PRECISION))
+        if HAS_BETA:
+            plus, minus = plus * tl.load(beta + h), minus * tl.load(beta + h)
+        mass += from_z(plus, minus, Z, at, base_Z, base, HAS_BASE, F)
+        plus, minus = plus.to(rows.dtype), minus.to(rows.dtype)
+        acc = add_sums(acc, plus, minus, S, at, F, V, BV, PRECISION)
+        if HAS_BASE:
+            acc = add_sums(acc, plus, minus, base_S, base, F, V, BV, PRECISION)
+        # What lies between those tiles and the windows of the last rows.
+        newest = first_in_window(tl.minimum(i0 + BT, T) - 1, W, TERRACED)
+        wT = load_transposed(w_k + h * D * F, D, F, BD, F)
+        for j0 in range(edge * EVERY * BT, newest, BK):
+            kT = load_columns(k, j0, kt, T, D, BD, BK)
+            values = load_rows(v, j0, vt, T, V, BV, BK)
+            key_plus, key_minus = hedgehog_columns(tl.dot(wT, kT, input_precision=PRECISION))
+            a = tl.dot(plus, key_plus.to(rows.dtype), input_precision=PRECISION)
+            a = tl.dot(minus, key_minus.to(rows.dtype), a, input_precision=PRECISION)
+            key = (j0 + near)[None, :]
+            a = tl.where(
+                (key <= query[:, None]) & (key < first_in_window(query, W, TERRACED)[:, None]), a, 0.0
+            )
+            mass += tl.sum(a, 1)
+            acc += tl.dot(a.to(values.dtype), values, input_precision=PRECISION)
     if W == 0:
         mass += 1e-12
     result = acc / mass[:, None]
