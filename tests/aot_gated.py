@@ -7,9 +7,9 @@ from linearize.modeling import triton_gated as shared
 from linearize.modeling import triton_gated_liger as liger
 from linearize.modeling.launches import CANDIDATES, Launch
 
-FP32 = {"factor", "scale", "bias", "inverse", "sharpness", "mix_window", "mix_recurrent"}
+FP32 = {"eps", "factor", "scale", "bias", "inverse", "sharpness", "mix_window", "mix_recurrent"}
 STRIDES = ("_b", "_t", "_h")
-STATES = {"sums", "totals", "states", "last", "start", "lse", "delta", "dphi", "inner"}
+STATES = {"sums", "totals", "states", "last", "start", "lse", "delta", "dphi", "inner", "sums_z", "states_z", "fine_z", "last_z", "den", "logits", "taps", "taps_q", "taps_k"}
 
 
 def arguments(kernel, constants, pointers: dict[str, str]) -> dict[str, str]:
@@ -63,6 +63,11 @@ def liger_constants(width: int, per_group: int = 4, hgrn2: bool = False) -> dict
         "MODE": "sums",
         "STRONG": False,
     }
+
+
+def lawcat_constants(width: int, per_group: int = 4) -> dict:
+    sizes = {"f": width // 2, "FP": width // 2, "TAPS": 4, "TAPS_Q": 4, "TAPS_K": 4, "SAVE": False}
+    return liger_constants(width, per_group) | sizes
 
 
 def typed(kernel, float_names=()) -> dict[str, str]:

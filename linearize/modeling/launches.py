@@ -242,7 +242,7 @@ CANDIDATES |= {
     "gated_liger_values": [Launch({}, 4, 1)],
     "gated_liger_values_strong": [Launch({}, 8, 1)],
     "gated_liger_gates": [Launch({}, 8, 1)],
-    "gated_lawcat_states": [Launch({"C": 64, "CS": 256}, 4, 1)],
+    "gated_lawcat_states": [Launch({"C": 64, "CS": 256}, 8, 1)],
     "gated_lawcat_outputs": [Launch({}, 4, 1)],
     "gated_lawcat_outputs_strong": [Launch({}, 8, 1)],
 }

@@ -11,11 +11,10 @@ With L the running sum of the log decays inside a tile, exp(L_i - L_j) is split 
 
 is one product, whose first factor also reads the state, and whose rounding is that of any product, as long as exp(-L_j)
 stays inside the range of fp32 and bf16: where no channel forgets more than exp(-REACH) in a tile. Tiles with a stronger
-gate are left to a second kernel (as a branch of the first it would take registers from every tile). There no exponent
-is positive between runs of 16 tokens: such pairs are sorted by the largest power of two that has a multiple between
-them, one product for each, split there. Inside a run the first way serves again; where a run forgets more than
-exp(-REACH), the second goes down to single tokens. What carries a gate is bf16 also where the inputs are fp16, whose
-exponents are too short.
+gate are left to other kernels, which walk through them by runs of 16 tokens with the state in registers. There no
+exponent is positive: pairs of a run are sorted by the largest power of two that has a multiple between them, one product
+for each, split there. (As a branch of the first kernels this would take registers from every tile.) What carries a gate
+is bf16 also where the inputs are fp16, whose exponents are too short.
 """
 
 import torch
@@ -27,8 +26,7 @@ from .launches import Launch, launch
 
 REACH = tl.constexpr(80.0)
 RUN = tl.constexpr(16)
-RUN_LEVEL = tl.constexpr(4)  # 2 ** RUN_LEVEL is RUN
-LEVELS = tl.constexpr(7)  # of tiles up to 128 tokens
+LEVELS = tl.constexpr(4)  # 2 ** LEVELS is RUN
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
@@ -67,37 +65,23 @@ def store_matrix(
 
 
 @triton.jit
-def strength(log_decay, total, C: tl.constexpr, F: tl.constexpr):
-    """MILD, STRONG or FIERCE for log decays [C, F] and a tile's sum [F]."""
-    runs = tl.sum(tl.reshape(log_decay, (C // RUN, RUN, F)), 1)
-    fierce = tl.min(tl.min(runs, 1), 0) < -REACH
-    return (tl.min(total, 0) < -REACH).to(tl.int32) + fierce.to(tl.int32)
-
-
-@triton.jit
-def split_at(log_decay, SIZE: tl.constexpr, C: tl.constexpr, F: tl.constexpr):
-    """(for queries, for keys) [C, F]: decay between each token and the middle of its run of 2 * SIZE tokens, up to
-    itself behind the middle, from behind itself before it; zero in the half that does not read, or is not read."""
-    runs = tl.reshape(log_decay, (C // (2 * SIZE), 2, SIZE, F))
-    since = tl.cumsum(runs, 2)
-    until = tl.cumsum(runs, 2, reverse=True) - runs
+def split_at(log_decay, SIZE: tl.constexpr, F: tl.constexpr):
+    """(for queries, for keys) [RUN, F]: decay between each token and the middle of its 2 * SIZE tokens, up to itself
+    behind the middle, from behind itself before it; zero in the half that does not read, or is not read."""
+    parts = tl.reshape(log_decay, (RUN // (2 * SIZE), 2, SIZE, F))
+    since = tl.cumsum(parts, 2)
+    until = tl.cumsum(parts, 2, reverse=True) - parts
     second = (tl.arange(0, 2) == 1)[None, :, None, None]
-    gap = tl.reshape(tl.exp(tl.where(second, since, until)), (C, F))
-    reads = ((tl.arange(0, C) // SIZE) % 2 == 1)[:, None]
+    gap = tl.reshape(tl.exp(tl.where(second, since, until)), (RUN, F))
+    reads = ((tl.arange(0, RUN) // SIZE) % 2 == 1)[:, None]
     return tl.where(reads, gap, 0.0), tl.where(reads, 0.0, gap)
 
 
 @triton.jit
-def since_run(log_decay, C: tl.constexpr, F: tl.constexpr):
-    """[C, F] decay from the start of a token's run up to itself."""
-    return tl.exp(tl.reshape(tl.cumsum(tl.reshape(log_decay, (C // RUN, RUN, F)), 1), (C, F)))
-
-
-@triton.jit
-def same_run(SIZE: tl.constexpr, C: tl.constexpr):
-    """[C, C] whether two tokens are in one run."""
-    run = tl.arange(0, C) // SIZE
-    return run[:, None] == run[None, :]
+def together(SIZE: tl.constexpr):
+    """[RUN, RUN] whether two tokens of a run are in the same SIZE tokens."""
+    part = tl.arange(0, RUN) // SIZE
+    return part[:, None] == part[None, :]
 
 
 @triton.jit
@@ -110,70 +94,36 @@ def earlier(C: tl.constexpr, TURNED: tl.constexpr):
 
 
 @triton.jit
-def pair_scores(far_q, far_k, DTYPE: tl.constexpr, PRECISION: tl.constexpr, TURNED: tl.constexpr):
-    if TURNED:
-        return tl.dot(far_k.to(DTYPE), tl.trans(far_q.to(DTYPE)), input_precision=PRECISION)
-    return tl.dot(far_q.to(DTYPE), tl.trans(far_k.to(DTYPE)), input_precision=PRECISION)
-
-
-@triton.jit
-def strong_scores(
-    phi_q, phi_k, log_decay, fierce, C: tl.constexpr, F: tl.constexpr, DTYPE: tl.constexpr,
-    PRECISION: tl.constexpr, TURNED: tl.constexpr,
-):  # fmt: skip
-    """Scores [C, C] of a tile at any gate, zeros where the key is later; ``TURNED``: a row is a key."""
-    scores = tl.zeros([C, C], tl.float32)
-    for level in tl.static_range(RUN_LEVEL, LEVELS):
-        if (2 << level) <= C:
-            for_q, for_k = split_at(log_decay, 1 << level, C, F)
-            found = pair_scores(phi_q * for_q, phi_k * for_k, DTYPE, PRECISION, TURNED)
-            scores += tl.where(same_run(2 << level, C), found, 0.0)
-    if fierce:
-        own = tl.sum(phi_q * phi_k, 1)
-        scores += tl.where(same_run(1, C), own[:, None], 0.0)
-        for level in tl.static_range(RUN_LEVEL):
-            for_q, for_k = split_at(log_decay, 1 << level, C, F)
-            found = pair_scores(phi_q * for_q, phi_k * for_k, DTYPE, PRECISION, TURNED)
-            scores += tl.where(same_run(2 << level, C), found, 0.0)
-    else:
-        since = since_run(log_decay, C, F)
-        found = pair_scores(phi_q * since, phi_k / since, DTYPE, PRECISION, TURNED)
-        scores += tl.where(same_run(RUN, C) & earlier(C, TURNED), found, 0.0)
+def run_scores(
+    phi_q, phi_k, log_decay, F: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr, TURNED: tl.constexpr
+):
+    """Scores [RUN, RUN] of a run at any gate, zeros where the key is later; ``TURNED``: a row is a key."""
+    scores = tl.where(together(1), tl.sum(phi_q * phi_k, 1)[:, None], 0.0)
+    for level in tl.static_range(LEVELS):
+        for_q, for_k = split_at(log_decay, 1 << level, F)
+        far_q, far_k = (phi_q * for_q).to(DTYPE), (phi_k * for_k).to(DTYPE)
+        if TURNED:
+            found = tl.dot(far_k, tl.trans(far_q), input_precision=PRECISION)
+        else:
+            found = tl.dot(far_q, tl.trans(far_k), input_precision=PRECISION)
+        scores += tl.where(together(2 << level), found, 0.0)
     return scores
 
 
 @triton.jit
-def strong_gradient(
-    weights, phi, log_decay, fierce, C: tl.constexpr, F: tl.constexpr, DTYPE: tl.constexpr,
-    PRECISION: tl.constexpr, OF_KEYS: tl.constexpr,
-):  # fmt: skip
-    """Gradient [C, F] of the queries' features from the scores' [C, C], zeros where the key is later, and the keys'
-    features; ``OF_KEYS``: of the keys', from the scores' turned and the queries'."""
-    found = tl.zeros([C, F], tl.float32)
-    for level in tl.static_range(RUN_LEVEL, LEVELS):
-        if (2 << level) <= C:
-            for_q, for_k = split_at(log_decay, 1 << level, C, F)
-            near = tl.where(same_run(2 << level, C), weights, 0.0).to(DTYPE)
-            if OF_KEYS:
-                found += for_k * tl.dot(near, (phi * for_q).to(DTYPE), input_precision=PRECISION)
-            else:
-                found += for_q * tl.dot(near, (phi * for_k).to(DTYPE), input_precision=PRECISION)
-    if fierce:
-        found += tl.sum(tl.where(same_run(1, C), weights, 0.0), 1)[:, None] * phi
-        for level in tl.static_range(RUN_LEVEL):
-            for_q, for_k = split_at(log_decay, 1 << level, C, F)
-            near = tl.where(same_run(2 << level, C), weights, 0.0).to(DTYPE)
-            if OF_KEYS:
-                found += for_k * tl.dot(near, (phi * for_q).to(DTYPE), input_precision=PRECISION)
-            else:
-                found += for_q * tl.dot(near, (phi * for_k).to(DTYPE), input_precision=PRECISION)
-    else:
-        since = since_run(log_decay, C, F)
-        near = tl.where(same_run(RUN, C), weights, 0.0).to(DTYPE)
+def run_gradient(
+    weights, phi, log_decay, F: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr, OF_KEYS: tl.constexpr
+):
+    """Gradient [RUN, F] of the queries' features from the scores' and the keys' features; ``OF_KEYS``: of the keys',
+    from the scores' turned and the queries'."""
+    found = tl.sum(tl.where(together(1), weights, 0.0), 1)[:, None] * phi
+    for level in tl.static_range(LEVELS):
+        for_q, for_k = split_at(log_decay, 1 << level, F)
+        near = tl.where(together(2 << level), weights, 0.0).to(DTYPE)
         if OF_KEYS:
-            found += tl.dot(near, (phi * since).to(DTYPE), input_precision=PRECISION) / since
+            found += for_k * tl.dot(near, (phi * for_q).to(DTYPE), input_precision=PRECISION)
         else:
-            found += tl.dot(near, (phi / since).to(DTYPE), input_precision=PRECISION) * since
+            found += for_q * tl.dot(near, (phi * for_k).to(DTYPE), input_precision=PRECISION)
     return found
 
 
@@ -235,6 +185,11 @@ def blocks(name: str, x: Tensor, chosen: Launch | None = None) -> tuple[dict[str
 def gated_dtype(dtype: torch.dtype) -> tuple[tl.dtype, torch.dtype]:
     """Of operands that carry a gate, and of the states before tiles."""
     return (tl.float32, torch.float32) if dtype == torch.float32 else (tl.bfloat16, torch.bfloat16)
+
+
+def precision(dtype: torch.dtype) -> str:
+    """How fp32 operands are multiplied: as three tf32 products, which matrix instructions do and plain fp32 is not."""
+    return "tf32x3" if dtype == torch.float32 else "ieee"
 
 
 def padded(width: int) -> int:

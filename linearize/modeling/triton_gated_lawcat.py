@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .launches import Launch, launch
 from .triton_common import load_columns, load_matrix, load_rows, load_transposed, store_rows
-from .triton_gated import LOG2E, REACH, blocks, gated_dtype, log_gate, padded, scan, steps_of, store_matrix
+from .triton_gated import LOG2E, REACH, blocks, gated_dtype, log_gate, padded, precision, scan, steps_of
 
 
 @triton.jit
@@ -33,7 +33,7 @@ def convolved_rows(
         return load_rows(x, start, stride, stop, K, KP, BT).to(tl.float32)
     channel = tl.arange(0, KP)
     found = tl.zeros([BT, KP], tl.float32)
-    for i in tl.static_range(TAPS):
+    for i in range(0, TAPS):
         tap = tl.load(taps + channel * TAPS + i, mask=channel < K, other=0.0).to(tl.float32)
         found += tap[None, :] * load_rows(x, start - i, stride, stop, K, KP, BT).to(tl.float32)
     return found
@@ -48,7 +48,7 @@ def convolved_columns(
         return load_columns(x, start, stride, stop, K, KP, BT).to(tl.float32)
     channel = tl.arange(0, KP)
     found = tl.zeros([KP, BT], tl.float32)
-    for i in tl.static_range(TAPS):
+    for i in range(0, TAPS):
         tap = tl.load(taps + channel * TAPS + i, mask=channel < K, other=0.0).to(tl.float32)
         found += tap[:, None] * load_columns(x, start - i, stride, stop, K, KP, BT).to(tl.float32)
     return found
@@ -120,9 +120,57 @@ def channels(x, f: tl.constexpr, FP: tl.constexpr):
 
 
 @triton.jit
-def store_channels(x, value, f: tl.constexpr, FP: tl.constexpr):
-    channel = tl.arange(0, FP)
-    tl.store(x + channel, value.to(x.dtype.element_ty), mask=channel < f)
+def both(f: tl.constexpr, FP: tl.constexpr):
+    """(where the channels of both halves are in memory, whether there is one) [2 FP], the halves one after the other."""
+    channel = tl.arange(0, 2 * FP)
+    return channel // FP * f + channel % FP, channel % FP < f
+
+
+@triton.jit
+def all_features_by_columns(
+    x, taps, map, start, stride, stop,
+    K: tl.constexpr, KP: tl.constexpr, f: tl.constexpr, FP: tl.constexpr, TAPS: tl.constexpr, BT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Both halves of ``features_by_columns`` in one product [2 FP, BT], of W and -W."""
+    channel, key = tl.arange(0, 2 * FP), tl.arange(0, KP)
+    there = (channel % FP < f)[:, None]
+    weight = tl.load(map + key[None, :] * f + (channel % FP)[:, None], mask=there & (key < K)[None, :], other=0.0)
+    weight = tl.where((channel < FP)[:, None], weight, -weight)
+    inputs = convolved_columns(x, taps, start, stride, stop, K, KP, TAPS, BT).to(weight.dtype)
+    a = tl.dot(weight, inputs, input_precision=PRECISION)
+    if f < FP:
+        a = tl.where(there, a, float("-inf"))
+    a = tl.reshape(softmax_over(tl.reshape(a, (2, FP, BT)), 1), (2 * FP, BT))
+    return tl.where((start + tl.arange(0, BT) < stop)[None, :], a, 0.0)
+
+
+@triton.jit
+def all_gates_by_columns(x, start, stride, stop, inverse, f: tl.constexpr, FP: tl.constexpr, BT: tl.constexpr):
+    """Log decays [2 FP, BT]."""
+    at, there = both(f, FP)
+    token = tl.arange(0, BT)
+    live = there[:, None] & (start + token < stop)[None, :]
+    base = x + tl.cast(start, tl.int64) * stride
+    logits = tl.load(base + at[:, None] + token[None, :] * stride, mask=live, other=0.0).to(tl.float32)
+    return tl.where(live, log_gate(logits, 0.0, inverse), 0.0)
+
+
+@triton.jit
+def load_both(x, f: tl.constexpr, FP: tl.constexpr, V: tl.constexpr, VP: tl.constexpr):
+    """[2 FP, VP] of a matrix [F, V]."""
+    at, there = both(f, FP)
+    value = tl.arange(0, VP)
+    mask = there[:, None] & (value < V)[None, :]
+    return tl.load(x + at[:, None] * V + value[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def store_both(x, value, f: tl.constexpr, FP: tl.constexpr, V: tl.constexpr, VP: tl.constexpr):
+    at, there = both(f, FP)
+    column = tl.arange(0, VP)
+    mask = there[:, None] & (column < V)[None, :]
+    tl.store(x + at[:, None] * V + column[None, :], value.to(x.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["time", "segments"])
@@ -145,69 +193,48 @@ def states_kernel(
     taps += h * K * TAPS
     map += h * K * f
     row, gate_row = b * H + h, b * (H // R) + g
+    at, there = both(f, FP)
     ends = time
     if MODE == "last":
         ends = tl.load(stop + b).to(tl.int32)
         n = ends // CS
     if MODE == "sums":
-        plus, minus = tl.zeros([FP, VP], tl.float32), tl.zeros([FP, VP], tl.float32)
-        z_plus, z_minus = tl.zeros([FP], tl.float32), tl.zeros([FP], tl.float32)
+        state = tl.zeros([2 * FP, VP], tl.float32)
+        z = tl.zeros([2 * FP], tl.float32)
     else:
-        at = row * (segments + 1) + n
-        plus = load_matrix(states + at * F * V, f, V, FP, VP)
-        minus = load_matrix(states + at * F * V + f * V, f, V, FP, VP)
-        z_plus, z_minus = channels(states_z + at * F, f, FP), channels(states_z + at * F + f, f, FP)
-    total_plus, total_minus = tl.zeros([FP], tl.float32), tl.zeros([FP], tl.float32)
-    tile_plus, tile_minus = tl.zeros([FP], tl.float32), tl.zeros([FP], tl.float32)
+        state = load_both(states + (row * (segments + 1) + n) * F * V, f, FP, V, VP)
+        z = tl.load(states_z + (row * (segments + 1) + n) * F + at, mask=there, other=0.0)
+    total = tl.zeros([2 * FP], tl.float32)
+    of_tile = tl.zeros([2 * FP], tl.float32)
     first = n * CS
     for t in range(first, tl.minimum(first + CS, ends), BT):
         if MODE == "fine":  # noqa: SIM102
             if t % C == 0:
                 tile = row * tl.cdiv(time, C) + t // C
-                store_matrix(fine + tile * F * V, plus, f, V, FP, VP)
-                store_matrix(fine + tile * F * V + f * V, minus, f, V, FP, VP)
-                store_channels(fine_z + tile * F, z_plus, f, FP)
-                store_channels(fine_z + tile * F + f, z_minus, f, FP)
-                tile_plus, tile_minus = tl.zeros([FP], tl.float32), tl.zeros([FP], tl.float32)
+                store_both(fine + tile * F * V, state, f, FP, V, VP)
+                tl.store(fine_z + tile * F + at, z, mask=there)
+                of_tile = tl.zeros([2 * FP], tl.float32)
+        late = all_features_by_columns(k, taps, map, t, k_t, ends, K, KP, f, FP, TAPS, BT, PRECISION)
+        log_decay = all_gates_by_columns(logits, t, g_t, ends, inverse, f, FP, BT)
+        whole = tl.sum(log_decay, 1)
+        total += whole
+        of_tile += whole
+        late *= tl.exp(tl.cumsum(log_decay, 1, reverse=True) - log_decay)
         values = load_rows(v, t, v_t, ends, V, VP, BT).to(DTYPE)
-        late_plus, late_minus = features_by_columns(
-            k, taps, map, t, k_t, ends, K, KP, f, FP, TAPS, BT, PRECISION
-        )
-        decay = gates_by_columns(logits, t, g_t, ends, inverse, f, FP, BT)
-        whole = tl.sum(decay, 1)
-        total_plus += whole
-        tile_plus += whole
-        late_plus *= tl.exp(tl.cumsum(decay, 1, reverse=True) - decay)
-        z_plus = z_plus * tl.exp(whole) + tl.sum(late_plus, 1)
-        plus = tl.dot(late_plus.to(DTYPE), values, plus * tl.exp(whole)[:, None], input_precision=PRECISION)
-        decay = gates_by_columns(logits + f, t, g_t, ends, inverse, f, FP, BT)
-        whole = tl.sum(decay, 1)
-        total_minus += whole
-        tile_minus += whole
-        late_minus *= tl.exp(tl.cumsum(decay, 1, reverse=True) - decay)
-        z_minus = z_minus * tl.exp(whole) + tl.sum(late_minus, 1)
-        minus = tl.dot(
-            late_minus.to(DTYPE), values, minus * tl.exp(whole)[:, None], input_precision=PRECISION
-        )
+        z = z * tl.exp(whole) + tl.sum(late, 1)
+        state = tl.dot(late.to(DTYPE), values, state * tl.exp(whole)[:, None], input_precision=PRECISION)
         if MODE == "fine":  # noqa: SIM102
             if h % R == 0:
-                above = tl.min(tl.minimum(tile_plus, tile_minus), 0) < -REACH
+                above = tl.min(of_tile, 0) < -REACH
                 tl.store(strong + gate_row * tl.cdiv(time, C) + t // C, above.to(tl.int8))
     if MODE == "sums":
-        at = row * segments + n
-        store_matrix(sums + at * F * V, plus, f, V, FP, VP)
-        store_matrix(sums + at * F * V + f * V, minus, f, V, FP, VP)
-        store_channels(sums_z + at * F, z_plus, f, FP)
-        store_channels(sums_z + at * F + f, z_minus, f, FP)
+        store_both(sums + (row * segments + n) * F * V, state, f, FP, V, VP)
+        tl.store(sums_z + (row * segments + n) * F + at, z, mask=there)
         if h % R == 0:
-            at = gate_row * segments + n
-            store_channels(totals + at * F, total_plus, f, FP)
-            store_channels(totals + at * F + f, total_minus, f, FP)
+            tl.store(totals + (gate_row * segments + n) * F + at, total, mask=there)
     if MODE == "last":
-        store_matrix(last + row * F * V, plus, f, V, FP, VP)
-        store_matrix(last + row * F * V + f * V, minus, f, V, FP, VP)
-        store_channels(last_z + row * F, z_plus, f, FP)
-        store_channels(last_z + row * F + f, z_minus, f, FP)
+        store_both(last + row * F * V, state, f, FP, V, VP)
+        tl.store(last_z + row * F + at, z, mask=there)
 
 
 @triton.jit
@@ -258,19 +285,20 @@ def outputs_kernel(
         reach = tl.exp(tl.cumsum(gates_by_columns(logits + f, t, g_t, time, inverse, f, FP, C), 1))
         early_minus = (early_minus / reach).to(DTYPE)
     plus, minus = features_by_rows(q, taps_q, map_q, t, q_t, time, K, KP, f, FP, TAPS_Q, C, PRECISION)
-    running_plus = tl.cumsum(gates_by_rows(logits, t, g_t, time, inverse, f, FP, C), 0)
-    running_minus = tl.cumsum(gates_by_rows(logits + f, t, g_t, time, inverse, f, FP, C), 0)
+    tile = (b * H + h) * tiles + n
+    running = tl.cumsum(gates_by_rows(logits, t, g_t, time, inverse, f, FP, C), 0)
     if STRONG:
         key_plus, key_minus = features_by_rows(
             k, taps_k, map_k, t, k_t, time, K, KP, f, FP, TAPS_K, C, PRECISION
         )
-        scores = pairwise_scores(plus, key_plus, running_plus, C)
-        scores += pairwise_scores(minus, key_minus, running_minus, C)
-    tile = (b * H + h) * tiles + n
-    plus = plus * tl.exp(running_plus)
+        scores = pairwise_scores(plus, key_plus, running, C)
+    plus = plus * tl.exp(running)
     weight = tl.sum(plus * channels(fine_z + tile * F, f, FP)[None, :], 1)
     plus = plus.to(DTYPE)
-    minus = minus * tl.exp(running_minus)
+    running = tl.cumsum(gates_by_rows(logits + f, t, g_t, time, inverse, f, FP, C), 0)
+    if STRONG:
+        scores += pairwise_scores(minus, key_minus, running, C)
+    minus = minus * tl.exp(running)
     weight += tl.sum(minus * channels(fine_z + tile * F + f, f, FP)[None, :], 1)
     minus = minus.to(DTYPE)
     if not STRONG:
@@ -279,9 +307,7 @@ def outputs_kernel(
         scores = tl.where(token[:, None] >= token[None, :], scores, 0.0)
     weight += tl.sum(scores, 1) + eps
     rows = tl.dot(plus, load_matrix(fine + tile * F * V, f, V, FP, VP), input_precision=PRECISION)
-    rows = tl.dot(
-        minus, load_matrix(fine + tile * F * V + f * V, f, V, FP, VP), rows, input_precision=PRECISION
-    )
+    rows = tl.dot(minus, load_matrix(fine + tile * F * V + f * V, f, V, FP, VP), rows, input_precision=PRECISION)
     values = load_rows(v + b * v_b + g * v_h, t, v_t, time, V, VP, C).to(DTYPE)
     rows = tl.dot(scores.to(DTYPE), values, rows, input_precision=PRECISION) / weight[:, None]
     store_rows(y + b * time * (H * V) + h * V, rows, t, H * V, time, V, VP, C)
@@ -311,7 +337,7 @@ class Layer(NamedTuple):
             "H": self.q.shape[2], "R": self.q.shape[2] // self.k.shape[2],
             "K": key_dim, "KP": padded(key_dim), "V": value_dim, "VP": padded(value_dim),
             "f": f, "FP": padded(f), "C": launch("gated_lawcat_states", self.v.device).blocks["C"],
-            "PRECISION": "ieee", "DTYPE": gated_dtype(self.v.dtype)[0],
+            "PRECISION": precision(self.v.dtype), "DTYPE": gated_dtype(self.v.dtype)[0],
         }  # fmt: skip
 
     @property
@@ -363,17 +389,7 @@ def tile_states(
     fine = torch.empty(batch, heads, tiles, width, layer.v.shape[3], dtype=dtype, device=layer.v.device)
     fine_z = states.new_empty(batch, heads, tiles, width)
     strong = torch.empty(batch, groups, tiles, dtype=torch.int8, device=layer.v.device)
-    walk(
-        "fine",
-        layer,
-        steps,
-        chosen,
-        states=states,
-        states_z=states_z,
-        fine=fine,
-        fine_z=fine_z,
-        strong=strong,
-    )
+    walk("fine", layer, steps, chosen, states=states, states_z=states_z, fine=fine, fine_z=fine_z, strong=strong)
     return fine, fine_z, strong
 
 

@@ -9,7 +9,7 @@ from the projections in registers, and a state belongs to a key/value head:
 Departures: sums and states of segments are fp32, but products read states, like every operand, in the inputs' dtype.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -21,16 +21,19 @@ from .launches import Launch, launch
 from .triton_common import load_columns, load_matrix, load_rows, store_rows
 from .triton_gated import (
     LOG2E,
+    REACH,
+    RUN,
     blocks,
+    earlier,
     gated_dtype,
     log_gate,
     padded,
+    precision,
+    run_scores,
     scan,
     softmax_rows,
     steps_of,
     store_matrix,
-    strength,
-    strong_scores,
 )
 
 
@@ -74,7 +77,7 @@ def states_kernel(
     C: tl.constexpr, CS: tl.constexpr, MODE: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A walk through one segment by halves of tiles. MODE "sums": from nothing, writes ``sums`` and ``totals``.
-    "fine": from ``states``, writes the state before every tile and how strong its gates are.
+    "fine": from ``states``, writes the state before every tile and whether a gate in it is strong.
     "last": from ``states`` to token ``stop`` [B] of the row, writes ``last``."""
     BT: tl.constexpr = C // 2
     n, g, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
@@ -89,7 +92,6 @@ def states_kernel(
         state = tl.zeros([KP, VP], tl.float32)
     else:
         state = load_matrix(states + (row * (segments + 1) + n) * K * V, K, V, KP, VP)
-    above = 0
     total = tl.zeros([KP], tl.float32)
     of_tile = tl.zeros([KP], tl.float32)
     first = n * CS
@@ -98,13 +100,12 @@ def states_kernel(
             if t % C == 0:
                 store_matrix(fine + (row * tl.cdiv(time, C) + t // C) * K * V, state, K, V, KP, VP)
                 of_tile = tl.zeros([KP], tl.float32)
-                above = 0
         log_decay = key_gates(k_plain, t, k_t, ends, bias, inverse, K, KP, BT)
         whole = tl.sum(log_decay, 0)
         total += whole
         if MODE == "fine":
             of_tile += whole
-            above = tl.maximum(above, strength(log_decay, of_tile, BT, KP))
+            above = tl.min(of_tile, 0) < -REACH
             tl.store(strong + row * tl.cdiv(time, C) + t // C, above.to(tl.int8))
         late = tl.exp(tl.cumsum(log_decay, 0, reverse=True) - log_decay)
         late *= key_features(k_plain, t, k_t, ends, bias, inverse, sharpness, K, KP, BT, HGRN2)
@@ -118,23 +119,52 @@ def states_kernel(
         store_matrix(last + row * K * V, state, K, V, KP, VP)
 
 
+@triton.jit
+def window_rows(
+    q, k, v, t, q_t, k_t, v_t, time, scale, factor,
+    K: tl.constexpr, KP: tl.constexpr, V: tl.constexpr, VP: tl.constexpr, W: tl.constexpr, BT: tl.constexpr,
+    BK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """factor * softmax of the window [BT, VP] fp32, over blocks of keys that end with the last query; zeros for W = 0."""
+    BLOCKS: tl.constexpr = (W - 1 + BT + BK - 1) // BK
+    rows = tl.zeros([BT, VP], tl.float32)
+    if W > 0:
+        turned = load_rows(q, t, q_t, time, K, KP, BT)
+        highest = tl.full([BT], -1e30, tl.float32)
+        weight = tl.zeros([BT], tl.float32)
+        for i in range(0, BLOCKS):
+            near = t + BT - (BLOCKS - i) * BK
+            keys = load_columns(k, near, k_t, time, K, KP, BK)
+            scores = tl.dot(turned, keys, input_precision=PRECISION) * (scale * LOG2E)
+            there = near + tl.arange(0, BK)
+            gap = (t + tl.arange(0, BT))[:, None] - there[None, :]
+            scores = tl.where((gap >= 0) & (gap < W) & (there >= 0)[None, :], scores, -1e30)
+            higher = tl.maximum(highest, tl.max(scores, 1))
+            grown = tl.where(scores > -1e29, tl.exp2(scores - higher[:, None]), 0.0)
+            shrink = tl.exp2(highest - higher)
+            weight = weight * shrink + tl.sum(grown, 1)
+            values = load_rows(v, near, v_t, time, V, VP, BK)
+            rows = tl.dot(grown.to(values.dtype), values, rows * shrink[:, None], input_precision=PRECISION)
+            highest = higher
+        rows = rows * (factor / tl.where(weight > 0, weight, 1.0))[:, None]
+    return rows
+
+
 @triton.jit(do_not_specialize=["time"])
 def outputs_kernel(
     q, k, v, q_plain, k_plain, fine, strong, y,
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, qp_b, qp_t, qp_h, kp_b, kp_t, kp_h,
     time, scale, bias, inverse, sharpness, mix_window, mix_recurrent,
     G: tl.constexpr, R: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, V: tl.constexpr, VP: tl.constexpr,
-    W: tl.constexpr, HGRN2: tl.constexpr, C: tl.constexpr, DTYPE: tl.constexpr,
-    PRECISION: tl.constexpr, STRONG: tl.constexpr, BK: tl.constexpr, HEADS: tl.constexpr,
+    W: tl.constexpr, HGRN2: tl.constexpr, C: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+    BK: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
-    """Tiles whose gates are ``STRONG``, or those whose are not; the others are left as they are."""
+    """All tiles but the strong ones."""
     n, b = tl.program_id(0), tl.program_id(2).to(tl.int64)
     head = tl.program_id(1) * HEADS
     g = head // R
-    tiles = tl.cdiv(time, C)
-    t = n * C
-    above = tl.load(strong + (b * G + g) * tiles + n)
-    if (above > 0) != STRONG:
+    tile = (b * G + g) * tl.cdiv(time, C) + n
+    if tl.load(strong + tile) > 0:
         return
     k += b * k_b + g * k_h
     v += b * v_b + g * v_h
@@ -142,53 +172,62 @@ def outputs_kernel(
     q += b * q_b
     q_plain += b * qp_b
     y += b * time * (G * R * V)
-    token = tl.arange(0, C)
+    t = n * C
     # What the heads share.
-    log_decay = key_gates(k_plain, t, kp_t, time, bias, inverse, K, KP, C)
-    reach = tl.exp(tl.cumsum(log_decay, 0))
-    if not STRONG:
-        early = key_features(k_plain, t, kp_t, time, bias, inverse, sharpness, K, KP, C, HGRN2)
-        early = tl.trans((early / reach).to(DTYPE))
-    state = load_matrix(fine + ((b * G + g) * tiles + n) * K * V, K, V, KP, VP)
+    reach = tl.exp(tl.cumsum(key_gates(k_plain, t, kp_t, time, bias, inverse, K, KP, C), 0))
+    early = key_features(k_plain, t, kp_t, time, bias, inverse, sharpness, K, KP, C, HGRN2)
+    early = tl.trans((early / reach).to(DTYPE))
+    state = load_matrix(fine + tile * K * V, K, V, KP, VP)
     for r in range(0, HEADS):
         h = head + r
-        phi_q = query_features(q_plain + h * qp_h, t, qp_t, time, K, KP, C) * mix_recurrent
-        reading = (phi_q * reach).to(DTYPE)
-        rows = tl.zeros([C, VP], tl.float32)
-        if W > 0:
-            turned = load_rows(q + h * q_h, t, q_t, time, K, KP, C)
-            highest = tl.full([C], -1e30, tl.float32)
-            weight = tl.zeros([C], tl.float32)
-            # Blocks of keys end with the tile's last token.
-            for i in range(0, (W - 1 + C + BK - 1) // BK):
-                near = t + C - ((W - 1 + C + BK - 1) // BK - i) * BK
-                keys = load_columns(k, near, k_t, time, K, KP, BK)
-                scores = tl.dot(turned, keys, input_precision=PRECISION) * (scale * LOG2E)
-                there = near + tl.arange(0, BK)
-                gap = (t + token)[:, None] - there[None, :]
-                scores = tl.where((gap >= 0) & (gap < W) & (there >= 0)[None, :], scores, -1e30)
-                higher = tl.maximum(highest, tl.max(scores, 1))
-                grown = tl.where(scores > -1e29, tl.exp2(scores - higher[:, None]), 0.0)
-                shrink = tl.exp2(highest - higher)
-                weight = weight * shrink + tl.sum(grown, 1)
-                values = load_rows(v, near, v_t, time, V, VP, BK)
-                rows = tl.dot(
-                    grown.to(values.dtype), values, rows * shrink[:, None], input_precision=PRECISION
-                )
-                highest = higher
-            rows = rows * (mix_window / tl.where(weight > 0, weight, 1.0))[:, None]
-        # The recurrence joins the same sum.
+        reading = query_features(q_plain + h * qp_h, t, qp_t, time, K, KP, C) * mix_recurrent
+        reading = (reading * reach).to(DTYPE)
+        rows = window_rows(
+            q + h * q_h, k, v, t, q_t, k_t, v_t, time, scale, mix_window, K, KP, V, VP, W, C, BK, PRECISION
+        )
         rows = tl.dot(reading, state, rows, input_precision=PRECISION)
-        if STRONG:
-            phi_q = query_features(q_plain + h * qp_h, t, qp_t, time, K, KP, C) * mix_recurrent
-            phi_k = key_features(k_plain, t, kp_t, time, bias, inverse, sharpness, K, KP, C, HGRN2)
-            scores = strong_scores(phi_q, phi_k, log_decay, above > 1, C, KP, DTYPE, PRECISION, False)
-        else:
-            scores = tl.dot(reading, early, input_precision=PRECISION)
-            scores = tl.where(token[:, None] >= token[None, :], scores, 0.0)
+        scores = tl.dot(reading, early, input_precision=PRECISION)
+        scores = tl.where(earlier(C, False), scores, 0.0)
         values = load_rows(v, t, v_t, time, V, VP, C).to(DTYPE)
         rows = tl.dot(scores.to(DTYPE), values, rows, input_precision=PRECISION)
         store_rows(y + h * V, rows, t, G * R * V, time, V, VP, C)
+
+
+@triton.jit(do_not_specialize=["time"])
+def strong_outputs_kernel(
+    q, k, v, q_plain, k_plain, fine, strong, y,
+    q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, qp_b, qp_t, qp_h, kp_b, kp_t, kp_h,
+    time, scale, bias, inverse, sharpness, mix_window, mix_recurrent,
+    G: tl.constexpr, R: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, V: tl.constexpr, VP: tl.constexpr,
+    W: tl.constexpr, HGRN2: tl.constexpr, C: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+    BK: tl.constexpr,
+):  # fmt: skip
+    """The strong tiles, run after run."""
+    n, h, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    g = h // R
+    tile = (b * G + g) * tl.cdiv(time, C) + n
+    if tl.load(strong + tile) == 0:
+        return
+    k += b * k_b + g * k_h
+    v += b * v_b + g * v_h
+    k_plain += b * kp_b + g * kp_h
+    q += b * q_b + h * q_h
+    q_plain += b * qp_b + h * qp_h
+    state = load_matrix(fine + tile * K * V, K, V, KP, VP).to(tl.float32)
+    for t in range(n * C, tl.minimum(n * C + C, time), RUN):
+        rows = window_rows(q, k, v, t, q_t, k_t, v_t, time, scale, mix_window, K, KP, V, VP, W, RUN, BK, PRECISION)
+        log_decay = key_gates(k_plain, t, kp_t, time, bias, inverse, K, KP, RUN)
+        phi_k = key_features(k_plain, t, kp_t, time, bias, inverse, sharpness, K, KP, RUN, HGRN2)
+        phi_q = query_features(q_plain, t, qp_t, time, K, KP, RUN) * mix_recurrent
+        reading = (phi_q * tl.exp(tl.cumsum(log_decay, 0))).to(DTYPE)
+        rows = tl.dot(reading, state.to(DTYPE), rows, input_precision=PRECISION)
+        scores = run_scores(phi_q, phi_k, log_decay, KP, DTYPE, PRECISION, False)
+        values = load_rows(v, t, v_t, time, V, VP, RUN).to(DTYPE)
+        rows = tl.dot(scores.to(DTYPE), values, rows, input_precision=PRECISION)
+        store_rows(y + b * time * (G * R * V) + h * V, rows, t, G * R * V, time, V, VP, RUN)
+        late = (phi_k * tl.exp(tl.cumsum(log_decay, 0, reverse=True) - log_decay)).to(DTYPE)
+        state = state * tl.exp(tl.sum(log_decay, 0))[:, None]
+        state = tl.dot(tl.trans(late), values, state, input_precision=PRECISION)
 
 
 class Shape(NamedTuple):
@@ -215,6 +254,17 @@ class Shape(NamedTuple):
     @property
     def per_group(self) -> int:
         return self.heads // self.groups
+
+    def constants(self, x: Tensor) -> dict[str, Any]:
+        """What every kernel of a tile is compiled for, on values like x."""
+        return {
+            "G": self.groups,
+            "R": self.per_group,
+            "C": self.tile,
+            **self.widths,
+            "DTYPE": gated_dtype(x.dtype)[0],
+            "PRECISION": precision(x.dtype),
+        }
 
     @property
     def widths(self) -> dict[str, int]:
@@ -251,7 +301,7 @@ def segment_sums(
 def tile_states(
     k_plain: Tensor, v: Tensor, states: Tensor, terms: Averaged, shape: Shape, chosen: Launch | None = None
 ) -> tuple[Tensor, Tensor]:
-    """States [B, G, tiles, K, V] before every tile, from those before segments, and ``strength`` of every tile."""
+    """States [B, G, tiles, K, V] before every tile, from those before segments, and which tiles are strong."""
     lead = (shape.batch, shape.groups, shape.tiles)
     fine = torch.empty(*lead, shape.key_dim, shape.value_dim, dtype=gated_dtype(v.dtype)[1], device=v.device)
     strong = torch.empty(lead, dtype=torch.int8, device=v.device)
@@ -282,7 +332,7 @@ def _walk(
     states_kernel[(1 if mode == "last" else shape.segments, shape.groups, shape.batch)](
         k_plain, v, *used, *steps_of(k_plain), *steps_of(v), shape.time, shape.segments, *gate_of(terms),
         G=shape.groups, **shape.widths, HGRN2=terms.hgrn2, C=shape.tile, CS=shape.segment, MODE=mode,
-        DTYPE=gated_dtype(v.dtype)[0], PRECISION="ieee", **options,
+        DTYPE=gated_dtype(v.dtype)[0], PRECISION=precision(v.dtype), **options,
     )  # fmt: skip
 
 
@@ -318,18 +368,19 @@ def outputs(
 ) -> Tensor:
     """y [B, T, H, V] from the states before tiles."""
     y = torch.empty(*q.shape[:3], shape.value_dim, dtype=v.dtype, device=v.device)
-    for is_strong in (False, True):
-        sizes, options = blocks(
-            "gated_liger_outputs" + "_strong" * is_strong, v, None if is_strong else chosen
-        )
-        heads = shared_heads(shape.per_group, sizes["HEADS"])
-        outputs_kernel[(shape.tiles, shape.heads // heads, shape.batch)](
-            q, k, v, q_plain, k_plain, fine, strong, y,
-            *steps_of(q), *steps_of(k), *steps_of(v), *steps_of(q_plain), *steps_of(k_plain),
-            shape.time, terms.scale, *gate_of(terms), terms.mix_window, terms.mix_recurrent,
-            G=shape.groups, R=shape.per_group, **shape.widths, C=shape.tile, W=terms.window, HGRN2=terms.hgrn2,
-            DTYPE=gated_dtype(v.dtype)[0], PRECISION="ieee", STRONG=is_strong, BK=sizes["BK"], HEADS=heads, **options,
-        )  # fmt: skip
+    tensors = (q, k, v, q_plain, k_plain, fine, strong, y)
+    numbers = (
+        *steps_of(q), *steps_of(k), *steps_of(v), *steps_of(q_plain), *steps_of(k_plain),
+        shape.time, terms.scale, *gate_of(terms), terms.mix_window, terms.mix_recurrent,
+    )  # fmt: skip
+    constants = {**shape.constants(v), "W": terms.window, "HGRN2": terms.hgrn2}
+    sizes, options = blocks("gated_liger_outputs", v, chosen)
+    sizes["HEADS"] = shared_heads(shape.per_group, sizes["HEADS"])
+    grid = (shape.tiles, shape.heads // sizes["HEADS"], shape.batch)
+    outputs_kernel[grid](*tensors, *numbers, **constants, **sizes, **options)
+    sizes, options = blocks("gated_liger_outputs_strong", v)
+    grid = (shape.tiles, shape.heads, shape.batch)
+    strong_outputs_kernel[grid](*tensors, *numbers, **constants, **sizes, **options)
     return y
 
 

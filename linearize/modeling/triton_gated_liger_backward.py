@@ -25,17 +25,19 @@ from torch import Tensor
 
 from .gated import Averaged
 from .launches import Launch
-from .triton_common import load_matrix, load_rows, store_rows
+from .triton_common import load_matrix, load_rows, load_transposed, store_rows
 from .triton_gated import (
     LOG2E,
+    RUN,
     blocks,
     earlier,
     gated_dtype,
+    precision,
+    run_gradient,
+    run_scores,
     scan,
     steps_of,
     store_matrix,
-    strong_gradient,
-    strong_scores,
 )
 from .triton_gated_liger import (
     Shape,
@@ -95,36 +97,43 @@ def queries_kernel(
     G: tl.constexpr, R: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, V: tl.constexpr, VP: tl.constexpr,
     HGRN2: tl.constexpr, C: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr, STRONG: tl.constexpr,
 ):  # fmt: skip
+    """Tiles with mild gates at once, or the ``STRONG`` by runs; the others are left as they are."""
     n, h, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     H: tl.constexpr = G * R
+    BT: tl.constexpr = RUN if STRONG else C
     tile = (b * G + h // R) * tl.cdiv(time, C) + n
-    above = tl.load(strong + tile)
-    if (above > 0) != STRONG:
+    if (tl.load(strong + tile) > 0) != STRONG:
         return
-    t = n * C
     k_plain += b * k_b + h // R * k_h
-    log_decay = key_gates(k_plain, t, k_t, time, bias, inverse, K, KP, C)
-    reach = tl.exp(tl.cumsum(log_decay, 0))
-    phi_k = key_features(k_plain, t, k_t, time, bias, inverse, sharpness, K, KP, C, HGRN2)
-    if not STRONG:
-        early = (phi_k / reach).to(DTYPE)
-    values = load_rows(v + b * v_b + h // R * v_h, t, v_t, time, V, VP, C).to(DTYPE)
-    wanted = load_rows(dy + b * time * (H * V) + h * V, t, H * V, time, V, VP, C).to(DTYPE)
-    pairs = tl.dot(wanted, tl.trans(values), input_precision=PRECISION)
-    pairs = tl.where(earlier(C, False), pairs, 0.0)
-    state = load_matrix(fine + tile * K * V, K, V, KP, VP)
-    found = tl.dot(wanted, tl.trans(state), input_precision=PRECISION)
+    v += b * v_b + h // R * v_h
+    dy += b * time * (H * V) + h * V
     if STRONG:
-        found = found * reach
-        found += strong_gradient(pairs, phi_k, log_decay, above > 1, C, KP, DTYPE, PRECISION, False)
-    else:
-        found = tl.dot(pairs.to(DTYPE), early, found, input_precision=PRECISION) * reach
-    phi_q = query_features(q_plain + b * q_b + h * q_h, t, q_t, time, K, KP, C)
-    along = tl.sum(phi_q * found, 1)
-    found = phi_q * (found - along[:, None]) * factor
-    store_rows(dq + b * time * (H * K) + h * K, found, t, H * K, time, K, KP, C)
-    token = t + tl.arange(0, C)
-    tl.store(inner + b * time * H + h + token.to(tl.int64) * H, along * factor, mask=token < time)
+        state = load_transposed(fine + tile * K * V, K, V, KP, VP).to(tl.float32)
+    for t in range(n * C, tl.minimum(n * C + C, time), BT):
+        log_decay = key_gates(k_plain, t, k_t, time, bias, inverse, K, KP, BT)
+        reach = tl.exp(tl.cumsum(log_decay, 0))
+        phi_k = key_features(k_plain, t, k_t, time, bias, inverse, sharpness, K, KP, BT, HGRN2)
+        values = load_rows(v, t, v_t, time, V, VP, BT).to(DTYPE)
+        wanted = load_rows(dy, t, H * V, time, V, VP, BT).to(DTYPE)
+        pairs = tl.dot(wanted, tl.trans(values), input_precision=PRECISION)
+        pairs = tl.where(earlier(BT, False), pairs, 0.0)
+        if STRONG:
+            found = tl.dot(wanted, state.to(DTYPE), input_precision=PRECISION) * reach
+            found += run_gradient(pairs, phi_k, log_decay, KP, DTYPE, PRECISION, False)
+            late = (phi_k * tl.exp(tl.cumsum(log_decay, 0, reverse=True) - log_decay)).to(DTYPE)
+            state = state * tl.exp(tl.sum(log_decay, 0))[None, :]
+            state = tl.dot(tl.trans(values), late, state, input_precision=PRECISION)
+        else:
+            early = (phi_k / reach).to(DTYPE)
+            state = load_transposed(fine + tile * K * V, K, V, KP, VP)
+            found = tl.dot(wanted, state, input_precision=PRECISION)
+            found = tl.dot(pairs.to(DTYPE), early, found, input_precision=PRECISION) * reach
+        phi_q = query_features(q_plain + b * q_b + h * q_h, t, q_t, time, K, KP, BT)
+        along = tl.sum(phi_q * found, 1)
+        found = phi_q * (found - along[:, None]) * factor
+        store_rows(dq + b * time * (H * K) + h * K, found, t, H * K, time, K, KP, BT)
+        token = t + tl.arange(0, BT)
+        tl.store(inner + b * time * H + h + token.to(tl.int64) * H, along * factor, mask=token < time)
 
 
 @triton.jit(do_not_specialize=["time"])
@@ -135,35 +144,45 @@ def keys_kernel(
     G: tl.constexpr, R: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, V: tl.constexpr, VP: tl.constexpr,
     C: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr, STRONG: tl.constexpr,
 ):  # fmt: skip
-    """``fine`` are the states behind tiles."""
+    """``fine`` are the states behind tiles; runs of a ``STRONG`` tile come last to first."""
     n, g, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    BT: tl.constexpr = RUN if STRONG else C
     tile = (b * G + g) * tl.cdiv(time, C) + n
-    above = tl.load(strong + tile)
-    if (above > 0) != STRONG:
+    if (tl.load(strong + tile) > 0) != STRONG:
         return
-    t = n * C
     q_plain += b * q_b + g * R * q_h
     dy += b * time * (G * R * V) + g * R * V
-    log_decay = key_gates(k_plain + b * k_b + g * k_h, t, k_t, time, bias, inverse, K, KP, C)
-    reach = tl.exp(tl.cumsum(log_decay, 0))
-    values = load_rows(v + b * v_b + g * v_h, t, v_t, time, V, VP, C).to(DTYPE)
-    found = tl.zeros([C, KP], tl.float32)
-    for r in range(0, R):
-        phi_q = query_features(q_plain + r * q_h, t, q_t, time, K, KP, C)
-        wanted = load_rows(dy + r * V, t, G * R * V, time, V, VP, C).to(DTYPE)
-        pairs = tl.dot(values, tl.trans(wanted), input_precision=PRECISION)
-        pairs = tl.where(earlier(C, True), pairs, 0.0)
+    k_plain += b * k_b + g * k_h
+    v += b * v_b + g * v_h
+    if STRONG:
+        state = load_transposed(fine + tile * K * V, K, V, KP, VP).to(tl.float32)
+    for i in range(0, C // BT):
+        t = n * C + C - BT - i * BT
+        log_decay = key_gates(k_plain, t, k_t, time, bias, inverse, K, KP, BT)
+        reach = tl.exp(tl.cumsum(log_decay, 0))
+        values = load_rows(v, t, v_t, time, V, VP, BT).to(DTYPE)
         if STRONG:
-            found += strong_gradient(pairs, phi_q, log_decay, above > 1, C, KP, DTYPE, PRECISION, True)
+            since = tl.exp(tl.cumsum(log_decay, 0, reverse=True) - log_decay)
+            found = since * tl.dot(values, state.to(DTYPE), input_precision=PRECISION)
+            state = state * tl.exp(tl.sum(log_decay, 0))[None, :]
         else:
+            # Behind the tile the state is as far away as for the first token, times what reach has decayed.
+            state = load_transposed(fine + tile * K * V, K, V, KP, VP)
+            found = tl.dot(values, state, input_precision=PRECISION) * tl.exp(tl.sum(log_decay, 0))[None, :]
+        for r in range(0, R):
+            phi_q = query_features(q_plain + r * q_h, t, q_t, time, K, KP, BT)
             reading = (phi_q * reach).to(DTYPE)
-            found = tl.dot(pairs.to(DTYPE), reading, found, input_precision=PRECISION)
-    if not STRONG:
-        found = found / reach
-    since = tl.exp(tl.cumsum(log_decay, 0, reverse=True) - log_decay)
-    state = load_matrix(fine + tile * K * V, K, V, KP, VP)
-    found += since * tl.dot(values, tl.trans(state), input_precision=PRECISION)
-    store_rows(dphi + b * time * (G * K) + g * K, found * factor, t, G * K, time, K, KP, C)
+            wanted = load_rows(dy + r * V, t, G * R * V, time, V, VP, BT).to(DTYPE)
+            pairs = tl.dot(values, tl.trans(wanted), input_precision=PRECISION)
+            pairs = tl.where(earlier(BT, True), pairs, 0.0)
+            if STRONG:
+                found += run_gradient(pairs, phi_q, log_decay, KP, DTYPE, PRECISION, True)
+                state = tl.dot(tl.trans(wanted), reading, state, input_precision=PRECISION)
+            else:
+                found = tl.dot(pairs.to(DTYPE), reading, found, input_precision=PRECISION)
+        if not STRONG:
+            found = found / reach
+        store_rows(dphi + b * time * (G * K) + g * K, found * factor, t, G * K, time, K, KP, BT)
 
 
 @triton.jit(do_not_specialize=["time"])
@@ -175,37 +194,48 @@ def values_kernel(
     HGRN2: tl.constexpr, C: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr, STRONG: tl.constexpr,
     ADD: tl.constexpr,
 ):  # fmt: skip
-    """``ADD`` to the gradient that is in dv, the window's."""
+    """``keys_kernel`` for values; ``ADD`` to the gradient that is in dv, the window's."""
     n, g, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    BT: tl.constexpr = RUN if STRONG else C
     tile = (b * G + g) * tl.cdiv(time, C) + n
-    above = tl.load(strong + tile)
-    if (above > 0) != STRONG:
+    if (tl.load(strong + tile) > 0) != STRONG:
         return
-    t = n * C
     q_plain += b * q_b + g * R * q_h
     dy += b * time * (G * R * V) + g * R * V
     dv += b * time * (G * V) + g * V
     k_plain += b * k_b + g * k_h
-    log_decay = key_gates(k_plain, t, k_t, time, bias, inverse, K, KP, C)
-    phi_k = key_features(k_plain, t, k_t, time, bias, inverse, sharpness, K, KP, C, HGRN2)
-    late = phi_k * tl.exp(tl.cumsum(log_decay, 0, reverse=True) - log_decay)
-    found = tl.dot(late.to(DTYPE), load_matrix(fine + tile * K * V, K, V, KP, VP), input_precision=PRECISION)
-    reach = tl.exp(tl.cumsum(log_decay, 0))
-    if not STRONG:
-        early = (phi_k / reach).to(DTYPE)
-    for r in range(0, R):
-        phi_q = query_features(q_plain + r * q_h, t, q_t, time, K, KP, C)
+    if STRONG:
+        state = load_matrix(fine + tile * K * V, K, V, KP, VP).to(tl.float32)
+    for i in range(0, C // BT):
+        t = n * C + C - BT - i * BT
+        log_decay = key_gates(k_plain, t, k_t, time, bias, inverse, K, KP, BT)
+        reach = tl.exp(tl.cumsum(log_decay, 0))
+        phi_k = key_features(k_plain, t, k_t, time, bias, inverse, sharpness, K, KP, BT, HGRN2)
         if STRONG:
-            scores = strong_scores(phi_q, phi_k, log_decay, above > 1, C, KP, DTYPE, PRECISION, True)
+            late = (phi_k * tl.exp(tl.cumsum(log_decay, 0, reverse=True) - log_decay)).to(DTYPE)
+            found = tl.dot(late, state.to(DTYPE), input_precision=PRECISION)
+            state = state * tl.exp(tl.sum(log_decay, 0))[:, None]
         else:
-            scores = tl.dot(early, tl.trans((phi_q * reach).to(DTYPE)), input_precision=PRECISION)
-            scores = tl.where(earlier(C, True), scores, 0.0)
-        wanted = load_rows(dy + r * V, t, G * R * V, time, V, VP, C).to(DTYPE)
-        found = tl.dot(scores.to(DTYPE), wanted, found, input_precision=PRECISION)
-    found = found * factor
-    if ADD:
-        found += load_rows(dv, t, G * V, time, V, VP, C).to(tl.float32)
-    store_rows(dv, found, t, G * V, time, V, VP, C)
+            early = phi_k / reach
+            late = (early * tl.exp(tl.sum(log_decay, 0))[None, :]).to(DTYPE)
+            early = early.to(DTYPE)
+            state = load_matrix(fine + tile * K * V, K, V, KP, VP)
+            found = tl.dot(late, state, input_precision=PRECISION)
+        for r in range(0, R):
+            phi_q = query_features(q_plain + r * q_h, t, q_t, time, K, KP, BT)
+            reading = (phi_q * reach).to(DTYPE)
+            wanted = load_rows(dy + r * V, t, G * R * V, time, V, VP, BT).to(DTYPE)
+            if STRONG:
+                scores = run_scores(phi_q, phi_k, log_decay, KP, DTYPE, PRECISION, True)
+                state = tl.dot(tl.trans(reading), wanted, state, input_precision=PRECISION)
+            else:
+                scores = tl.dot(early, tl.trans(reading), input_precision=PRECISION)
+                scores = tl.where(earlier(C, True), scores, 0.0)
+            found = tl.dot(scores.to(DTYPE), wanted, found, input_precision=PRECISION)
+        found = found * factor
+        if ADD:
+            found += load_rows(dv, t, G * V, time, V, VP, BT).to(tl.float32)
+        store_rows(dv, found, t, G * V, time, V, VP, BT)
 
 
 @triton.jit(do_not_specialize=["time"])
@@ -291,7 +321,7 @@ def back_tile_states(
         back_states_kernel[(shape.segments, shape.groups, shape.batch)](
             q_plain, k_plain, dy, sums, states, fine, *steps_of(q_plain), *steps_of(k_plain),
             shape.time, shape.segments, *gate_of(terms)[:2], G=shape.groups, R=shape.per_group, **shape.widths,
-            C=shape.tile, CS=shape.segment, MODE=mode, DTYPE=gated_dtype(dy.dtype)[0], PRECISION="ieee", **options,
+            C=shape.tile, CS=shape.segment, MODE=mode, DTYPE=gated_dtype(dy.dtype)[0], PRECISION=precision(dy.dtype), **options,
         )  # fmt: skip
         if mode == "sums":
             states = scan(sums, totals, reverse=True)
@@ -310,7 +340,7 @@ def queries(
         queries_kernel[(shape.tiles, shape.heads, shape.batch)](
             q_plain, k_plain, v, dy, before, strong, dq, inner, *steps_of(q_plain), *steps_of(k_plain), *steps_of(v),
             shape.time, *gate_of(terms), terms.mix_recurrent, G=shape.groups, R=shape.per_group, **shape.widths,
-            HGRN2=terms.hgrn2, C=shape.tile, DTYPE=gated_dtype(v.dtype)[0], PRECISION="ieee", STRONG=is_strong,
+            HGRN2=terms.hgrn2, C=shape.tile, DTYPE=gated_dtype(v.dtype)[0], PRECISION=precision(v.dtype), STRONG=is_strong,
             **options,
         )  # fmt: skip
     return dq, inner
@@ -327,7 +357,7 @@ def keys(
         keys_kernel[(shape.tiles, shape.groups, shape.batch)](
             q_plain, k_plain, v, dy, behind, strong, dphi, *steps_of(q_plain), *steps_of(k_plain), *steps_of(v),
             shape.time, *gate_of(terms)[:2], terms.mix_recurrent, G=shape.groups, R=shape.per_group, **shape.widths,
-            C=shape.tile, DTYPE=gated_dtype(v.dtype)[0], PRECISION="ieee", STRONG=is_strong, **options,
+            C=shape.tile, DTYPE=gated_dtype(v.dtype)[0], PRECISION=precision(v.dtype), STRONG=is_strong, **options,
         )  # fmt: skip
     return dphi
 
@@ -342,7 +372,7 @@ def values(
         values_kernel[(shape.tiles, shape.groups, shape.batch)](
             q_plain, k_plain, dy, behind, strong, dv, *steps_of(q_plain), *steps_of(k_plain),
             shape.time, *gate_of(terms), terms.mix_recurrent, G=shape.groups, R=shape.per_group, **shape.widths,
-            HGRN2=terms.hgrn2, C=shape.tile, DTYPE=gated_dtype(dy.dtype)[0], PRECISION="ieee", STRONG=is_strong,
+            HGRN2=terms.hgrn2, C=shape.tile, DTYPE=gated_dtype(dy.dtype)[0], PRECISION=precision(dy.dtype), STRONG=is_strong,
             ADD=terms.window > 0, **options,
         )  # fmt: skip
 

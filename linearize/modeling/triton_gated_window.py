@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .launches import Launch
 from .triton_common import load_columns, load_rows, store_rows
-from .triton_gated import LOG2E, blocks, padded, steps_of
+from .triton_gated import LOG2E, blocks, padded, precision, steps_of
 
 
 @triton.jit(do_not_specialize=["time"])
@@ -120,7 +120,7 @@ def window_queries(
     window_queries_kernel[(triton.cdiv(time, sizes["BT"]), heads, batch)](
         q, k, v, dy, dq, lse, delta, *steps_of(q), *steps_of(k), *steps_of(v), time, scale, factor,
         H=heads, R=heads // k.shape[2], K=key_dim, KP=padded(key_dim), V=v.shape[3], VP=padded(v.shape[3]),
-        W=window, PRECISION="ieee", **sizes, **options,
+        W=window, PRECISION=precision(q.dtype), **sizes, **options,
     )  # fmt: skip
     return dq, lse, delta
 
@@ -138,6 +138,6 @@ def window_keys(
     window_keys_kernel[(triton.cdiv(time, sizes["BK"]), groups, batch)](
         q, k, v, dy, dk, dv, lse, delta, *steps_of(q), *steps_of(k), *steps_of(v), time, scale, factor,
         G=groups, R=heads // groups, K=key_dim, KP=padded(key_dim), V=v.shape[3], VP=padded(v.shape[3]),
-        W=window, PRECISION="ieee", **sizes, **options,
+        W=window, PRECISION=precision(q.dtype), **sizes, **options,
     )  # fmt: skip
     return dk, dv
