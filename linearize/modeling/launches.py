@@ -92,14 +92,24 @@ CANDIDATES["selected_saliency"] = [
     Launch({"heads": 2}, 8, 1),
     Launch({"heads": 2}, 4, 1),
 ]
-CANDIDATES["selected_parts"] = [Launch({}, 8, 1), Launch({}, 8, 2), Launch({}, 4, 1)]
+CANDIDATES["selected_parts"] = [
+    Launch({"block": 64}, 8, 1),
+    Launch({"block": 32}, 8, 2),
+    Launch({"block": 64}, 8, 2),
+]
+CANDIDATES["selected_linear"] = [
+    Launch({"EVERY": 2, "block": 32}, 4, 1),
+    Launch({"EVERY": 4, "block": 32}, 4, 1),
+    Launch({"EVERY": 4, "block": 32}, 4, 2),
+    Launch({"EVERY": 4, "block": 64}, 4, 1),
+    Launch({"EVERY": 8, "block": 32}, 4, 1),
+    Launch({"EVERY": 1, "block": 64}, 4, 1),
+]
 CANDIDATES["selected_outputs"] = [
-    Launch({"EVERY": 4, "keys": 64}, 4, 2),
-    Launch({"EVERY": 2, "keys": 64}, 4, 2),
-    Launch({"EVERY": 8, "keys": 64}, 4, 2),
-    Launch({"EVERY": 4, "keys": 64}, 4, 1),
-    Launch({"EVERY": 4, "keys": 32}, 4, 2),
-    Launch({"EVERY": 1, "keys": 64}, 4, 2),
+    Launch({"heads": 1, "keys": 64}, 4, 2),
+    Launch({"heads": 1, "keys": 64}, 4, 3),
+    Launch({"heads": 1, "keys": 128}, 4, 2),
+    Launch({"heads": 1, "keys": 32}, 4, 3),
 ]
 for name, settings in CANDIDATES.items():
     TABLE.setdefault(name, settings[:1])

@@ -1,6 +1,6 @@
 """STILL's attention, ``routing.routed_chunked`` after the feature maps, forward.
 
-    y = ( sum_E exp(e - m) v + g * (phi_q S) ) / ( sum_E exp(e - m) + phi_q z + eps ),   S, z sums over the linear tokens
+    y = ( sum_E exp(e - m) v + g * (phi_q S) ) / ( sum_E exp(e - m) + phi_q z + eps ),   S, z: sums of linear tokens
 
 Selection says of every token with which chunk it turns linear (``triton_selected``): most with the second chunk after
 their own, in which they are one dense block under a mask, and those that were kept until then with a later one, a few
@@ -8,10 +8,10 @@ to a chunk, in a list. Three kernels:
 
 1. parts     S and z of the tokens that turn linear with EVERY chunks, features in registers
 2. scan      their prefix sums, in fp32: what the first chunk of each such span reads
-3. outputs   a program takes a chunk's queries of one head: softmax over the kept and the local keys, then, in the same
-             accumulator, the state and the tokens that turned linear inside the span
+3. linear    g phi_q S and phi_q z of a chunk's queries: the state's part, and the tokens that turned since
+4. outputs   softmax over the kept and the local keys, and the quotient
 
-One accumulator serves both: it is divided by the gate before the linear part joins and multiplied after. States are
+The last two are apart because their registers do not fit together; what passes between them is in v's dtype. States are
 bf16 for 16-bit inputs, fp16's included, whose range a long sum would leave.
 """
 
@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launches import Launch, launch
-from .triton_common import hedgehog_columns, hedgehog_rows
+from .triton_common import hedgehog_columns
 from .triton_selected import Sets, running_sets
 from .triton_selected_kept import (
     LOG2E,
@@ -40,43 +40,55 @@ from .triton_selected_kept import (
 
 
 @triton.jit
-def map_rows(x, w, NORM: tl.constexpr):
-    """Both halves of phi [tokens, f] of x [tokens, K] by w [K, f]; NORM: of a vector as long as x."""
+def project_rows(x, w, NORM: tl.constexpr):
+    """a [tokens, f] of x [tokens, K] by w [K, f]; NORM: as long as x is."""
     a = tl.dot(x, w, input_precision="ieee")
     if NORM:
         x = x.to(tl.float32)
         length = tl.maximum(tl.sqrt(tl.sum(a * a, 1)), 1e-12)
         a *= (tl.sqrt(tl.sum(x * x, 1)) / length)[:, None]
-    return hedgehog_rows(a)
+    return a
 
 
 @triton.jit
-def map_columns(x, w, NORM: tl.constexpr):
-    """Both halves of phi^T [f, tokens] of x [tokens, K] by w [K, f], whose product is formed transposed."""
+def softmax_rows(a):
+    weights = tl.exp2((a - tl.max(a, 1)[:, None]) * 1.4426950408889634)
+    return weights / tl.sum(weights, 1)[:, None]
+
+
+@triton.jit
+def project_columns(x, w, NORM: tl.constexpr):
+    """a^T [f, tokens], formed transposed."""
     a = tl.dot(tl.trans(w), tl.trans(x), input_precision="ieee")
     if NORM:
         x = x.to(tl.float32)
         length = tl.maximum(tl.sqrt(tl.sum(a * a, 0)), 1e-12)
         a *= (tl.sqrt(tl.sum(x * x, 1)) / length)[None, :]
-    return hedgehog_columns(a)
+    return a
+
+
+@triton.jit
+def softmax_columns(a):
+    weights = tl.exp2((a - tl.max(a, 0)[None, :]) * 1.4426950408889634)
+    return weights / tl.sum(weights, 0)[None, :]
 
 
 @triton.jit
 def load_map(w, K: tl.constexpr, BK: tl.constexpr, F: tl.constexpr):
     """[BK, f] of a matrix [K, f]."""
     d, f = tl.arange(0, BK), tl.arange(0, F)
+    if K == BK:
+        return tl.load(w + d[:, None] * F + f[None, :])
     return tl.load(w + d[:, None] * F + f[None, :], mask=(d < K)[:, None], other=0.0)
 
 
 @triton.jit
-def turning(leave, left, e, j, C: tl.constexpr, P: tl.constexpr, DENSE: tl.constexpr):
-    """Positions of the j-th tokens that turn linear with chunks from e on, -1 for none: DENSE, tokens of chunk e - 2
-    as they leave the local span (j below C); else those that were kept until then (P a chunk)."""
-    if DENSE:
-        t = (e - 2) * C + j
-        since = tl.load(leave + t, mask=(j < C) & (e >= 2), other=0)
-        return tl.where((j < C) & (e >= 2) & (since <= e), t, -1)
-    return tl.load(left + e * P + j)
+def turning(leave, e, j, C: tl.constexpr):
+    """Positions of the j-th tokens of chunk e - 2 that turn linear with chunk e, as they leave the local span; -1 for
+    none."""
+    t = (e - 2) * C + j
+    since = tl.load(leave + t, mask=t >= 0, other=2147483647)
+    return tl.where(since <= e, t, -1)
 
 
 @triton.jit
@@ -87,7 +99,7 @@ def add_to_state(
     """S and z, both halves, with the tokens at positions ``at``."""
     there = at >= 0
     values = rows_at(v, at, v_t, there, V, BV)
-    one, other = map_columns(rows_at(k, at, k_t, there, K, BK), w, NORM)
+    one, other = hedgehog_columns(project_columns(rows_at(k, at, k_t, there, K, BK), w, NORM))
     one, other = tl.where(there[None, :], one, 0.0), tl.where(there[None, :], other, 0.0)
     plus = tl.dot(one.to(values.dtype), values, plus, input_precision="ieee")
     minus = tl.dot(other.to(values.dtype), values, minus, input_precision="ieee")
@@ -100,7 +112,7 @@ def parts_kernel(
     k_b, k_t, k_h, v_b, v_t, v_h,
     HS: tl.constexpr, GS: tl.constexpr, G: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     BK: tl.constexpr, BV: tl.constexpr, F: tl.constexpr, C: tl.constexpr, P: tl.constexpr,
-    NORM: tl.constexpr, EVERY: tl.constexpr, BLOCK: tl.constexpr, FEW: tl.constexpr,
+    NORM: tl.constexpr, EVERY: tl.constexpr, FEW: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
     """states [B, Hs, N, 2 f, V] and sums [B, Hs, N, 2 f] of each span of EVERY chunks; grid (Hs, N, B)."""
     h, s, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
@@ -115,11 +127,9 @@ def parts_kernel(
     z_plus = tl.zeros([F], tl.float32)
     z_minus = tl.zeros([F], tl.float32)
     first, stop = s * EVERY + 1, tl.minimum((s + 1) * EVERY + 1, count)
-    blocks: tl.constexpr = C // BLOCK
+    blocks: tl.constexpr = C // block
     for step in range(0, tl.maximum(stop - first, 0) * blocks):
-        at = turning(
-            leave, left, first + step // blocks, step % blocks * BLOCK + tl.arange(0, BLOCK), C, P, True
-        )
+        at = turning(leave, first + step // blocks, step % blocks * block + tl.arange(0, block), C)
         plus, minus, z_plus, z_minus = add_to_state(
             k, v, w, at, k_t, v_t, plus, minus, z_plus, z_minus, K, V, BK, BV, NORM
         )
@@ -155,29 +165,28 @@ def scan_kernel(x, spans, size, REVERSE: tl.constexpr, block: tl.constexpr):
 
 @triton.jit
 def add_linear(
-    one, other, k, v, w, at, k_t, v_t, y, total,
+    phi, k, v, w, at, sign, k_t, v_t, y, total,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, NORM: tl.constexpr,
 ):  # fmt: skip
-    """Numerator and denominator with the linear tokens at positions ``at``; one, other: the halves of phi_q."""
+    """Numerator and denominator with one half of the features of the linear tokens at positions ``at``."""
     there = at >= 0
-    plus, minus = map_columns(rows_at(k, at, k_t, there, K, BK), w, NORM)
-    a = tl.dot(one, plus.to(one.dtype), input_precision="ieee")
-    a = tl.where(there[None, :], tl.dot(other, minus.to(one.dtype), a, input_precision="ieee"), 0.0)
+    features = softmax_columns(sign * project_columns(rows_at(k, at, k_t, there, K, BK), w, NORM))
+    a = tl.dot(phi, features.to(phi.dtype), input_precision="ieee")
+    a = tl.where(there[None, :], a, 0.0)
     values = rows_at(v, at, v_t, there, V, BV)
     return tl.dot(a.to(values.dtype), values, y, input_precision="ieee"), total + tl.sum(a, 1)
 
 
-@triton.jit(do_not_specialize=["time", "n", "odd", "count", "spans"])
-def outputs_kernel(
-    q, k, v, w_q, w_k, gate, index, leave, left, states, sums, y, top, den, time, n, odd, count, spans, scale,
-    eps, q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h,
+@triton.jit(do_not_specialize=["time", "count", "spans"])
+def linear_kernel(
+    q, k, v, w_q, w_k, gate, leave, left, states, sums, y, mass, time, count, spans,
+    q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h,
     HS: tl.constexpr, GS: tl.constexpr, G: tl.constexpr, R: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     BK: tl.constexpr, BV: tl.constexpr, F: tl.constexpr, C: tl.constexpr, P: tl.constexpr,
-    GATE: tl.constexpr, NORM: tl.constexpr, EVERY: tl.constexpr, BLOCK: tl.constexpr, FEW: tl.constexpr,
-    TAIL: tl.constexpr, keys: tl.constexpr,
+    GATE: tl.constexpr, NORM: tl.constexpr, EVERY: tl.constexpr, FEW: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
-    """y [B, T, H, V], the row maximum (in powers of two) and the denominator [B, H, T]; grid (H, N, B). GATE: width of
-    the gate, 0 for none."""
+    """y [B, T, H, V] the gated linear numerator, mass [B, H, T] its denominator; grid (H, N, B). GATE: width of the
+    gate, 0 for none."""
     H: tl.constexpr = G * R
     h, c, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     t = c * C + tl.arange(0, C)
@@ -185,13 +194,79 @@ def outputs_kernel(
     k += b * k_b + h // R * k_h
     v += b * v_b + h // R * v_h
     queries = rows_at(q + b * q_b + h * q_h, t, q_t, t < time, K, BK)
-    index += (routes * count + c) * n
     leave += routes * time
     left += routes * count * P
-
-    m = tl.full([C], MASKED, tl.float32)
-    total = tl.zeros([C], tl.float32)
+    w = load_map(w_q + h * K * F, K, BK, F)
+    w_keys = load_map(w_k + hs * K * F, K, BK, F)
+    f, e = tl.arange(0, F), tl.arange(0, BV)
+    span = c // EVERY
+    begin = span * EVERY + 1
+    at = (b * HS + hs) * spans + span
     acc = tl.zeros([C, BV], tl.float32)
+    total = tl.zeros([C], tl.float32)
+    # Half by half in a loop that makes the features anew: both halves, or both states, do not fit in registers.
+    for half in range(2):
+        sign = 1.0 - 2.0 * half
+        phi = softmax_rows(sign * project_rows(queries, w, NORM))
+        total += tl.sum(phi * tl.load(sums + (at * 2 + half) * F + f)[None, :], 1)
+        place = states + (at * 2 + half) * F * V + f[:, None] * V + e[None, :]
+        state = tl.load(place) if V == BV else tl.load(place, mask=(e < V)[None, :], other=0.0)
+        acc = tl.dot(phi.to(state.dtype), state, acc, input_precision="ieee")
+    if EVERY > 1 and begin <= c:
+        blocks: tl.constexpr = C // block
+        for half in range(2):
+            sign = 1.0 - 2.0 * half
+            narrow = softmax_rows(sign * project_rows(queries, w, NORM)).to(queries.dtype)
+            for step in range(0, (c + 1 - begin) * blocks):
+                j = step % blocks * block + tl.arange(0, block)
+                dense = turning(leave, begin + step // blocks, j, C)
+                acc, total = add_linear(
+                    narrow, k, v, w_keys, dense, sign, k_t, v_t, acc, total, K, V, BK, BV, NORM
+                )
+            if P > 0:
+                few = tl.arange(0, FEW)
+                late = tl.load(left + begin * P + few, mask=few < (c + 1 - begin) * P, other=-1)
+                acc, total = add_linear(
+                    narrow, k, v, w_keys, late, sign, k_t, v_t, acc, total, K, V, BK, BV, NORM
+                )
+    row = (b * time + t) * H + h
+    wide = (t < time)[:, None] & (e < V)[None, :]
+    if GATE > 0:
+        at_gate = gate + row[:, None] * GATE + (e[None, :] if GATE > 1 else 0)
+        acc *= tl.load(at_gate, mask=wide, other=0.0).to(tl.float32)
+    tl.store(y + row[:, None] * V + e[None, :], acc.to(y.dtype.element_ty), mask=wide)
+    tl.store(mass + (b * H + h) * time + t, total, mask=t < time)
+
+
+@triton.jit(do_not_specialize=["time", "n", "odd", "count"])
+def outputs_kernel(
+    q, k, v, index, linear, mass, y, top, den, time, n, odd, count, scale, eps,
+    q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h,
+    GS: tl.constexpr, G: tl.constexpr, R: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+    BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, P: tl.constexpr, TAIL: tl.constexpr,
+    heads: tl.constexpr, keys: tl.constexpr,
+):  # fmt: skip
+    """y [B, T, H, V], the row maximum (in powers of two) and the denominator [B, H, T]; grid (Gs x head blocks, N, B),
+    as heads that select together share a program."""
+    H: tl.constexpr = G * R
+    PER: tl.constexpr = H // GS
+    parts: tl.constexpr = (PER + heads - 1) // heads
+    select, part = tl.program_id(0) // parts, tl.program_id(0) % parts
+    c, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    r = tl.arange(0, heads * C)
+    inner, t = part * heads + r // C, c * C + r % C
+    head, live = select * PER + inner, (inner < PER) & (t < time)
+    k += b * k_b + select * PER // R * k_h
+    v += b * v_b + select * PER // R * v_h
+    d, e = tl.arange(0, BK), tl.arange(0, BV)
+    base = q + b * q_b + (t.to(tl.int64) * q_t + head * q_h)[:, None]
+    mask = live[:, None] if K == BK else live[:, None] & (d < K)[None, :]
+    queries = tl.load(base + d[None, :], mask=mask, other=0.0)
+    index += ((b * GS + select) * count + c) * n
+
+    m = tl.full([heads * C], MASKED, tl.float32)
+    total = tl.zeros([heads * C], tl.float32)
+    acc = tl.zeros([heads * C, BV], tl.float32)
     filled = tl.minimum(n, tl.maximum(c - 1, 0) * P)
     older = tl.maximum(c - 1, 0) * C
     stop = filled + tl.minimum((c + 1) * C, time) - older
@@ -200,57 +275,19 @@ def outputs_kernel(
         odd_ones = position_of(index, tl.arange(0, TAIL), first, older, 0)
         m, total, acc = attend(queries, k, v, odd_ones, t, m, total, acc, k_t, v_t, scale, K, V, BK, BV)
     for start in range(first, stop, keys):
-        exact = position_of(index, start + tl.arange(0, keys), filled, older, stop)
-        m, total, acc = attend(queries, k, v, exact, t, m, total, acc, k_t, v_t, scale, K, V, BK, BV)
+        at = position_of(index, start + tl.arange(0, keys), filled, older, stop)
+        m, total, acc = attend(queries, k, v, at, t, m, total, acc, k_t, v_t, scale, K, V, BK, BV)
 
-    e = tl.arange(0, BV)
-    row = (b * time + t) * H + h
-    wide = (t < time)[:, None] & (e < V)[None, :]
-    if GATE > 0:
-        at_gate = gate + row[:, None] * GATE + (e[None, :] if GATE > 1 else 0)
-        # What is tiny stays tiny: below this the linear part is nothing beside an exact one of at least 1.
-        acc /= tl.maximum(tl.load(at_gate, mask=wide, other=1.0).to(tl.float32), 1e-20)
-    if c >= 2:
-        one, other = map_rows(queries, load_map(w_q + h * K * F, K, BK, F), NORM)
-        f = tl.arange(0, F)
-        span = c // EVERY
-        at = (b * HS + hs) * spans + span
-        z = sums + at * 2 * F + f
-        total += tl.sum(one * tl.load(z)[None, :], 1) + tl.sum(other * tl.load(z + F)[None, :], 1)
-        place = states + at * 2 * F * V + f[:, None] * V + e[None, :]
-        state = tl.load(place, mask=(e < V)[None, :], other=0.0)
-        acc = tl.dot(one.to(state.dtype), state, acc, input_precision="ieee")
-        state = tl.load(place + F * V, mask=(e < V)[None, :], other=0.0)
-        acc = tl.dot(other.to(state.dtype), state, acc, input_precision="ieee")
-        if EVERY > 1:
-            one, other = one.to(queries.dtype), other.to(queries.dtype)
-            w = load_map(w_k + hs * K * F, K, BK, F)
-            begin = span * EVERY + 1
-            blocks: tl.constexpr = C // BLOCK
-            for step in range(0, (c + 1 - begin) * blocks):
-                dense = turning(
-                    leave,
-                    left,
-                    begin + step // blocks,
-                    step % blocks * BLOCK + tl.arange(0, BLOCK),
-                    C,
-                    P,
-                    True,
-                )
-                acc, total = add_linear(one, other, k, v, w, dense, k_t, v_t, acc, total, K, V, BK, BV, NORM)
-            if P > 0 and begin <= c:
-                j = tl.arange(0, FEW)
-                late = tl.load(left + begin * P + j, mask=j < (c + 1 - begin) * P, other=-1)
-                acc, total = add_linear(one, other, k, v, w, late, k_t, v_t, acc, total, K, V, BK, BV, NORM)
+    mask = live[:, None] if V == BV else live[:, None] & (e < V)[None, :]
+    row = ((b * time + t) * H + head)[:, None] * V + e[None, :]
+    place = (b * H + head) * time + t
     total += eps
-    acc /= total[:, None]
-    if GATE > 0:
-        at_gate = gate + row[:, None] * GATE + (e[None, :] if GATE > 1 else 0)
-        acc *= tl.maximum(tl.load(at_gate, mask=wide, other=1.0).to(tl.float32), 1e-20)
-    tl.store(y + row[:, None] * V + e[None, :], acc.to(y.dtype.element_ty), mask=wide)
-    place = (b * H + h) * time + t
-    tl.store(top + place, m, mask=t < time)
-    tl.store(den + place, total, mask=t < time)
+    if c >= 2:
+        total += tl.load(mass + place, mask=live, other=0.0)
+        acc += tl.load(linear + row, mask=mask, other=0.0).to(tl.float32)
+    tl.store(y + row, (acc / total[:, None]).to(y.dtype.element_ty), mask=mask)
+    tl.store(top + place, m, mask=live)
+    tl.store(den + place, total, mask=live)
 
 
 class Routed(NamedTuple):
@@ -283,38 +320,48 @@ def routed_forward(
         sets.index.shape[3],
         sets.left.shape[3],
     )
-    shape = shape_of(
-        q, k, v, HS=len(w_k), GS=select, F=w_q.shape[2], C=chunk, P=picks, NORM=norm, BLOCK=min(chunk, 64)
-    )
-    device = q.device
+    shape = shape_of(q, k, v, GS=select, C=chunk, P=picks)
+    mapped = {**shape, **dict[str, Any](HS=len(w_k), F=w_q.shape[2], NORM=norm)}
+    device, strides = q.device, strides_of(q=q, k=k, v=v)
 
-    def options(kernel: str) -> dict[str, Any]:
-        return fitted((settings or {}).get(kernel) or launch(kernel, device), q, shape["R"])
+    def options(kernel: str, shared: int = 1) -> dict[str, Any]:
+        made = fitted((settings or {}).get(kernel) or launch(kernel, device), q, shared)
+        if "block" in made:
+            made["block"] = min(made["block"], chunk)
+        return made
 
-    chosen = options("selected_outputs")
+    # What each span of chunks begins with.
+    chosen = options("selected_linear")
     every = chosen["EVERY"]
     spans = -(-count // every)
+    few: dict[str, Any] = dict(FEW=max(16, triton.next_power_of_2((every - 1) * picks)))
     kind = torch.float32 if q.dtype == torch.float32 else torch.bfloat16
-    states = torch.empty(batch, shape["HS"], spans, 2 * shape["F"], shape["V"], dtype=kind, device=device)
-    sums = torch.empty(batch, shape["HS"], spans, 2 * shape["F"], dtype=torch.float32, device=device)
-    few = max(16, triton.next_power_of_2((every - 1) * picks))
-    making = {**{x: y for x, y in shape.items() if x != "R"}, **options("selected_parts"), "FEW": few}
+    states = torch.empty(batch, len(w_k), spans, 2 * mapped["F"], shape["V"], dtype=kind, device=device)
+    sums = torch.empty(batch, len(w_k), spans, 2 * mapped["F"], dtype=torch.float32, device=device)
+    making = {name: x for name, x in mapped.items() if name != "R"} | few | options("selected_parts")
     making["EVERY"] = every
-    parts_kernel[(shape["HS"], spans, batch)](
+    parts_kernel[(len(w_k), spans, batch)](
         k, v, w_k, sets.leave, sets.left, states, sums, time, count, **strides_of(k=k, v=v), **making
     )
     scanning: dict[str, Any] = dict(REVERSE=False, block=1024)
     for x in (states, sums):
         size = x[0, 0, 0].numel()
-        scan_kernel[(triton.cdiv(size, 1024), batch * shape["HS"])](x, spans, size, **scanning)
+        scan_kernel[(triton.cdiv(size, 1024), batch * len(w_k))](x, spans, size, **scanning)
+
     y = torch.empty(batch, time, heads, shape["V"], dtype=v.dtype, device=device)
-    top, den = (torch.empty(batch, heads, time, dtype=torch.float32, device=device) for _ in range(2))
+    linear = torch.empty_like(y)
+    mass, top, den = (torch.empty(batch, heads, time, dtype=torch.float32, device=device) for _ in range(3))
+    chosen |= few | dict(GATE=0 if gate is None else gate.shape[3])
+    linear_kernel[(heads, count, batch)](
+        q, k, v, w_q, w_k, q if gate is None else gate, sets.leave, sets.left, states, sums, linear, mass,
+        time, count, spans, **strides, **mapped, **chosen,
+    )  # fmt: skip
+    chosen = options("selected_outputs", heads // select)
     odd, chosen["TAIL"] = odd_slots(n, chosen["keys"])
-    chosen |= dict(GATE=0 if gate is None else gate.shape[3], FEW=few)
-    outputs_kernel[(heads, count, batch)](
-        q, k, v, w_q, w_k, q if gate is None else gate, sets.index, sets.leave, sets.left, states, sums,
-        y, top, den, time, n, odd, count, spans, scale * LOG2E, eps,
-        **strides_of(q=q, k=k, v=v), **shape, **chosen,
+    grid = (select * triton.cdiv(heads // select, chosen["heads"]), count, batch)
+    outputs_kernel[grid](
+        q, k, v, sets.index, linear, mass, y, top, den, time, n, odd, count, scale * LOG2E, eps,
+        **strides, **shape, **chosen,
     )  # fmt: skip
     return Routed(y, top, den, states, sums, sets)
 
