@@ -92,19 +92,8 @@ CANDIDATES["selected_saliency"] = [
     Launch({"heads": 2}, 8, 1),
     Launch({"heads": 2}, 4, 1),
 ]
-CANDIDATES["selected_parts"] = [
-    Launch({"block": 64}, 8, 1),
-    Launch({"block": 32}, 8, 2),
-    Launch({"block": 64}, 8, 2),
-]
-CANDIDATES["selected_linear"] = [
-    Launch({"EVERY": 2, "block": 32}, 4, 1),
-    Launch({"EVERY": 4, "block": 32}, 4, 1),
-    Launch({"EVERY": 4, "block": 32}, 4, 2),
-    Launch({"EVERY": 4, "block": 64}, 4, 1),
-    Launch({"EVERY": 8, "block": 32}, 4, 1),
-    Launch({"EVERY": 1, "block": 64}, 4, 1),
-]
+CANDIDATES["selected_states"] = [Launch({}, 8, 2), Launch({}, 8, 1), Launch({}, 4, 1), Launch({}, 8, 3)]
+CANDIDATES["selected_linear"] = [Launch({}, 4, 2), Launch({}, 4, 1), Launch({}, 8, 2), Launch({}, 4, 3)]
 CANDIDATES["selected_outputs"] = [
     Launch({"heads": 1, "keys": 64}, 4, 2),
     Launch({"heads": 1, "keys": 64}, 4, 3),

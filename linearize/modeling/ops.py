@@ -5,10 +5,12 @@ Each operation has a plain torch reference of the same signature, in ``reference
 besides, which ``backend`` chooses where it can run.
 """
 
+import torch
 from torch import Tensor
 
 from . import routing, selection
 from .backend import refusal, use_kernel
+from .feature_maps import FeatureMap, Hedgehog, NormPreserved, NormPreservedPlain
 from .gated import gated_chunked, gated_recurrent, joined_chunked, joined_recurrent
 from .lola import Sparse, hand_over_all, sparse_chunked, sparse_recurrent
 from .reference import fold, joint_chunked, joint_recurrent, window_chunked, window_recurrent
@@ -33,6 +35,7 @@ __all__ = [
     "route",
     "routed_attention",
     "routed_decode",
+    "routed_prefill",
     "self_saliency",
     "self_saliency_of",
     "sparse_attention",
@@ -135,3 +138,63 @@ def self_saliency(q: Tensor, k: Tensor, *, scale: float, window: int, softcap: f
 
         return kernel(q, k, scale=scale, window=window)
     return routing.self_saliency(q, k, scale=scale, window=window, softcap=softcap)
+
+
+MOST_UNBOUNDED = 1024
+"""Most kept tokens for which a kernel lists the set of every chunk where no budget bounds it."""
+
+
+def routed_prefill(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    map_q: FeatureMap,
+    map_k: FeatureMap,
+    score: Tensor,
+    gate: Tensor | None = None,
+    *,
+    scale: float,
+    chunk: int,
+    picks: int,
+    size: int | None,
+    eps: float = 1e-6,
+    softcap: float | None = None,
+    lengths: Tensor | None = None,
+) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+    """``routing.routed_chunked`` with the features of both maps, and, from a kernel, the sums (S, z) of all that has
+    turned linear by the last of the ``lengths`` [B] tokens of each row."""
+    kept = max(0, -(-q.shape[1] // chunk) - 2) * picks
+    widths = map_q.feature_dim // map_q.halves, map_k.feature_dim // map_k.halves
+    reasons = (
+        refusal(q, k, v, score),
+        _unlike(q, k, v),
+        "a soft-cap is set" if softcap is not None else None,
+        _no_tile(chunk, k.shape[-1], v.shape[-1]),
+        None
+        if type(map_q) in (Hedgehog, NormPreserved, NormPreservedPlain)
+        else f"{type(map_q).__name__} features have no kernel",
+        None
+        if widths[0] == widths[1] in (16, 32, 64, 128)
+        else f"maps of {widths[0]} columns are not 16, 32, 64 or 128 wide",
+        f"no budget bounds the kept set, and {kept} tokens are too many"
+        if size is None and kept > MOST_UNBOUNDED
+        else None,
+        "its gradients have no kernel"
+        if torch.is_grad_enabled()
+        and any(x is not None and x.requires_grad for x in (q, k, v, gate, map_q.weight, map_k.weight))
+        else None,
+    )
+    if use_kernel("routed_prefill", *reasons):
+        from .triton_selected_routed import routed_prefill as kernel
+
+        done = kernel(
+            q, k, v, map_q.matrix(torch.float32), map_k.matrix(torch.float32), score, gate,
+            scale=scale, chunk=chunk, picks=picks, size=kept if size is None else size,
+            norm=isinstance(map_q, NormPreservedPlain), eps=eps, lengths=lengths,
+        )  # fmt: skip
+        return done.y, (done.kv, done.z)
+    y = routed_attention(
+        q, k, v, map_q(q), map_k(k), score, gate,
+        scale=scale, chunk=chunk, picks=picks, size=size, eps=eps, softcap=softcap,
+    )  # fmt: skip
+    return y, None
