@@ -9,7 +9,26 @@ from linearize.modeling.launches import CANDIDATES, Launch
 
 FP32 = {"eps", "factor", "scale", "bias", "inverse", "sharpness", "mix_window", "mix_recurrent"}
 STRIDES = ("_b", "_t", "_h")
-STATES = {"sums", "totals", "states", "last", "start", "lse", "delta", "dphi", "inner", "sums_z", "states_z", "fine_z", "last_z", "den", "logits", "taps", "taps_q", "taps_k"}
+STATES = {
+    "sums",
+    "totals",
+    "states",
+    "last",
+    "start",
+    "lse",
+    "delta",
+    "dphi",
+    "inner",
+    "sums_z",
+    "states_z",
+    "fine_z",
+    "last_z",
+    "den",
+    "logits",
+    "taps",
+    "taps_q",
+    "taps_k",
+}
 
 
 def arguments(kernel, constants, pointers: dict[str, str]) -> dict[str, str]:

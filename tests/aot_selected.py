@@ -66,23 +66,33 @@ def salient(every=False):
 
 
 def still(every=False):
-    half = dict.fromkeys(("q", "k", "v", "w", "w_q", "w_k", "gate", "states", "y"), "*bf16")
-    types = {**half, **SCALARS, **SETS, "left": "*i32", **dict.fromkeys(("sums", "top", "den"), "*fp32")}
+    half = dict.fromkeys(("q", "k", "v", "w", "gate", "states", "bases", "base", "y", "linear"), "*bf16")
+    types = {
+        **half,
+        **SCALARS,
+        **SETS,
+        "left": "*i32",
+        "last": "*i64",
+        **dict.fromkeys(
+            ("sums", "base_sums", "totals", "total_sums", "x", "carry", "top", "den", "mass"), "*fp32"
+        ),
+    }
     plain = CANDIDATES["selected_ranks"][0]._replace(blocks={})
     for width, shape in WIDTHS.items():
-        constants = dict(**shape, HS=32, GS=32, F=width, C=64, P=4, NORM=True, BLOCK=64)
-        for setting in CANDIDATES["selected_outputs"][: None if every else 1]:
-            few = max(16, 1 << (4 * (setting.blocks["EVERY"] - 1) - 1).bit_length())
-            label = f"selected_outputs {width} {setting.blocks} {setting.warps} {setting.stages}"
-            more = dict(GATE=width, FEW=few, TAIL=0)
-            yield case(label, routed.outputs_kernel, types, {**constants, **more}, setting)
-        constants.pop("R")
-        for setting in CANDIDATES["selected_parts"][: None if every else 1]:
-            label = f"selected_parts {width} {setting.blocks} {setting.warps} {setting.stages}"
-            more = dict(EVERY=4, FEW=16)
-            yield case(label, routed.parts_kernel, types, {**constants, **more}, setting)
+        exact = dict(**shape, GS=32, C=64, P=4)
+        mapped = dict(**shape, C=64, HS=32, F=width, NORM=True)
+        made = {name: x for name, x in mapped.items() if name != "R"}
+        rows = [
+            ("selected_states", routed.states_kernel, dict(**made, GS=32, P=4, FEW=4)),
+            ("selected_linear", routed.linear_kernel, dict(**mapped, GATE=width)),
+            ("selected_outputs", routed.outputs_kernel, dict(**exact, TAIL=0)),
+        ]
+        for name, kernel, constants in rows:
+            for setting in CANDIDATES[name][: None if every else 1]:
+                label = f"{name} {width} {setting.blocks} {setting.warps} {setting.stages}"
+                yield case(label, kernel, types, constants, setting)
     scan = dict(REVERSE=False, block=1024)
-    yield case("selected_scan", routed.scan_kernel, dict(x="*bf16"), scan, plain, False)
+    yield case("selected_bases", routed.bases_kernel, types, scan, plain, False)
 
 
 def values(every=False):

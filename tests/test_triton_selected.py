@@ -10,13 +10,17 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("Triton is not interpreted here", allow_module_level=True)
 
-from linearize.modeling import triton_selected
+from linearize.modeling import backend, triton_selected, triton_selected_routed
 from linearize.modeling import triton_selected_kept as kept
 from linearize.modeling import triton_selected_kept_backward as kept_backward
+from linearize.modeling.feature_maps import FEATURE_MAPS
+from linearize.modeling.mixer import Geometry, MixerInput
+from linearize.modeling.ops import routed_prefill
 from linearize.modeling.routing import _routes
 from linearize.modeling.routing import self_saliency as saliency_reference
 from linearize.modeling.selection import future_attention as future_reference
 from linearize.modeling.selection import kept_chunked, running_best
+from linearize.modeling.still import StillConfig, StillMixer
 from linearize.modeling.triton_selected_future import future_attention, self_saliency
 
 NEVER = 2**31 - 1
@@ -32,7 +36,9 @@ def poisoned(monkeypatch):
         return made.fill_(torch.nan) if made.is_floating_point() else made.fill_(-7)
 
     monkeypatch.setattr(torch, "empty", filled)
-    monkeypatch.setattr(torch, "empty_like", lambda x, **kwargs: filled(x.shape, dtype=x.dtype, **kwargs))
+    monkeypatch.setattr(
+        torch, "empty_like", lambda x, **kwargs: filled(x.shape, **{"dtype": x.dtype, **kwargs})
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -40,6 +46,9 @@ def short(monkeypatch):
     """Segments and spans so short that small inputs have several."""
     monkeypatch.setattr(triton_selected, "CANDIDATES_A_SEGMENT", 32)
     monkeypatch.setattr(kept_backward, "SPANS", 2)
+    monkeypatch.setattr(triton_selected_routed, "PROGRAMS", 6)
+    monkeypatch.setattr(triton_selected_routed, "PIECE_BYTES", 60_000)
+    monkeypatch.setenv("LINEARIZE_INTERPRET", "1")
 
 
 def scores(time, *, batch=2, groups=2, ties=False, seed=0):
@@ -126,3 +135,54 @@ def test_future_attention_and_self_saliency(time, heads, groups, chunk):
         assert_near(found, expected, "kernel")
     rho = self_saliency(q, k, scale=0.7, window=chunk)
     assert_near(rho, saliency_reference(q.double(), k.double(), scale=0.7, window=chunk), "kernel")
+
+
+ROUTES = [  # T, n, p, H, G, heads that select, heads of the key map, gate, map
+    (1, 4, 2, 1, 1, 1, 1, 0, "np_map"),
+    (40, 4, 2, 2, 1, 2, 2, 16, "np_map"),
+    (135, 5, 3, 4, 2, 2, 4, 16, "np_map_plain"),
+    (90, 8, 0, 2, 1, 2, 2, 1, "hedgehog"),
+    (90, 8, 1, 2, 1, 1, 1, 1, "np_map"),
+    (90, 0, 2, 2, 2, 2, 2, 0, "hedgehog"),
+]
+
+
+@pytest.mark.parametrize("call", ROUTES, ids=str)
+@torch.no_grad()
+def test_routed_attention(call):
+    time, size, picks, heads, groups, select, mapped, gate, kind = call
+    torch.manual_seed(time)
+    maps = [FEATURE_MAPS[kind](n, 16, 32, "kaiming") for n in (heads, mapped)]
+    given = [torch.randn(2, time, n, 16) for n in (heads, groups, groups)]
+    score = scores(time, groups=select)
+    gate = torch.rand(2, time, heads, gate) if gate else None
+    terms = dict(scale=0.3, chunk=16, picks=picks, size=size)
+    y, sums = routed_prefill(*given, *maps, score, gate, **terms)
+    assert backend.ran()["routed_prefill"] == "triton"
+    exact = [None if x is None else x.double() for x in (*given, score, gate)]
+    expected, none = routed_prefill(*exact[:3], *(x.double() for x in maps), *exact[3:], **terms)
+    assert sums is not None and none is None
+    assert_near(y, expected, "kernel")
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@torch.no_grad()
+def test_a_prefill_of_still_ends_in_the_reference_s_state(shared):
+    torch.manual_seed(3)
+    config = StillConfig(chunk=16, salient_per_chunk=3, budget=7, share_selection=shared, kv_tied_map=shared)
+    mixer = StillMixer(config, Geometry(4, 2, 16, 16, 12))
+    x = MixerInput(
+        torch.randn(3, 100, 12),
+        *(torch.randn(3, 100, n, 16) for n in (4, 2, 2)),
+        scale=0.3,
+        lengths=torch.tensor([100, 71, 5]),
+        use_cache=True,
+    )
+    y, state = mixer(x)
+    assert backend.ran()["routed_prefill"] == "triton" == backend.ran()["self_saliency"]
+    with backend.reference_only():
+        expected, wanted = mixer(x)
+    real = torch.arange(100) < x.lengths[:, None]
+    assert_near(y[real], expected[real], "layer")
+    for one, other in zip(state, wanted, strict=True):
+        assert_near(one.nan_to_num(neginf=-1e3), other.nan_to_num(neginf=-1e3), "layer", torch.float32)

@@ -113,14 +113,13 @@ CANDIDATES["selected_saliency"] = [
     Launch({"heads": 2}, 8, 1),
     Launch({"heads": 2}, 4, 1),
 ]
-CANDIDATES["selected_parts"] = [Launch({}, 8, 1), Launch({}, 8, 2), Launch({}, 4, 1)]
+CANDIDATES["selected_states"] = [Launch({}, 8, 2), Launch({}, 8, 1), Launch({}, 4, 1), Launch({}, 8, 3)]
+CANDIDATES["selected_linear"] = [Launch({}, 4, 2), Launch({}, 4, 1), Launch({}, 8, 2), Launch({}, 4, 3)]
 CANDIDATES["selected_outputs"] = [
-    Launch({"EVERY": 4, "keys": 64}, 4, 2),
-    Launch({"EVERY": 2, "keys": 64}, 4, 2),
-    Launch({"EVERY": 8, "keys": 64}, 4, 2),
-    Launch({"EVERY": 4, "keys": 64}, 4, 1),
-    Launch({"EVERY": 4, "keys": 32}, 4, 2),
-    Launch({"EVERY": 1, "keys": 64}, 4, 2),
+    Launch({"heads": 1, "keys": 64}, 4, 2),
+    Launch({"heads": 1, "keys": 64}, 4, 3),
+    Launch({"heads": 1, "keys": 128}, 4, 2),
+    Launch({"heads": 1, "keys": 32}, 4, 3),
 ]
 for name, settings in CANDIDATES.items():
     TABLE.setdefault(name, settings[:1])

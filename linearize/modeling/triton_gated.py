@@ -95,7 +95,13 @@ def earlier(C: tl.constexpr, TURNED: tl.constexpr):
 
 @triton.jit
 def run_scores(
-    phi_q, phi_k, log_decay, F: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr, TURNED: tl.constexpr
+    phi_q,
+    phi_k,
+    log_decay,
+    F: tl.constexpr,
+    DTYPE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    TURNED: tl.constexpr,
 ):
     """Scores [RUN, RUN] of a run at any gate, zeros where the key is later; ``TURNED``: a row is a key."""
     scores = tl.where(together(1), tl.sum(phi_q * phi_k, 1)[:, None], 0.0)
@@ -112,7 +118,13 @@ def run_scores(
 
 @triton.jit
 def run_gradient(
-    weights, phi, log_decay, F: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr, OF_KEYS: tl.constexpr
+    weights,
+    phi,
+    log_decay,
+    F: tl.constexpr,
+    DTYPE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    OF_KEYS: tl.constexpr,
 ):
     """Gradient [RUN, F] of the queries' features from the scores' and the keys' features; ``OF_KEYS``: of the keys',
     from the scores' turned and the queries'."""

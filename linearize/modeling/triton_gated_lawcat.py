@@ -135,7 +135,9 @@ def all_features_by_columns(
     """Both halves of ``features_by_columns`` in one product [2 FP, BT], of W and -W."""
     channel, key = tl.arange(0, 2 * FP), tl.arange(0, KP)
     there = (channel % FP < f)[:, None]
-    weight = tl.load(map + key[None, :] * f + (channel % FP)[:, None], mask=there & (key < K)[None, :], other=0.0)
+    weight = tl.load(
+        map + key[None, :] * f + (channel % FP)[:, None], mask=there & (key < K)[None, :], other=0.0
+    )
     weight = tl.where((channel < FP)[:, None], weight, -weight)
     inputs = convolved_columns(x, taps, start, stride, stop, K, KP, TAPS, BT).to(weight.dtype)
     a = tl.dot(weight, inputs, input_precision=PRECISION)
@@ -146,7 +148,9 @@ def all_features_by_columns(
 
 
 @triton.jit
-def all_gates_by_columns(x, start, stride, stop, inverse, f: tl.constexpr, FP: tl.constexpr, BT: tl.constexpr):
+def all_gates_by_columns(
+    x, start, stride, stop, inverse, f: tl.constexpr, FP: tl.constexpr, BT: tl.constexpr
+):
     """Log decays [2 FP, BT]."""
     at, there = both(f, FP)
     token = tl.arange(0, BT)
@@ -307,7 +311,9 @@ def outputs_kernel(
         scores = tl.where(token[:, None] >= token[None, :], scores, 0.0)
     weight += tl.sum(scores, 1) + eps
     rows = tl.dot(plus, load_matrix(fine + tile * F * V, f, V, FP, VP), input_precision=PRECISION)
-    rows = tl.dot(minus, load_matrix(fine + tile * F * V + f * V, f, V, FP, VP), rows, input_precision=PRECISION)
+    rows = tl.dot(
+        minus, load_matrix(fine + tile * F * V + f * V, f, V, FP, VP), rows, input_precision=PRECISION
+    )
     values = load_rows(v + b * v_b + g * v_h, t, v_t, time, V, VP, C).to(DTYPE)
     rows = tl.dot(scores.to(DTYPE), values, rows, input_precision=PRECISION) / weight[:, None]
     store_rows(y + b * time * (H * V) + h * V, rows, t, H * V, time, V, VP, C)
@@ -389,7 +395,17 @@ def tile_states(
     fine = torch.empty(batch, heads, tiles, width, layer.v.shape[3], dtype=dtype, device=layer.v.device)
     fine_z = states.new_empty(batch, heads, tiles, width)
     strong = torch.empty(batch, groups, tiles, dtype=torch.int8, device=layer.v.device)
-    walk("fine", layer, steps, chosen, states=states, states_z=states_z, fine=fine, fine_z=fine_z, strong=strong)
+    walk(
+        "fine",
+        layer,
+        steps,
+        chosen,
+        states=states,
+        states_z=states_z,
+        fine=fine,
+        fine_z=fine_z,
+        strong=strong,
+    )
     return fine, fine_z, strong
 
 

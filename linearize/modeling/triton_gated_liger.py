@@ -215,7 +215,9 @@ def strong_outputs_kernel(
     q_plain += b * qp_b + h * qp_h
     state = load_matrix(fine + tile * K * V, K, V, KP, VP).to(tl.float32)
     for t in range(n * C, tl.minimum(n * C + C, time), RUN):
-        rows = window_rows(q, k, v, t, q_t, k_t, v_t, time, scale, mix_window, K, KP, V, VP, W, RUN, BK, PRECISION)
+        rows = window_rows(
+            q, k, v, t, q_t, k_t, v_t, time, scale, mix_window, K, KP, V, VP, W, RUN, BK, PRECISION
+        )
         log_decay = key_gates(k_plain, t, kp_t, time, bias, inverse, K, KP, RUN)
         phi_k = key_features(k_plain, t, kp_t, time, bias, inverse, sharpness, K, KP, RUN, HGRN2)
         phi_q = query_features(q_plain, t, qp_t, time, K, KP, RUN) * mix_recurrent
