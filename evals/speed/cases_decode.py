@@ -155,6 +155,10 @@ CASES = [
     for batch in (1, 32)
 ]
 SWEEPS = {
-    "joint_step": swept("joint_step", LolcatsConfig(), 32),
-    "joint_step_few": swept("joint_step_few", LolcatsConfig(), 1),
+    f"{kernel}_step{few}": swept(f"{kernel}_step{few}", config, batch)
+    for few, batch in (("", 32), ("_few", 1))
+    for kernel, config in {
+        "joint": LolcatsConfig(),
+        **{name: METHODS[name].config() for name in ("liger", "lawcat", "salient", "still")},
+    }.items()
 }

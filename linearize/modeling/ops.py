@@ -224,7 +224,7 @@ def liger_step(
     """y [B, 1, H, V] of a fading recurrence beside a window; ``against``: why the kernel cannot, if it cannot."""
     if not use_kernel("liger_step", refusal(q, k, v), against, _few_heads(q, k)):
         return None
-    from .triton_decode_gated import liger_step as step
+    from .triton_decode_liger import liger_step as step
 
     return step(q, k, v, *state, **terms)
 
@@ -235,7 +235,7 @@ def lawcat_step(
     """y [B, 1, H, V] of normalised fading sums after a convolution; ``against`` as in :func:`liger_step`."""
     if not use_kernel("lawcat_step", refusal(q, k, v), against):
         return None
-    from .triton_decode_gated import lawcat_step as step
+    from .triton_decode_lawcat import lawcat_step as step
 
     return step(q, k, v, *state, **terms)
 
@@ -244,7 +244,7 @@ def salient_step(q: Tensor, k: Tensor, v: Tensor, *state: Tensor, **terms: Any) 
     """y [B, 1, H, V] against a kept set and the local span, which hands its oldest chunk over when it is due."""
     if not use_kernel("salient_step", refusal(q, k, v), _few_heads(q, k)):
         return None
-    from .triton_decode_kept import salient_step as step
+    from .triton_decode_salient import salient_step as step
 
     return step(q, k, v, *state, **terms)
 
@@ -256,7 +256,7 @@ def still_step(
     :func:`liger_step`."""
     if not use_kernel("still_step", refusal(q, k, v), against):
         return None
-    from .triton_decode_routed import still_step as step
+    from .triton_decode_still import still_step as step
 
     return step(q, k, v, *state, **terms)
 
