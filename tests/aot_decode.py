@@ -7,6 +7,8 @@ from aot import Case
 from linearize.modeling.launches import CANDIDATES
 from linearize.modeling.triton_decode import MAPS, joint_step_kernel
 from linearize.modeling.triton_decode_gated import lawcat_step_kernel, liger_step_kernel
+from linearize.modeling.triton_decode_kept import salient_step_kernel
+from linearize.modeling.triton_decode_routed import still_step_kernel
 
 STRIDES = {f"{x}_{axis}": "i32" for x in "qkv" for axis in ("row", "head")}
 STATE = {"seen": "*i64", "folded": "*i64"}
@@ -71,6 +73,32 @@ def lawcat(name, settings, width=128):
     return plain(name, lawcat_step_kernel, arguments, constants, settings)
 
 
+def salient(name, settings, width=128):
+    arguments = dict.fromkeys(salient_step_kernel.arg_names, "i32") | STATE
+    arguments |= dict.fromkeys(("q", "k", "v", "ring_k", "ring_v", "kept_k", "kept_v", "y"), "*bf16")
+    arguments |= dict.fromkeys(("score", "ring_score", "kept_score"), "*fp32") | dict.fromkeys(
+        ("scale", "cap"), "fp32"
+    )
+    constants = dict(
+        H=32, G=8, K=width, V=width, KP=width, VP=width, N=128, SLOTS=257, CHUNK=64, CP=64, CAP=False,
+        **settings.blocks,
+    )  # fmt: skip
+    return plain(name, salient_step_kernel, arguments, constants, settings)
+
+
+def still(name, settings, width=128):
+    arguments = dict.fromkeys(still_step_kernel.arg_names, "i32") | STATE
+    arguments |= dict.fromkeys(("q", "k", "v", "ring_k", "ring_v", "kept_k", "kept_v", "y"), "*bf16")
+    exact = ("score", "gate", "ring_score", "kept_score", "kv", "z", "map_q", "map_k", "extra_q", "extra_k")
+    arguments |= dict.fromkeys(exact, "*fp32") | dict.fromkeys(("scale", "cap", "eps"), "fp32")
+    constants = dict(
+        H=32, G=8, K=width, V=width, F=width, KP=width, VP=width, FP=width, N=129, NS=129, SLOTS=256, CHUNK=64, CP=64,
+        PICKS=4, PP=16, GIVEN=False, FIRST=True, GATE=2, HALVES=2, MAP=MAPS["np_map"], CAP=False, **settings.blocks,
+    )  # fmt: skip
+    constants |= {"BK": min(constants["BK"], width), "BV": min(constants["BV"], width)}
+    return plain(name, still_step_kernel, arguments, constants, settings)
+
+
 def plain(name, kernel, arguments, constants, settings):
     """A case without matrix instructions of a warp group: a step has a few rows."""
     arguments = {n: kind for n, kind in arguments.items() if n not in constants}
@@ -86,7 +114,12 @@ def cases():
         yield joint(f"{kernel} 64", rows[0], width=64)
         yield joint(f"{kernel} window 128", rows[0], 1, linear=False, sinks=4)
         yield joint(f"{kernel} np_map 128", rows[0], feature_map="np_map")
-    for kernel, case in {"liger_step": liger, "lawcat_step": lawcat}.items():
+    for kernel, case in {
+        "liger_step": liger,
+        "lawcat_step": lawcat,
+        "salient_step": salient,
+        "still_step": still,
+    }.items():
         for name in (kernel, f"{kernel}_few"):
             rows = CANDIDATES[name] if "--all" in sys.argv else CANDIDATES[name][:1]
             for i, settings in enumerate(rows):

@@ -1,4 +1,4 @@
-"""Kernels of gated linear attention as they are compiled for ``tests/aot.py``: chosen settings, heads of 128 and of 64."""
+"""Kernels of gated linear attention as ``tests/aot.py`` compiles them: chosen settings, heads of 128 and of 64."""
 
 import triton.language as tl
 from aot import Case
@@ -7,13 +7,13 @@ from linearize.modeling import triton_gated as shared
 from linearize.modeling import triton_gated_liger as liger
 from linearize.modeling.launches import CANDIDATES, Launch
 
-FP32 = {"scale", "bias", "inverse", "sharpness", "mix_window", "mix_recurrent"}
-STRIDES = {"_b": 1024 * 2048, "_t": 1024, "_h": 128}
-STATES = {"sums", "totals", "states", "last", "start", "lse", "delta", "shares"}
+FP32 = {"factor", "scale", "bias", "inverse", "sharpness", "mix_window", "mix_recurrent"}
+STRIDES = ("_b", "_t", "_h")
+STATES = {"sums", "totals", "states", "last", "start", "lse", "delta", "dphi", "inner"}
 
 
 def arguments(kernel, constants, pointers: dict[str, str]) -> dict[str, str]:
-    """Types of what is no constant: strides and sizes are int32."""
+    """Types of what is no constant."""
     kinds = {}
     for name in kernel.arg_names:
         if name in constants:
@@ -21,23 +21,48 @@ def arguments(kernel, constants, pointers: dict[str, str]) -> dict[str, str]:
         if name in pointers:
             kinds[name] = pointers[name]
         else:
-            kinds[name] = "fp32" if name in FP32 else "i32"
+            kinds[name] = "fp32" if name in FP32 else "i32:16" if name[-2:] in STRIDES else "i32"
     return kinds
 
 
-def case(name: str, kernel, pointers: dict[str, str], constants: dict, row: Launch, matrix: bool = True) -> Case:
+def case(
+    name: str, kernel, pointers: dict[str, str], constants: dict, row: Launch, matrix: bool = True
+) -> Case:
     constants = {key: value for key, value in constants.items() if key in kernel.arg_names}
     constants |= {key: value for key, value in row.blocks.items() if key in kernel.arg_names}
-    # Strides are multiples of 16 in a call, which the compiler is told; here they are constants.
-    strides = {name: STRIDES[name[-2:]] for name in kernel.arg_names if name[-2:] in STRIDES}
-    constants |= {name: size * (4 if name[0] == "q" and name[-2:] != "_h" else 1) for name, size in strides.items()}
     kinds = arguments(kernel, constants, pointers)
-    return Case(f"{name} {row.blocks} {row.warps} {row.stages}", kernel, kinds, constants, row.warps, row.stages, matrix)
+    return Case(
+        f"{name} {row.blocks} {row.warps} {row.stages}",
+        kernel,
+        kinds,
+        constants,
+        row.warps,
+        row.stages,
+        matrix,
+    )
 
 
 def liger_constants(width: int, per_group: int = 4, hgrn2: bool = False) -> dict:
-    sizes = {"G": 8, "R": per_group, "K": width, "KP": width, "V": width, "VP": width, "W": 64, "HGRN2": hgrn2}
-    return sizes | {"C": 64, "CS": 256, "DTYPE": tl.bfloat16, "PRECISION": "ieee", "MODE": "sums", "STRONG": False}
+    sizes = {
+        "G": 8,
+        "H": 32,
+        "ADD": True,
+        "R": per_group,
+        "K": width,
+        "KP": width,
+        "V": width,
+        "VP": width,
+        "W": 64,
+        "HGRN2": hgrn2,
+    }
+    return sizes | {
+        "C": 64,
+        "CS": 256,
+        "DTYPE": tl.bfloat16,
+        "PRECISION": "ieee",
+        "MODE": "sums",
+        "STRONG": False,
+    }
 
 
 def typed(kernel, float_names=()) -> dict[str, str]:
@@ -45,9 +70,17 @@ def typed(kernel, float_names=()) -> dict[str, str]:
     scalars = FP32 | {"time", "segments"}
     pointers = {}
     for name in kernel.arg_names:
-        if name in scalars or name.isupper() or name[-2:] in ("_b", "_t", "_h"):
+        if name in scalars or name.isupper() or name[-2:] in STRIDES:
             continue
-        pointers[name] = "*i64" if name == "stop" else "*i8" if name == "strong" else "*fp32" if name in STATES else "*bf16"
+        pointers[name] = (
+            "*i64"
+            if name == "stop"
+            else "*i8"
+            if name == "strong"
+            else "*fp32"
+            if name in STATES
+            else "*bf16"
+        )
     return pointers
 
 
@@ -66,7 +99,9 @@ def cases(candidates: bool = False):
             for width, per_group in ((128, 4),) if candidates else ((128, 4), (64, 4)):
                 yield liger_case(name, kernel, row, width, per_group)
     for mode in ("fine", "last"):
-        yield liger_case("gated_liger_states", liger.states_kernel, CANDIDATES["gated_liger_states"][0], 128, MODE=mode)
+        yield liger_case(
+            "gated_liger_states", liger.states_kernel, CANDIDATES["gated_liger_states"][0], 128, MODE=mode
+        )
     for row in CANDIDATES["gated_scan"]:
         constants = dict(SIZE=16384, V=128, F=128, HAS_START=False, REVERSED=False, SHARE=1)
         yield case("gated_scan", shared.scan_kernel, typed(shared.scan_kernel), constants, row, matrix=False)

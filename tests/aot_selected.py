@@ -3,21 +3,17 @@
 from aot import Case
 
 from linearize.modeling import triton_selected as sets
+from linearize.modeling import triton_selected_future as future
 from linearize.modeling import triton_selected_kept as kept
 from linearize.modeling import triton_selected_kept_backward as backward
+from linearize.modeling import triton_selected_routed as routed
 from linearize.modeling.launches import CANDIDATES
 
 WIDTHS = {128: dict(G=8, R=4, K=128, V=128, BK=128, BV=128), 64: dict(G=8, R=4, K=64, V=64, BK=64, BV=64)}
-SCALARS = dict(scale="fp32", back="fp32")
+STRIDES = {f"{x}_{axis}": "i32:16" for x in "qkv" for axis in "bth"}
+SCALARS = dict(scale="fp32", back="fp32", eps="fp32", least="fp32", **STRIDES)
 SETS = dict(index="*i32", leave="*i32", lists="*i64")
 SCRATCH = {f"{x}_{y}": "*fp32" for x in ("carried", "entered") for y in "kv"}
-
-
-def strides(G, R, K, V, **_):
-    """Strides, as constants: a launch knows that they are multiples of 16."""
-    time = 32768
-    rows = dict(q_t=G * R * K, k_t=G * K, v_t=G * V)
-    return dict(**rows, q_h=K, k_h=K, v_h=V, **{f"{x[0]}_b": time * step for x, step in rows.items()})
 
 
 def case(name, kernel, arguments, constants, setting, matrix=True):
@@ -32,7 +28,8 @@ def case(name, kernel, arguments, constants, setting, matrix=True):
 
 
 def selection():
-    i64 = dict(keys="*i64", lists="*i64", merged="*i64", index="*i32", leave="*i32", score="*fp32")
+    i64 = dict(keys="*i64", lists="*i64", merged="*i64", index="*i32", leave="*i32", left="*i32")
+    i64 |= dict(score="*fp32")
     ranks, replay = CANDIDATES["selected_ranks"][0], CANDIDATES["selected_replay"][0]
     plain = ranks._replace(blocks={})
     yield case("keys", sets.keys_kernel, i64, dict(groups=8, chunk=64, block=256), plain, False)
@@ -41,6 +38,7 @@ def selection():
     yield case("merge", sets.merge_kernel, i64, dict(rows=128, STEPS=9), plain, False)
     for per_chunk in (64, 4):
         constants = dict(per_chunk=per_chunk, padded=per_chunk, chunks=1024 // per_chunk, STEPS=9)
+        constants["LEFT"] = per_chunk == 4
         yield case(f"replay {per_chunk}", sets.replay_kernel, i64, constants, replay, False)
 
 
@@ -49,7 +47,6 @@ def salient(every=False):
     types = {**half, **SCALARS, **SETS, **SCRATCH, "lse": "*fp32", "delta": "*fp32", "score": "*fp32"}
     types |= dict(listed="*i32", sizes="*i32")
     for width, shape in WIDTHS.items():
-        shape = {**shape, **strides(**shape)}
         row = dict(**shape, C=64, TAIL=16)
         column = dict(**shape, C=64)
         rows = [
@@ -68,5 +65,40 @@ def salient(every=False):
     )  # fmt: skip
 
 
+def still(every=False):
+    half = dict.fromkeys(("q", "k", "v", "w", "w_q", "w_k", "gate", "states", "y"), "*bf16")
+    types = {**half, **SCALARS, **SETS, "left": "*i32", **dict.fromkeys(("sums", "top", "den"), "*fp32")}
+    plain = CANDIDATES["selected_ranks"][0]._replace(blocks={})
+    for width, shape in WIDTHS.items():
+        constants = dict(**shape, HS=32, GS=32, F=width, C=64, P=4, NORM=True, BLOCK=64)
+        for setting in CANDIDATES["selected_outputs"][: None if every else 1]:
+            few = max(16, 1 << (4 * (setting.blocks["EVERY"] - 1) - 1).bit_length())
+            label = f"selected_outputs {width} {setting.blocks} {setting.warps} {setting.stages}"
+            more = dict(GATE=width, FEW=few, TAIL=0)
+            yield case(label, routed.outputs_kernel, types, {**constants, **more}, setting)
+        constants.pop("R")
+        for setting in CANDIDATES["selected_parts"][: None if every else 1]:
+            label = f"selected_parts {width} {setting.blocks} {setting.warps} {setting.stages}"
+            more = dict(EVERY=4, FEW=16)
+            yield case(label, routed.parts_kernel, types, {**constants, **more}, setting)
+    scan = dict(REVERSE=False, block=1024)
+    yield case("selected_scan", routed.scan_kernel, dict(x="*bf16"), scan, plain, False)
+
+
+def values(every=False):
+    types = dict(q="*bf16", k="*bf16", lse="*fp32", lengths="*i64", found="*fp32", rho="*fp32", **SCALARS)
+    for width, shape in WIDTHS.items():
+        constants = {x: shape[x] for x in ("G", "R", "K", "BK")}
+        rows = [
+            ("selected_row_sums", future.row_sums_kernel, {}),
+            ("selected_column_max", future.column_max_kernel, dict(C=64)),
+            ("selected_saliency", future.saliency_kernel, dict(C=64)),
+        ]
+        for name, kernel, more in rows:
+            for setting in CANDIDATES[name][: None if every else 1]:
+                label = f"{name} {width} {setting.blocks} {setting.warps} {setting.stages}"
+                yield case(label, kernel, types, {**constants, **more}, setting)
+
+
 def cases(every=False):
-    return [*selection(), *salient(every)]
+    return [*selection(), *salient(every), *still(every), *values(every)]

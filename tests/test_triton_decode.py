@@ -14,6 +14,7 @@ from linearize.modeling.lolcats import LolcatsConfig
 from linearize.modeling.mixer import Geometry, MixerInput
 from linearize.modeling.registry import METHODS
 from linearize.modeling.salient import SalientConfig
+from linearize.modeling.still import StillConfig
 from linearize.modeling.window import WindowConfig
 
 pytest.importorskip("triton")
@@ -198,6 +199,26 @@ STEPS = {
         geometry(3, 1, 20, 24),
         (130,),
         8,
+    ),
+    "still": (
+        StillConfig(chunk=4, salient_per_chunk=2, budget=5, feature_dim=16),
+        geometry(4, 2),
+        (3, 19),
+        22,
+    ),
+    "still, all kept": (
+        StillConfig(chunk=3, salient_per_chunk=1, budget=20, gate="per_head", keep_first=False),
+        geometry(3, 1, 20, 24),
+        (7,),
+        9,
+    ),
+    "still by position": (
+        StillConfig(
+            chunk=4, salient_per_chunk=3, budget=4, gate="none", score="random", feature_map="hedgehog"
+        ),
+        geometry(2, 2),
+        (9,),
+        12,
     ),
     "lawcat, nothing convolved": (LawcatConfig(conv_size=None, rope=True), geometry(2, 1), (5,), 4),
 }

@@ -172,7 +172,21 @@ def _kept(keys: int, slots: int, warps: int) -> Launch:
 
 CANDIDATES["salient_step"] = [_kept(64, 32, 4), _kept(128, 32, 8), _kept(64, 32, 8), _kept(32, 32, 4)]
 CANDIDATES["salient_step_few"] = [_kept(128, 32, 8), _kept(64, 32, 4), _kept(64, 64, 8)]
+
+
+def _routed(keys: int, slots: int, channels: int, values: int, warps: int) -> Launch:
+    return Launch({"BN": keys, "BS": slots, "BK": channels, "BV": values}, warps, 1)
+
+
+CANDIDATES["still_step"] = [
+    _routed(64, 32, 64, 64, 8),
+    _routed(64, 32, 32, 32, 8),
+    _routed(32, 32, 64, 64, 8),
+]
+CANDIDATES["still_step_few"] = [_routed(128, 32, 64, 64, 8), _routed(64, 32, 64, 64, 8)]
 for _name in (
+    "still_step",
+    "still_step_few",
     "salient_step",
     "salient_step_few",
     "joint_step",
@@ -228,5 +242,8 @@ CANDIDATES |= {
     "gated_liger_values": [Launch({}, 4, 1)],
     "gated_liger_values_strong": [Launch({}, 8, 1)],
     "gated_liger_gates": [Launch({}, 8, 1)],
+    "gated_lawcat_states": [Launch({"C": 64, "CS": 256}, 4, 1)],
+    "gated_lawcat_outputs": [Launch({}, 4, 1)],
+    "gated_lawcat_outputs_strong": [Launch({}, 8, 1)],
 }
 TABLE.update({kernel: [rows[0]] for kernel, rows in CANDIDATES.items() if kernel.startswith("gated")})

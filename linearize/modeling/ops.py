@@ -11,11 +11,19 @@ mixer's own step, which is the reference, runs instead.
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .backend import ran, reference_only, refusal, use_kernel
 from .feature_maps import FeatureMap
-from .gated import gated_chunked, gated_recurrent, joined_chunked, joined_recurrent
+from .gated import (
+    Averaged,
+    averaged_chunked,
+    gated_chunked,
+    gated_recurrent,
+    joined_chunked,
+    joined_recurrent,
+)
 from .lola import Sparse, hand_over_all, sparse_chunked, sparse_recurrent
 from .mapped import mapped_chunked, mapped_error_chunked, mapped_refusal
 from .mixer import Fit
@@ -27,9 +35,11 @@ from .selection import future_attention as future_attention_chunked
 from .tiles import State
 
 __all__ = [
+    "Averaged",
     "Kept",
     "Past",
     "Sparse",
+    "averaged_attention",
     "fold",
     "future_attention",
     "gated_attention",
@@ -57,6 +67,7 @@ __all__ = [
     "sparse_attention",
     "sparse_decode",
     "sparse_hand_over",
+    "still_step",
     "window_attention",
     "window_decode",
     "window_step",
@@ -237,6 +248,18 @@ def salient_step(q: Tensor, k: Tensor, v: Tensor, *state: Tensor, **terms: Any) 
     return step(q, k, v, *state, **terms)
 
 
+def still_step(
+    q: Tensor, k: Tensor, v: Tensor, *state: Tensor, against: str | None, **terms: Any
+) -> Tensor | None:
+    """y [B, 1, H, V] against picked tokens, the local span and the sums of all others; ``against`` as in
+    :func:`liger_step`."""
+    if not use_kernel("still_step", refusal(q, k, v), against):
+        return None
+    from .triton_decode_routed import still_step as step
+
+    return step(q, k, v, *state, **terms)
+
+
 def _few_heads(q: Tensor, k: Tensor) -> str | None:
     """A tile of 16 rows holds the query heads of a group."""
     return "more than 16 query heads share a key/value head" if q.shape[2] > 16 * k.shape[2] else None
@@ -249,3 +272,39 @@ def window_step(q: Tensor, k: Tensor, v: Tensor, *state: Tensor, **terms: Any) -
     from .triton_decode import joint_step as step
 
     return step(q, k, v, *state, **terms)
+
+
+def averaged_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_plain: Tensor,
+    k_plain: Tensor,
+    terms: Averaged,
+    *,
+    stop: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """``gated.averaged_chunked``: a softmax window and a recurrence gated by the keys, averaged."""
+    inputs = (q, k, v, q_plain, k_plain)
+    if not use_kernel(
+        "averaged_attention", refusal(*inputs), _uneven(*inputs), _through_state(stop, *inputs)
+    ):
+        return averaged_chunked(*inputs, terms, stop=stop)
+    from .triton_gated_liger_backward import averaged_kernel
+
+    return averaged_kernel(*inputs, terms, stop=stop)
+
+
+def _uneven(*tensors: Tensor) -> str | None:
+    """Why kernels do not take heads of such widths, or such dtypes together."""
+    widest = max(x.shape[-1] for x in tensors)
+    if widest > 128:
+        return f"heads of {widest} channels are wider than 128"
+    if len({x.dtype for x in tensors}) > 1:
+        return "the inputs have several dtypes"
+    return None if all(x.numel() for x in tensors) else "there is nothing to compute"
+
+
+def _through_state(stop: Tensor | None, *tensors: Tensor) -> str | None:
+    needed = stop is not None and torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+    return "a gradient may flow through the state" if needed else None

@@ -39,6 +39,7 @@ from .ops import (
     routed_decode,
     self_saliency,
     self_saliency_of,
+    still_step,
 )
 from .ring import at_columns, final, new_columns, resize, span, step_positions, unroll, write
 from .selection import rounded
@@ -191,6 +192,10 @@ class StillMixer(Mixer):
     def forward(self, x: MixerInput, state: StillState | None = None) -> tuple[Tensor, StillState | None]:
         if state is None and not x.use_cache:
             return self._attend(x, x.q, x.k, x.v, self._score(x), self._gate(x)), None
+        if x.in_place and state is not None:
+            y = self._step_in_place(x, state)
+            if y is not None:
+                return y, state
         started = self._start(x) if state is None else self._grow(state, x.pending)
         total = started.seen + (x.q.shape[1] if x.lengths is None else x.lengths)
         limit = final(total, self.config.chunk, "terraced", x.pending).maximum(started.folded)
@@ -212,6 +217,38 @@ class StillMixer(Mixer):
             write(old, new, started.seen, total) for old, new in zip(started.rings, fresh, strict=True)
         )
         return y, StillState(k, v, score, *older.kept, older.kv, older.z, total, limit)
+
+    def _step_in_place(self, x: MixerInput, state: StillState) -> Tensor | None:
+        """y by one kernel that also writes the state, after the gate's projection; None where no kernel takes it."""
+        config, against = self.config, None
+        if config.share_selection:
+            against = "the heads of a group select together"
+        elif not (config.budget and config.salient_per_chunk):
+            against = "nothing is kept"
+        extra = {"np_map": "reflect", "t2r": "bias"}.get(config.feature_map)
+        extras = None if extra is None else (getattr(self.map_q, extra), getattr(self.map_k, extra))
+        return still_step(
+            x.q,
+            x.k,
+            x.v,
+            *state,
+            against=against,
+            score=None if config.score == "self_saliency" else self._ranks(x, None, state.seen),
+            gate=self._gate(x),
+            maps=(self.map_q.weight, self.map_k.weight),
+            extras=extras,
+            feature_map=config.feature_map,
+            scale=x.scale,
+            chunk=config.chunk,
+            picks=config.salient_per_chunk,
+            keep_first=config.keep_first,
+            eps=config.eps_den,
+            softcap=x.softcap,
+        )
+
+    def with_room(self, state: StillState) -> StillState:
+        """A slot more: the token that the newest one would replace may be leaving, and other heads read it."""
+        return self._grow(state, 1)
 
     def _chunk(self, x: MixerInput, state: StillState, columns: Sequence[Tensor]) -> Tensor:
         """Several tokens: columns ``folded, ...`` stand on the chunk grid, as the parallel form needs."""

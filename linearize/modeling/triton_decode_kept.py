@@ -1,16 +1,14 @@
 """y [B, 1, H, V] of one new token a row against a kept set and the local span, the set updated in place in one launch.
 
-The function is ``selection.kept_recurrent`` after ``selection.merge_kept`` (salient.py), or ``routing.routed_recurrent``
-after ``routing.route`` (still.py). At the first token of a chunk the chunk before the last one leaves the local span
-and is ranked among the kept tokens. Slots are sorted, best first, ties to the lower position, so that places are
-counts: a kept token moves down by the number of better new ones, a new one stands after the kept ones that are as good
-and the new ones that are better, or as good and older. Rows only move down. They are moved from the last tile of slots
-to the first, each tile read before it is written, and the new ones fill what is left.
+The function is ``selection.kept_recurrent`` after ``selection.merge_kept`` (salient.py), or that of STILL, which
+``triton_decode_routed.py`` makes of what is here. At the first token of a chunk the chunk before the last one leaves
+the local span and is ranked among the kept tokens. Slots are sorted, best first, ties to the lower position, so that
+places are counts: a kept token moves down by the number of better new ones, a new one stands after the kept ones that
+are as good and the new ones that are better, or as good and older. Rows only move down. They are moved from the last
+tile of slots to the first, each tile read before it is written, and the new ones fill what is left.
 
-Who selects has a program: a key/value head with all its query heads (salient), whose tokens nobody else reads and whose
-new token is written last, into the slot of one that may be leaving; or a query head (still), whose ring has a slot more
-because the others of its group read it. STILL's chunk leaves in three ways: its picks are ranked, and what was not
-picked or drops out of the kept set is added to the sums. Counters are as in ``triton_decode.py``.
+A program has a key/value head with all its query heads: nobody else reads its tokens, and its new one is written last,
+into the slot of one that may be leaving. Counters are as in ``triton_decode.py``.
 """
 
 from typing import Any

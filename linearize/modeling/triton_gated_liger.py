@@ -1,7 +1,7 @@
 """Liger's layer as kernels: softmax on a short window and the gated recurrence, averaged, in one write of y.
 
-``liger.py`` has the equations, ``gated.py`` the reference, ``triton_gated.py`` the road. Gates and features are made from
-the projections in registers, and a state belongs to a key/value head:
+``liger.py`` has the equations, ``gated.py`` the reference, ``triton_gated.py`` the road. Gates and features are made
+from the projections in registers, and a state belongs to a key/value head:
 
     states      sums and log decays of segments, then states before tiles       grid (segment, kv head, row)
     outputs     a tile of C queries of a few heads of a group                   grid (tile, kv head and share, row)
@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .gated import Averaged
 from .launches import Launch, launch
 from .triton_common import load_columns, load_matrix, load_rows, store_rows
 from .triton_gated import (
@@ -93,7 +94,7 @@ def states_kernel(
     of_tile = tl.zeros([KP], tl.float32)
     first = n * CS
     for t in range(first, tl.minimum(first + CS, ends), BT):
-        if MODE == "fine":
+        if MODE == "fine":  # noqa: SIM102
             if t % C == 0:
                 store_matrix(fine + (row * tl.cdiv(time, C) + t // C) * K * V, state, K, V, KP, VP)
                 of_tile = tl.zeros([KP], tl.float32)
@@ -190,25 +191,6 @@ def outputs_kernel(
         store_rows(y + h * V, rows, t, G * R * V, time, V, VP, C)
 
 
-class Terms(NamedTuple):
-    """What of a Liger layer is fixed: the numbers of its configuration."""
-
-    scale: float
-    window: int
-    """W, 0 for none."""
-    hgrn2: bool
-    steps: float
-    """N, the divisor of the log gate."""
-    bias: float
-    temperature: float
-    mix_window: float
-    mix_recurrent: float
-
-    @property
-    def gate(self) -> tuple[float, float, float]:
-        return self.bias, 1.0 / self.steps, 1.0 / self.temperature
-
-
 class Shape(NamedTuple):
     """Sizes of a call."""
 
@@ -249,8 +231,13 @@ def shape_of(q: Tensor, k: Tensor, v: Tensor) -> Shape:
     return Shape(*q.shape[:3], k.shape[2], q.shape[3], v.shape[3], sizes["C"], sizes["CS"])
 
 
+def gate_of(terms: Averaged) -> tuple[float, float, float]:
+    """bias, 1 / N, 1 / temperature."""
+    return terms.bias, 1.0 / terms.steps, 1.0 / terms.temperature
+
+
 def segment_sums(
-    k_plain: Tensor, v: Tensor, terms: Terms, shape: Shape, chosen: Launch | None = None
+    k_plain: Tensor, v: Tensor, terms: Averaged, shape: Shape, chosen: Launch | None = None
 ) -> tuple[Tensor, Tensor]:
     """(sums [B, G, N, K, V], log decays [B, G, N, K]) fp32 of every segment."""
     totals = torch.empty(
@@ -262,7 +249,7 @@ def segment_sums(
 
 
 def tile_states(
-    k_plain: Tensor, v: Tensor, states: Tensor, terms: Terms, shape: Shape, chosen: Launch | None = None
+    k_plain: Tensor, v: Tensor, states: Tensor, terms: Averaged, shape: Shape, chosen: Launch | None = None
 ) -> tuple[Tensor, Tensor]:
     """States [B, G, tiles, K, V] before every tile, from those before segments, and ``strength`` of every tile."""
     lead = (shape.batch, shape.groups, shape.tiles)
@@ -273,7 +260,7 @@ def tile_states(
 
 
 def last_state(
-    k_plain: Tensor, v: Tensor, states: Tensor, stop: Tensor, terms: Terms, shape: Shape
+    k_plain: Tensor, v: Tensor, states: Tensor, stop: Tensor, terms: Averaged, shape: Shape
 ) -> Tensor:
     """The state [B, G, K, V] fp32 after ``stop`` [B] tokens of each row."""
     last = states.new_empty(shape.batch, shape.groups, shape.key_dim, shape.value_dim)
@@ -285,7 +272,7 @@ def _walk(
     mode: str,
     k_plain: Tensor,
     v: Tensor,
-    terms: Terms,
+    terms: Averaged,
     shape: Shape,
     chosen: Launch | None,
     **buffers: Tensor,
@@ -293,7 +280,7 @@ def _walk(
     _, options = blocks("gated_liger_states", v, chosen)
     used = [buffers.get(name, v) for name in ("sums", "totals", "states", "fine", "strong", "last", "stop")]
     states_kernel[(1 if mode == "last" else shape.segments, shape.groups, shape.batch)](
-        k_plain, v, *used, *steps_of(k_plain), *steps_of(v), shape.time, shape.segments, *terms.gate,
+        k_plain, v, *used, *steps_of(k_plain), *steps_of(v), shape.time, shape.segments, *gate_of(terms),
         G=shape.groups, **shape.widths, HGRN2=terms.hgrn2, C=shape.tile, CS=shape.segment, MODE=mode,
         DTYPE=gated_dtype(v.dtype)[0], PRECISION="ieee", **options,
     )  # fmt: skip
@@ -305,7 +292,7 @@ def forward(
     v: Tensor,
     q_plain: Tensor,
     k_plain: Tensor,
-    terms: Terms,
+    terms: Averaged,
     stop: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
     """(y, the state after ``stop`` tokens of each row, states before segments, log decays of segments)."""
@@ -325,7 +312,7 @@ def outputs(
     k_plain: Tensor,
     fine: Tensor,
     strong: Tensor,
-    terms: Terms,
+    terms: Averaged,
     shape: Shape,
     chosen: Launch | None = None,
 ) -> Tensor:
@@ -339,7 +326,7 @@ def outputs(
         outputs_kernel[(shape.tiles, shape.heads // heads, shape.batch)](
             q, k, v, q_plain, k_plain, fine, strong, y,
             *steps_of(q), *steps_of(k), *steps_of(v), *steps_of(q_plain), *steps_of(k_plain),
-            shape.time, terms.scale, *terms.gate, terms.mix_window, terms.mix_recurrent,
+            shape.time, terms.scale, *gate_of(terms), terms.mix_window, terms.mix_recurrent,
             G=shape.groups, R=shape.per_group, **shape.widths, C=shape.tile, W=terms.window, HGRN2=terms.hgrn2,
             DTYPE=gated_dtype(v.dtype)[0], PRECISION="ieee", STRONG=is_strong, BK=sizes["BK"], HEADS=heads, **options,
         )  # fmt: skip

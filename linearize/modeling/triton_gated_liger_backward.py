@@ -23,6 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .gated import Averaged
 from .launches import Launch
 from .triton_common import load_matrix, load_rows, store_rows
 from .triton_gated import (
@@ -36,7 +37,16 @@ from .triton_gated import (
     strong_gradient,
     strong_scores,
 )
-from .triton_gated_liger import Shape, Terms, key_features, key_gates, query_features, tile_states
+from .triton_gated_liger import (
+    Shape,
+    forward,
+    gate_of,
+    key_features,
+    key_gates,
+    query_features,
+    shape_of,
+    tile_states,
+)
 from .triton_gated_window import window_keys, window_queries
 
 
@@ -63,7 +73,7 @@ def back_states_kernel(
     count = tl.cdiv(tl.minimum(CS, time - first), BT)
     for i in range(0, count):
         t = first + (count - 1 - i) * BT
-        if MODE == "fine":
+        if MODE == "fine":  # noqa: SIM102
             if ((t + BT) % C == 0) | (i == 0):
                 store_matrix(fine + (row * tl.cdiv(time, C) + t // C) * K * V, state, K, V, KP, VP)
         log_decay = key_gates(k_plain, t, k_t, time, bias, inverse, K, KP, BT)
@@ -249,7 +259,7 @@ def gates_kernel(
 
 def backward(
     q: Tensor, k: Tensor, v: Tensor, q_plain: Tensor, k_plain: Tensor, states: Tensor, totals: Tensor, dy: Tensor,
-    terms: Terms, shape: Shape,
+    terms: Averaged, shape: Shape,
 ) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q, k (None without a window), v, q_plain and k_plain."""
     dy = dy.contiguous()
@@ -268,7 +278,7 @@ def backward(
 
 
 def back_tile_states(
-    q_plain: Tensor, k_plain: Tensor, dy: Tensor, totals: Tensor, terms: Terms, shape: Shape,
+    q_plain: Tensor, k_plain: Tensor, dy: Tensor, totals: Tensor, terms: Averaged, shape: Shape,
     chosen: Launch | None = None,
 ) -> Tensor:  # fmt: skip
     """R [B, G, tiles, K, V] behind every tile."""
@@ -280,7 +290,7 @@ def back_tile_states(
     for mode in ("sums", "fine"):
         back_states_kernel[(shape.segments, shape.groups, shape.batch)](
             q_plain, k_plain, dy, sums, states, fine, *steps_of(q_plain), *steps_of(k_plain),
-            shape.time, shape.segments, *terms.gate[:2], G=shape.groups, R=shape.per_group, **shape.widths,
+            shape.time, shape.segments, *gate_of(terms)[:2], G=shape.groups, R=shape.per_group, **shape.widths,
             C=shape.tile, CS=shape.segment, MODE=mode, DTYPE=gated_dtype(dy.dtype)[0], PRECISION="ieee", **options,
         )  # fmt: skip
         if mode == "sums":
@@ -289,7 +299,7 @@ def back_tile_states(
 
 
 def queries(
-    q_plain: Tensor, k_plain: Tensor, v: Tensor, dy: Tensor, before: Tensor, strong: Tensor, terms: Terms,
+    q_plain: Tensor, k_plain: Tensor, v: Tensor, dy: Tensor, before: Tensor, strong: Tensor, terms: Averaged,
     shape: Shape, chosen: Launch | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(dq of the recurrence, phi_q . dphi_q [B, T, H] fp32)."""
@@ -299,7 +309,7 @@ def queries(
         _, options = blocks("gated_liger_queries" + "_strong" * is_strong, v, None if is_strong else chosen)
         queries_kernel[(shape.tiles, shape.heads, shape.batch)](
             q_plain, k_plain, v, dy, before, strong, dq, inner, *steps_of(q_plain), *steps_of(k_plain), *steps_of(v),
-            shape.time, *terms.gate, terms.mix_recurrent, G=shape.groups, R=shape.per_group, **shape.widths,
+            shape.time, *gate_of(terms), terms.mix_recurrent, G=shape.groups, R=shape.per_group, **shape.widths,
             HGRN2=terms.hgrn2, C=shape.tile, DTYPE=gated_dtype(v.dtype)[0], PRECISION="ieee", STRONG=is_strong,
             **options,
         )  # fmt: skip
@@ -307,7 +317,7 @@ def queries(
 
 
 def keys(
-    q_plain: Tensor, k_plain: Tensor, v: Tensor, dy: Tensor, behind: Tensor, strong: Tensor, terms: Terms,
+    q_plain: Tensor, k_plain: Tensor, v: Tensor, dy: Tensor, behind: Tensor, strong: Tensor, terms: Averaged,
     shape: Shape, chosen: Launch | None = None,
 ) -> Tensor:  # fmt: skip
     """dphi_k [B, T, G, K] fp32."""
@@ -316,14 +326,14 @@ def keys(
         _, options = blocks("gated_liger_keys" + "_strong" * is_strong, v, None if is_strong else chosen)
         keys_kernel[(shape.tiles, shape.groups, shape.batch)](
             q_plain, k_plain, v, dy, behind, strong, dphi, *steps_of(q_plain), *steps_of(k_plain), *steps_of(v),
-            shape.time, *terms.gate[:2], terms.mix_recurrent, G=shape.groups, R=shape.per_group, **shape.widths,
+            shape.time, *gate_of(terms)[:2], terms.mix_recurrent, G=shape.groups, R=shape.per_group, **shape.widths,
             C=shape.tile, DTYPE=gated_dtype(v.dtype)[0], PRECISION="ieee", STRONG=is_strong, **options,
         )  # fmt: skip
     return dphi
 
 
 def values(
-    q_plain: Tensor, k_plain: Tensor, dy: Tensor, behind: Tensor, strong: Tensor, dv: Tensor, terms: Terms,
+    q_plain: Tensor, k_plain: Tensor, dy: Tensor, behind: Tensor, strong: Tensor, dv: Tensor, terms: Averaged,
     shape: Shape, chosen: Launch | None = None,
 ) -> None:  # fmt: skip
     """The recurrence's dv, added to the window's in place."""
@@ -331,7 +341,7 @@ def values(
         _, options = blocks("gated_liger_values" + "_strong" * is_strong, dy, None if is_strong else chosen)
         values_kernel[(shape.tiles, shape.groups, shape.batch)](
             q_plain, k_plain, dy, behind, strong, dv, *steps_of(q_plain), *steps_of(k_plain),
-            shape.time, *terms.gate, terms.mix_recurrent, G=shape.groups, R=shape.per_group, **shape.widths,
+            shape.time, *gate_of(terms), terms.mix_recurrent, G=shape.groups, R=shape.per_group, **shape.widths,
             HGRN2=terms.hgrn2, C=shape.tile, DTYPE=gated_dtype(dy.dtype)[0], PRECISION="ieee", STRONG=is_strong,
             ADD=terms.window > 0, **options,
         )  # fmt: skip
@@ -339,14 +349,42 @@ def values(
 
 def gates(
     q_plain: Tensor, k_plain: Tensor, dq: Tensor, inner: Tensor, dphi: Tensor, before: Tensor, behind: Tensor,
-    terms: Terms, shape: Shape, chosen: Launch | None = None,
+    terms: Averaged, shape: Shape, chosen: Launch | None = None,
 ) -> Tensor:  # fmt: skip
     """dk of the recurrence."""
     dk = torch.empty(k_plain.shape, dtype=k_plain.dtype, device=dq.device)
     _, options = blocks("gated_liger_gates", dq, chosen)
     gates_kernel[(shape.tiles, shape.groups, shape.batch)](
         q_plain, k_plain, dq, inner, dphi, before, behind, dk, *steps_of(q_plain), *steps_of(k_plain),
-        shape.time, *terms.gate, terms.mix_recurrent, G=shape.groups, R=shape.per_group, **shape.widths,
+        shape.time, *gate_of(terms), terms.mix_recurrent, G=shape.groups, R=shape.per_group, **shape.widths,
         HGRN2=terms.hgrn2, C=shape.tile, **options,
     )  # fmt: skip
     return dk
+
+
+class _Averaged(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, q_plain, k_plain, terms, stop):
+        q, k, v, q_plain, k_plain = (
+            x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v, q_plain, k_plain)
+        )
+        y, last, states, totals = forward(q, k, v, q_plain, k_plain, terms, stop)
+        ctx.save_for_backward(q, k, v, q_plain, k_plain, states, totals)
+        ctx.terms = terms
+        if last is not None:
+            ctx.mark_non_differentiable(last)
+        return y, last
+
+    @staticmethod
+    def backward(ctx, dy, _):
+        q, k, v, q_plain, k_plain, states, totals = ctx.saved_tensors
+        found = backward(q, k, v, q_plain, k_plain, states, totals, dy, ctx.terms, shape_of(q, k, v))
+        return *found, None, None
+
+
+def averaged_kernel(
+    q: Tensor, k: Tensor, v: Tensor, q_plain: Tensor, k_plain: Tensor, terms: Averaged, *,
+    stop: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """``gated.averaged_chunked``; no gradient flows through the state."""
+    return _Averaged.apply(q, k, v, q_plain, k_plain, terms, stop)  # pyright: ignore[reportReturnType]

@@ -2,8 +2,8 @@
 
     p_ij = exp(s_ij - lse_i)    ds_ij = p_ij (dy_i . v_j - delta_i)    delta_i = sum_j p_ij dy_i . v_j
 
-``window_queries`` leaves lse and delta behind, 8 bytes a query, for ``window_keys``. All is times ``factor``, the window's
-share of the layer's output.
+``window_queries`` leaves lse and delta behind, 8 bytes a query, for ``window_keys``. All is times ``factor``, the
+window's share of the layer's output.
 """
 
 import torch

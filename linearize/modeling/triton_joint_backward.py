@@ -260,11 +260,11 @@ def joint_values(
             if HAS_BASE:
                 at = (b64 * heads + h) * runs + edge * EVERY // run
                 acc = add_sums(acc, plus, minus, base_R, at, F, V, BV, PRECISION)
+        wT = load_transposed(w_q + h * D * F, D, F, BD, F)
         for i0 in range(first_outside(j0, W, TERRACED) // BT * BT, tl.minimum(edge * EVERY * BT, T), BI):
             query = i0 + token
             inverse = 1.0 / tl.load(den + line + query, mask=query < T, other=1.0)
             columns = load_columns(queries, i0, qt, T, D, BD, BI)
-            wT = load_transposed(w_q + h * D * F, D, F, BD, F)
             query_plus, query_minus = hedgehog_columns(tl.dot(wT, columns, input_precision=PRECISION))
             a = tl.dot(plus, query_plus.to(keys.dtype), input_precision=PRECISION)
             a = tl.dot(minus, query_minus.to(keys.dtype), a, input_precision=PRECISION)
