@@ -212,7 +212,7 @@ class StillMixer(Mixer):
             score = (self._score_step if step else self._score_chunk)(x, started, k)
             fresh = (x.k, x.v, score)
             columns = (k, v, unroll(started.score, score, started.seen, started.folded))
-            older = self._hand_over(started, columns, limit, x.in_place)
+            older = self._hand_over(started, columns, limit, in_place=x.in_place)
             y = self._step(x, started, columns, older) if step else self._chunk(x, started, columns)
         k, v, score = (
             write(old, new, started.seen, total) for old, new in zip(started.rings, fresh, strict=True)
