@@ -218,14 +218,14 @@ class LinearAttention(nn.Module):
         frozen = (q.detach(), k.detach(), v.detach())
         with torch.enable_grad():
             student = self._mix(
-                *frozen, tuple(t.detach() for t in plain), mask, linear_context, kwargs, keep=False
+                *frozen, tuple(t.detach() for t in plain), mask, linear_context, kwargs, teacher.detach()
             )
             assert mode.record is not None
             valid = mask.padding(q.device) if hasattr(mask, "attention_mode") else None
             mode.record(self.layer_idx, student, teacher.detach(), valid)
         return teacher, weights
 
-    def _mix(self, q, k, v, plain, mask, context, kwargs, keep=True) -> Tensor | Fit:
+    def _mix(self, q, k, v, plain, mask, context, kwargs, teacher=None) -> Tensor | Fit:
         if isinstance(mask, Tensor):
             raise LinearizeError(
                 f"attention_mask: shape {tuple(mask.shape)} is not supported by converted layers; "
@@ -233,8 +233,8 @@ class LinearAttention(nn.Module):
             )
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
         batch, time = q.shape[:2]
-        hidden = context.hidden.detach() if not keep else context.hidden
-        cache = context.cache if keep else None
+        hidden = context.hidden if teacher is None else context.hidden.detach()
+        cache = context.cache if teacher is None else None
         valid = None if mask is None else mask.padding(q.device)
         packing, lens = None, kwargs.get("cu_seq_lens_q")
         if valid is None and context.cache is None:
@@ -248,6 +248,8 @@ class LinearAttention(nn.Module):
         else:
             rows = mask.rows(q.device, packing)
         parts = dict(hidden=hidden, q=q, k=k, v=v)
+        if teacher is not None:
+            parts["teacher"] = teacher
         if self.mixer.wants_unrotated:
             parts |= dict(q_plain=plain[0].transpose(1, 2), k_plain=plain[1].transpose(1, 2))
         if rows is not None:
@@ -262,7 +264,7 @@ class LinearAttention(nn.Module):
             use_cache=layer is not None,
             pending=0 if layer is None else layer.pending,
             in_place=in_place,
-            transfer=not keep,
+            transfer=teacher is not None,
         )
         with torch.autocast(q.device.type, enabled=False):
             y, state = self.mixer(x, None if layer is None else layer.state)

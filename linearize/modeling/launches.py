@@ -1,9 +1,10 @@
-"""Launch settings of the kernels: a tuned table, and the nearest safe setting where it has no row.
+"""Launch settings of the kernels: the defaults, and those worth timing.
 
-A row is measured on one class of device by an explicit tuning run; a launch never tunes. Shared memory is what the
-kernel takes at the row's widths, so that a smaller card skips rows that do not fit.
+A launch never tunes: it takes a row that was measured for the device (``tuned.py``), else the first default that fits
+the card. Shared memory is what a kernel takes at the row's widths, so that a smaller card skips rows that do not fit.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -25,10 +26,103 @@ class Launch(NamedTuple):
 
 
 # kernel -> rows from the most to the least demanding; the first that fits is launched.
-TABLE: dict[str, list[Launch]] = {}
+TABLE: dict[str, list[Launch]] = {
+    "joint_states": [Launch({"EVERY": 1}, 4, 2)],
+    "joint_outputs": [Launch({"BK": 64}, 4, 1)],
+    "joint_queries_transfer": [Launch({"BK": 64}, 4, 1)],
+    "joint_queries_full": [Launch({"BK": 32}, 4, 1)],
+    "joint_keys": [Launch({}, 4, 1)],
+    "joint_values": [Launch({"BI": 32}, 4, 2)],
+    "joint_inputs": [Launch({"BI": 32}, 4, 1)],
+    "joint_maps": [Launch({}, 4, 2)],
+}
 
-# kernel -> settings worth timing on a new device; the first is the table's.
-CANDIDATES: dict[str, list[Launch]] = {}
+# kernel -> settings worth timing on a device, the default first.
+CANDIDATES: dict[str, list[Launch]] = {
+    "joint_states": [
+        Launch({"EVERY": every}, warps, stages)
+        for every, warps, stages in ((1, 4, 2), (1, 4, 1), (1, 4, 3), (2, 4, 2), (4, 4, 2))
+    ],
+    "joint_outputs": [
+        Launch({"BK": size}, 4, stages) for size, stages in ((32, 1), (64, 1), (32, 2), (64, 2))
+    ],
+    "joint_queries_transfer": [Launch({"BK": 64}, 4, stages) for stages in (1, 2)],
+    "joint_queries_full": [
+        Launch({"BK": size}, 4, stages) for size, stages in ((32, 1), (64, 1), (32, 2), (64, 2))
+    ],
+    "joint_keys": [Launch({}, 4, stages) for stages in (1, 2)],
+    "joint_values": [
+        Launch({"BI": size}, 4, stages) for size, stages in ((32, 1), (64, 1), (32, 2), (64, 2))
+    ],
+    "joint_inputs": [
+        Launch({"BI": size}, 4, stages) for size, stages in ((32, 1), (64, 1), (32, 2), (64, 2))
+    ],
+}
+
+CANDIDATES["selected_ranks"] = [
+    Launch({"rows": 128, "columns": 32}, 4, 2),
+    Launch({"rows": 128, "columns": 64}, 4, 2),
+    Launch({"rows": 64, "columns": 64}, 4, 2),
+]
+CANDIDATES["selected_replay"] = [
+    Launch({"rows": 128}, 4, 2),
+    Launch({"rows": 64}, 4, 2),
+    Launch({"rows": 64}, 2, 2),
+    Launch({"rows": 256}, 8, 2),
+]
+CANDIDATES["selected_kept_forward"] = [
+    Launch({"heads": 2, "keys": 64}, 8, 2),
+    Launch({"heads": 2, "keys": 64}, 8, 3),
+    Launch({"heads": 2, "keys": 128}, 8, 2),
+    Launch({"heads": 1, "keys": 64}, 4, 2),
+    Launch({"heads": 1, "keys": 64}, 4, 3),
+    Launch({"heads": 1, "keys": 32}, 4, 3),
+]
+CANDIDATES["selected_kept_dq"] = [
+    Launch({"heads": 2, "keys": 32}, 8, 2),
+    Launch({"heads": 2, "keys": 64}, 8, 2),
+    Launch({"heads": 1, "keys": 64}, 4, 2),
+    Launch({"heads": 1, "keys": 32}, 4, 2),
+    Launch({"heads": 1, "keys": 64}, 8, 2),
+]
+CANDIDATES["selected_kept_dkv"] = [
+    Launch({"tokens": 128, "queries": 32}, 8, 2),
+    Launch({"tokens": 128, "queries": 64}, 8, 2),
+    Launch({"tokens": 64, "queries": 32}, 4, 2),
+    Launch({"tokens": 64, "queries": 64}, 4, 2),
+    Launch({"tokens": 64, "queries": 32}, 4, 3),
+]
+CANDIDATES["selected_local_dkv"] = [
+    Launch({"tokens": 64, "queries": 64}, 8, 2),
+    Launch({"tokens": 64, "queries": 32}, 4, 2),
+    Launch({"tokens": 64, "queries": 64}, 4, 2),
+    Launch({"tokens": 64, "queries": 32}, 4, 3),
+]
+CANDIDATES["selected_row_sums"] = [
+    Launch({"queries": 128, "keys": 64}, 8, 3),
+    Launch({"queries": 128, "keys": 128}, 8, 2),
+    Launch({"queries": 64, "keys": 64}, 4, 3),
+]
+CANDIDATES["selected_column_max"] = [
+    Launch({"queries": 64, "keys": 128}, 8, 3),
+    Launch({"queries": 128, "keys": 128}, 8, 2),
+    Launch({"queries": 64, "keys": 64}, 4, 3),
+]
+CANDIDATES["selected_saliency"] = [
+    Launch({"heads": 1}, 4, 1),
+    Launch({"heads": 2}, 8, 1),
+    Launch({"heads": 2}, 4, 1),
+]
+CANDIDATES["selected_states"] = [Launch({}, 8, 2), Launch({}, 8, 1), Launch({}, 4, 1), Launch({}, 8, 3)]
+CANDIDATES["selected_linear"] = [Launch({}, 4, 2), Launch({}, 4, 1), Launch({}, 8, 2), Launch({}, 4, 3)]
+CANDIDATES["selected_outputs"] = [
+    Launch({"heads": 1, "keys": 64}, 4, 2),
+    Launch({"heads": 1, "keys": 64}, 4, 3),
+    Launch({"heads": 1, "keys": 128}, 4, 2),
+    Launch({"heads": 1, "keys": 32}, 4, 3),
+]
+for name, settings in CANDIDATES.items():
+    TABLE.setdefault(name, settings[:1])
 
 
 # Decode. HEADS: query heads of a program; BN: keys of the window at once; BO: tokens outside it at once; BK: channels
@@ -104,15 +198,51 @@ for _name in (
     TABLE[_name] = CANDIDATES[_name][:1]
 
 
-def launch(kernel: str, device: torch.device) -> Launch:
-    """The settings of ``kernel`` on ``device``."""
-    rows = TABLE[kernel]
+def launch(
+    kernel: str,
+    device: torch.device,
+    *,
+    K: int | None = None,
+    V: int | None = None,
+    F: int | None = None,
+    dtype: torch.dtype | None = None,
+) -> Launch:
+    """The settings of ``kernel`` on ``device``, at widths and for inputs of a type where they are given."""
+    from .tuned import chosen  # here, because it reads the tables of this file
+
+    if (found := chosen(kernel, device, K, V, F, dtype)) is not None:
+        return found
+    rows, factor = TABLE[kernel], 1 if dtype is None else dtype.itemsize / 2
     room = shared_memory(device)
-    return next((row for row in rows if row.shared <= room), rows[-1])
+    return next((row for row in rows if row.shared * factor <= room), rows[-1])
 
 
+@functools.cache
 def shared_memory(device: torch.device) -> int:
     """Bytes of shared memory that one program may take; without a GPU, a data-centre card's."""
     if device.type != "cuda":
         return 227 * 1024
     return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+
+
+# Gated linear attention: C and CS, tokens of a tile and of a segment, are those of the states' row for all kernels.
+CANDIDATES |= {
+    "gated_scan": [Launch({"BN": 512}, 4, 1), Launch({"BN": 256}, 2, 1), Launch({"BN": 1024}, 4, 1)],
+    "gated_liger_states": [Launch({"C": 64, "CS": 256}, 8, 1)],
+    "gated_liger_outputs": [Launch({"HEADS": 1, "BK": 64}, 4, 1)],
+    "gated_liger_outputs_strong": [Launch({"HEADS": 1, "BK": 32}, 8, 1)],
+    "gated_window_queries": [Launch({"BT": 64, "BK": 64}, 4, 1)],
+    "gated_window_keys": [Launch({"BT": 32, "BK": 64}, 4, 1)],
+    "gated_liger_back_states": [Launch({}, 8, 1)],
+    "gated_liger_queries": [Launch({}, 4, 1)],
+    "gated_liger_queries_strong": [Launch({}, 8, 1)],
+    "gated_liger_keys": [Launch({}, 4, 1)],
+    "gated_liger_keys_strong": [Launch({}, 8, 1)],
+    "gated_liger_values": [Launch({}, 4, 1)],
+    "gated_liger_values_strong": [Launch({}, 8, 1)],
+    "gated_liger_gates": [Launch({}, 8, 1)],
+    "gated_lawcat_states": [Launch({"C": 64, "CS": 256}, 8, 1)],
+    "gated_lawcat_outputs": [Launch({}, 4, 1)],
+    "gated_lawcat_outputs_strong": [Launch({}, 8, 1)],
+}
+TABLE.update({kernel: [rows[0]] for kernel, rows in CANDIDATES.items() if kernel.startswith("gated")})

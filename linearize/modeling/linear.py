@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from .errors import ConversionError
-from .feature_maps import FEATURE_MAPS, check_map, width_of
+from .feature_maps import FEATURE_MAPS, FeatureMap, check_map, width_of
 from .mixer import Geometry, Method, MethodConfig, Mixer, MixerInput
-from .ops import fold, joint_attention, joint_decode, joint_step
+from .ops import fold, joint_decode, joint_step, mapped_attention, mapped_error
 from .ring import final, resize, span, take, unroll, write
 
 FOLD_EVERY = 16
@@ -97,6 +97,10 @@ class LinearMixer(Mixer):
             self.map_k.reset_parameters()
 
     def forward(self, x: MixerInput, state: Any = None) -> tuple[Tensor, Any]:
+        if x.teacher is not None and self._is_plain:
+            maps = (self.map_q, self._key_map)
+            terms = dict(teacher=x.teacher, lengths=x.lengths, **self._terms(x))
+            return mapped_error(x.q, x.k, x.v, *maps, *self._factors(), **terms), None
         if state is None and not x.use_cache:
             return self._many(x, x.q, x.k, x.v)
         if x.in_place:
@@ -125,9 +129,19 @@ class LinearMixer(Mixer):
         limit: Tensor | None = None,
     ) -> tuple[Tensor, Any]:
         """y of columns from position ``state.folded`` on, and the state with those before ``limit`` summed."""
-        phi_k, sums = self._map_k(k), None if state is None else (state.kv, state.z)
-        y = joint_attention(q, k, v, self.map_q(q), phi_k, *self._factors(), state=sums, **self._terms(x))
-        return y, state if limit is None else self._fold(state, phi_k, v, limit)
+        y, sums = mapped_attention(
+            q,
+            k,
+            v,
+            self.map_q,
+            self._key_map,
+            *self._factors(),
+            state=None if state is None else (state.kv, state.z),
+            stop=None if limit is None else limit - state.folded,
+            pending=x.pending,
+            **self._terms(x),
+        )
+        return y, state if sums is None else state._replace(kv=sums[0], z=sums[1])
 
     def _chunk(self, x: MixerInput, state: Any, limit: Tensor) -> tuple[Tensor, Any]:
         """Several tokens: columns ``folded, ...`` stand on the window's grid, as the parallel form needs."""
@@ -211,8 +225,17 @@ class LinearMixer(Mixer):
         kv, z = fold(state.kv, state.z, phi_k, v, keep)
         return state._replace(kv=kv, z=z)
 
+    @property
+    def _is_plain(self) -> bool:
+        """Whether y is nothing but ``mapped_attention``."""
+        return True
+
+    @property
+    def _key_map(self) -> FeatureMap:
+        return self.map_q if self.config.tie_qk_map else self.map_k
+
     def _map_k(self, k: Tensor) -> Tensor:
-        return (self.map_q if self.config.tie_qk_map else self.map_k)(k)
+        return self._key_map(k)
 
     def _factors(self) -> tuple[Tensor, Tensor | None]:
         """Weights [H] of window and sums; without a window neither applies."""

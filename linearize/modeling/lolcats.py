@@ -119,6 +119,10 @@ class LolcatsMixer(LinearMixer):
         kept_k, kept_v = (t.new_zeros(*shape, t.shape[-1]) for t in (x.k, x.v))
         return LolcatsState(k, v, kv, z, kept_k, kept_v, *counters)
 
+    @property
+    def _is_plain(self) -> bool:
+        return not self.config.sparse_cache
+
     def why_not_in_place(self) -> str | None:
         return "a sparse cache is ranked by the host" if self.config.sparse_cache else None
 

@@ -71,10 +71,13 @@ class MixerInput(NamedTuple):
     their sizes and which never waits for the device. Where a mixer returns other tensors, the caller copies them."""
     transfer: bool = False
     """Stage 1, on the teacher's own inputs: a mixer with a loss of its own returns a :class:`Fit` in place of y."""
+    teacher: Tensor | None = None
+    """[B, T, H, V], in stage 1 the output of the layer's softmax: a mixer may form its error against it, a
+    :class:`Fit`, where that is faster than handing y out."""
 
 
 class Fit(NamedTuple):
-    """A mixer's own transfer loss, where matching its layer's output is not what it learns from."""
+    """A mixer's own transfer loss: another than matching its layer's output, or that one already formed."""
 
     error: Tensor
     """Scalar, a mean over the real tokens."""

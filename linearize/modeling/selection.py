@@ -139,15 +139,17 @@ def best_of(score: Tensor, size: int) -> Tensor:
 
 def merge_kept(kept: Kept, k: Tensor, v: Tensor, score: Tensor) -> Kept:
     """The best of the kept tokens and of later ones k, v, score [B, m, G, ...], in as many slots as before."""
-    return ranked(kept, k, v, score, kept.score.shape[1])[0]
+    return ranked(kept, k, v, score, kept.score.shape[1], others=False)[0]
 
 
-def ranked(kept: Kept, k: Tensor, v: Tensor, score: Tensor, size: int) -> tuple[Kept, Kept]:
+def ranked(
+    kept: Kept, k: Tensor, v: Tensor, score: Tensor, size: int, *, others: bool = True
+) -> tuple[Kept, Kept]:
     """The kept tokens and later ones k, v, score [B, m, G, ...] in the order of their scores: the ``size`` best of
-    them, and the others, of which there are no more than m."""
+    them, and the others, of which there are no more than m (none where they are not asked for: m may be long)."""
     together = torch.cat((kept.score, score), dim=1)
     index = best_of(together.transpose(1, 2), together.shape[1]).transpose(1, 2)  # [B, n + m, G]
-    index = index[:, : size + score.shape[1]]
+    index = index[:, : size + (score.shape[1] if others else 0)]
 
     def chosen(old: Tensor, new: Tensor) -> Tensor:
         pool = torch.cat((old, new.to(old.dtype)), dim=1)

@@ -1,0 +1,480 @@
+"""The backward kernels of ``triton_joint.py``: every gradient in O(T), without atomics, the same in every run.
+
+With den_i the normaliser, u_i = dy_i / den_i, e_i = (dy_i . y_i) / den_i, the cotangent of any weight is
+
+    G_ij = u_i . v_j - e_i                                  dphi_q_i = b sum_linear G_ij phi_k_j = b (S u_i - e_i z)
+    c_i  = sum_window p_ij G_ij = - phi_q_i . dphi_q_i      dphi_k_j = b sum_linear G_ij phi_q_i = b (R v_j - r)
+    ds_ij = p_ij G_ij - c_i [j = j*_i]                      dv_j = sum_window p_ij u_i + b R^T phi_k_j
+
+S, z sum over older keys (the forward's), R, r over later queries (``joint_sums`` in reverse); j*_i is the key that
+attains the row's window maximum, the first of equals. The second form of c_i, and so the gradients of the factors,
+needs nothing of the window: a transfer, where q, k and v are frozen, never forms a score.
+
+    joint_delta     e
+    joint_queries   a tile of queries: the logits' gradient dx_q of its map, c, j*; with INPUTS dq
+    joint_keys      a tile of keys of one query head: dx_k, likewise
+    joint_values    a tile of keys, all query heads of its group in turn: dv
+    joint_inputs    likewise dk, from dx_k and the window
+    joint_maps      dW_h = sum_t x_t dx_t^T, in parts that torch adds
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launches import Launch, launch
+from .triton_common import (
+    LOG2E,
+    first_in_window,
+    first_outside,
+    hedgehog_columns,
+    hedgehog_gradient,
+    hedgehog_rows,
+    in_window,
+    load_columns,
+    load_matrix,
+    load_rows,
+    load_transposed,
+    store_rows,
+)
+from .triton_joint import BT, Forward, add_sums, joint_sums, last_contiguous, precision_of, strides, widths
+
+
+@triton.jit(do_not_specialize=["T"])
+def joint_delta(
+    dy, y, den, e, gb, gt, gh, T, V: tl.constexpr, BV: tl.constexpr, BT: tl.constexpr
+):  # fmt: skip
+    """e [B, H, T] of dy and y [B, T, H, V], y contiguous."""
+    h, n = tl.program_id(0), tl.program_id(1)
+    heads, b64 = tl.num_programs(0), tl.cast(tl.program_id(2), tl.int64)
+    one = load_rows(dy + b64 * gb + tl.cast(h, tl.int64) * gh, n * BT, gt, T, V, BV, BT)
+    other = load_rows(y + (b64 * T * heads + h) * V, n * BT, heads * V, T, V, BV, BT)
+    query = n * BT + tl.arange(0, BT)
+    line = (b64 * heads + h) * T + query
+    total = tl.sum(one.to(tl.float32) * other.to(tl.float32), 1)
+    tl.store(e + line, total / tl.load(den + line, mask=query < T, other=1.0), mask=query < T)
+
+
+@triton.jit
+def sums_gradient(
+    d_plus, d_minus, x, weight, S, at, z,
+    F: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The features' gradients [tokens, F] with x S^T - weight z of the sums number ``at``; x [tokens, BV]."""
+    f = tl.arange(0, F)
+    plus = load_transposed(S + at * 2 * F * V, F, V, F, BV)
+    d_plus = tl.dot(x, plus, d_plus, input_precision=PRECISION)
+    minus = load_transposed(S + at * 2 * F * V + F * V, F, V, F, BV)
+    d_minus = tl.dot(x, minus, d_minus, input_precision=PRECISION)
+    d_plus -= weight[:, None] * tl.load(z + at * 2 * F + f)[None, :]
+    return d_plus, d_minus - weight[:, None] * tl.load(z + at * 2 * F + F + f)[None, :]
+
+
+@triton.jit(do_not_specialize=["T", "stored", "run", "runs"])
+def joint_queries(
+    q, k, v, dy, w_q, w_k, g, beta, S, Z, base_S, base_Z, den, peak, e, dx, dq, c, best,
+    qb, qt, qh, kb, kt, kh, vb, vt, vh, gb, gt, gh, T, stored, run, runs, scale,
+    D: tl.constexpr, V: tl.constexpr, F: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BT: tl.constexpr,
+    GROUP: tl.constexpr, EVERY: tl.constexpr, W: tl.constexpr, TERRACED: tl.constexpr, HAS_BASE: tl.constexpr,
+    HAS_BETA: tl.constexpr, MAPS: tl.constexpr, INPUTS: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dx [B, T, H, F] where MAPS, dq [B, T, H, K] and best [B, H, T] where INPUTS, and c [B, H, T]."""
+    h, n, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    heads = tl.num_programs(0)
+    b64, group = tl.cast(b, tl.int64), tl.cast(h // GROUP, tl.int64)
+    q += b64 * qb + tl.cast(h, tl.int64) * qh
+    dy += b64 * gb + tl.cast(h, tl.int64) * gh
+    k += b64 * kb + group * kh
+    v += b64 * vb + group * vh
+    token = tl.arange(0, BT)
+    i0 = n * BT
+    query = i0 + token
+    line = (b64 * heads + h) * T + query
+    weight = tl.load(e + line, mask=query < T, other=0.0)
+    inverse = 1.0 / tl.load(den + line, mask=query < T, other=1.0)
+    u = load_rows(dy, i0, gt, T, V, BV, BT)
+    u = (u.to(tl.float32) * inverse[:, None]).to(u.dtype)
+    rows = load_rows(q, i0, qt, T, D, BD, BT)
+
+    d_plus, d_minus = tl.zeros([BT, F], tl.float32), tl.zeros([BT, F], tl.float32)
+    edge = tl.minimum(first_in_window(i0, W, TERRACED), i0) // BT // EVERY
+    at = (b64 * heads + h) * stored + edge
+    d_plus, d_minus = sums_gradient(d_plus, d_minus, u, weight, S, at, Z, F, V, BV, PRECISION)
+    if HAS_BASE:
+        at = (b64 * heads + h) * runs + edge * EVERY // run
+        d_plus, d_minus = sums_gradient(d_plus, d_minus, u, weight, base_S, at, base_Z, F, V, BV, PRECISION)
+    newest = first_in_window(tl.minimum(i0 + BT, T) - 1, W, TERRACED)
+    for j0 in range(edge * EVERY * BT, newest, BT):
+        vT = load_columns(v, j0, vt, T, V, BV, BT)
+        cotangent = tl.dot(u, vT, input_precision=PRECISION) - weight[:, None]
+        key = (j0 + token)[None, :]
+        linear = (key <= query[:, None]) & (key < first_in_window(query, W, TERRACED)[:, None])
+        cotangent = tl.where(linear, cotangent, 0.0).to(u.dtype)
+        keys = load_rows(k, j0, kt, T, D, BD, BT)
+        w = load_matrix(w_k + h * D * F, D, F, BD, F)
+        key_plus, key_minus = hedgehog_rows(tl.dot(keys, w, input_precision=PRECISION))
+        d_plus = tl.dot(cotangent, key_plus.to(u.dtype), d_plus, input_precision=PRECISION)
+        d_minus = tl.dot(cotangent, key_minus.to(u.dtype), d_minus, input_precision=PRECISION)
+    if HAS_BETA:
+        d_plus, d_minus = d_plus * tl.load(beta + h), d_minus * tl.load(beta + h)
+    plus, minus = hedgehog_rows(
+        tl.dot(rows, load_matrix(w_q + h * D * F, D, F, BD, F), input_precision=PRECISION)
+    )
+    share = -tl.sum(plus * d_plus + minus * d_minus, 1)
+    tl.store(c + line, share, mask=query < T)
+    gradient = hedgehog_gradient(plus, minus, d_plus, d_minus).to(u.dtype)
+    if MAPS:
+        store_rows(dx + (b64 * T * heads + h) * F, gradient, i0, heads * F, T, F, F, BT)
+    if INPUTS:
+        acc = tl.zeros([BT, BD], tl.float32)
+        if W > 0:
+            found = tl.full([BT], float("-inf"), tl.float32)
+            where = tl.zeros([BT], tl.int32)
+            factor = tl.load(g + h)
+            top = tl.load(peak + line, mask=query < T, other=0.0)
+            for j0 in range(first_in_window(i0, W, TERRACED) // BK * BK, tl.minimum(i0 + BT, T), BK):
+                kT = load_columns(k, j0, kt, T, D, BD, BK)
+                seen = in_window(query[:, None], (j0 + tl.arange(0, BK))[None, :], W, TERRACED)
+                scores = tl.dot(rows, kT, input_precision=PRECISION) * (scale * LOG2E)
+                scores = tl.where(seen, scores, -1e30)
+                largest, place = tl.max(scores, 1, return_indices=True)
+                where = tl.where(largest > found, j0 + place, where)
+                found = tl.maximum(found, largest)
+                p = tl.where(seen, factor * tl.exp2(scores - top[:, None]), 0.0)
+                vT = load_columns(v, j0, vt, T, V, BV, BK)
+                ds = p * (tl.dot(u, vT, input_precision=PRECISION) - weight[:, None])
+                keys = load_rows(k, j0, kt, T, D, BD, BK)
+                acc = tl.dot(ds.to(u.dtype), keys, acc, input_precision=PRECISION)
+            tl.store(best + line, where, mask=query < T)
+            column = tl.arange(0, BD)
+            place = k + tl.cast(where, tl.int64)[:, None] * kt + column[None, :]
+            peaks = tl.load(place, mask=(query < T)[:, None] & (column < D)[None, :], other=0.0)
+            acc = (acc - share[:, None] * peaks.to(tl.float32)) * scale
+        wT = load_transposed(w_q + h * D * F, D, F, BD, F)
+        acc = tl.dot(gradient, wT, acc, input_precision=PRECISION)
+        store_rows(dq + (b64 * T * heads + h) * D, acc, i0, heads * D, T, D, BD, BT)
+
+
+@triton.jit(do_not_specialize=["T", "stored", "run", "runs"])
+def joint_keys(
+    q, k, v, dy, w_q, w_k, beta, R, Z, base_R, base_Z, den, e, dx,
+    qb, qt, qh, kb, kt, kh, vb, vt, vh, gb, gt, gh, T, stored, run, runs,
+    D: tl.constexpr, V: tl.constexpr, F: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BT: tl.constexpr,
+    GROUP: tl.constexpr, EVERY: tl.constexpr, W: tl.constexpr, TERRACED: tl.constexpr, HAS_BASE: tl.constexpr,
+    HAS_BETA: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dx [B, T, H, F] of one tile of keys of one query head."""
+    h, n, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    heads, b64, group = tl.num_programs(0), tl.cast(b, tl.int64), tl.cast(h // GROUP, tl.int64)
+    token = tl.arange(0, BT)
+    j0 = n * BT
+    key = j0 + token
+    values = load_rows(v + b64 * vb + group * vh, j0, vt, T, V, BV, BT)
+    q += b64 * qb + tl.cast(h, tl.int64) * qh
+    dy += b64 * gb + tl.cast(h, tl.int64) * gh
+    line = (b64 * heads + h) * T
+    d_plus, d_minus = tl.zeros([BT, F], tl.float32), tl.zeros([BT, F], tl.float32)
+    edge = first_stored(j0, T, BT, EVERY, W, TERRACED)
+    if edge < stored:
+        ones = tl.full([BT], 1.0, tl.float32)
+        at = (b64 * heads + h) * stored + edge
+        d_plus, d_minus = sums_gradient(d_plus, d_minus, values, ones, R, at, Z, F, V, BV, PRECISION)
+        if HAS_BASE:
+            at = (b64 * heads + h) * runs + edge * EVERY // run
+            d_plus, d_minus = sums_gradient(
+                d_plus, d_minus, values, ones, base_R, at, base_Z, F, V, BV, PRECISION
+            )
+    # Queries that some keys of the tile have left, and not all.
+    for i0 in range(first_outside(j0, W, TERRACED) // BT * BT, tl.minimum(edge * EVERY * BT, T), BT):
+        query = i0 + token
+        weight = tl.load(e + line + query, mask=query < T, other=0.0)
+        inverse = 1.0 / tl.load(den + line + query, mask=query < T, other=1.0)
+        uT = load_columns(dy, i0, gt, T, V, BV, BT)
+        uT = (uT.to(tl.float32) * inverse[None, :]).to(uT.dtype)
+        cotangent = tl.dot(values, uT, input_precision=PRECISION) - weight[None, :]
+        cotangent = tl.where(is_linear(query[None, :], key[:, None], T, W, TERRACED), cotangent, 0.0).to(
+            uT.dtype
+        )
+        rows = load_rows(q, i0, qt, T, D, BD, BT)
+        w = load_matrix(w_q + h * D * F, D, F, BD, F)
+        query_plus, query_minus = hedgehog_rows(tl.dot(rows, w, input_precision=PRECISION))
+        d_plus = tl.dot(cotangent, query_plus.to(uT.dtype), d_plus, input_precision=PRECISION)
+        d_minus = tl.dot(cotangent, query_minus.to(uT.dtype), d_minus, input_precision=PRECISION)
+    if HAS_BETA:
+        d_plus, d_minus = d_plus * tl.load(beta + h), d_minus * tl.load(beta + h)
+    keys = load_rows(k + b64 * kb + group * kh, j0, kt, T, D, BD, BT)
+    w = load_matrix(w_k + h * D * F, D, F, BD, F)
+    plus, minus = hedgehog_rows(tl.dot(keys, w, input_precision=PRECISION))
+    gradient = hedgehog_gradient(plus, minus, d_plus, d_minus)
+    store_rows(dx + (b64 * T * heads + h) * F, gradient, j0, heads * F, T, F, F, BT)
+
+
+@triton.jit
+def first_stored(j0, T, BT: tl.constexpr, EVERY: tl.constexpr, W: tl.constexpr, TERRACED: tl.constexpr):
+    """The number of the first stored sums over queries that every key of the tile at j0 has left the window of."""
+    ahead = first_outside(tl.minimum(j0 + BT, T) - 1, W, TERRACED)
+    tile = (ahead + BT - 1) // BT
+    return (tile + EVERY - 1) // EVERY
+
+
+@triton.jit
+def is_linear(query, key, T, W: tl.constexpr, TERRACED: tl.constexpr):
+    return (query >= first_outside(key, W, TERRACED)) & (key <= query) & (query < T)
+
+
+@triton.jit(do_not_specialize=["T", "stored", "run", "runs"])
+def joint_values(
+    q, k, dy, w_q, w_k, g, beta, R, base_R, den, peak, dv,
+    qb, qt, qh, kb, kt, kh, gb, gt, gh, T, stored, run, runs, scale,
+    D: tl.constexpr, V: tl.constexpr, F: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BT: tl.constexpr,
+    GROUP: tl.constexpr, EVERY: tl.constexpr, W: tl.constexpr, TERRACED: tl.constexpr, HAS_BASE: tl.constexpr,
+    HAS_BETA: tl.constexpr, BI: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dv [B, T, G, V] of one tile of keys, summed over the query heads of its group."""
+    group, n, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    groups = tl.num_programs(0)
+    heads, b64, group64 = groups * GROUP, tl.cast(b, tl.int64), tl.cast(group, tl.int64)
+    token = tl.arange(0, BI)
+    j0 = n * BT
+    key = j0 + tl.arange(0, BT)
+    k += b64 * kb + group64 * kh
+    acc = tl.zeros([BT, BV], tl.float32)
+    edge = first_stored(j0, T, BT, EVERY, W, TERRACED)
+    for r in range(GROUP):
+        h = group * GROUP + r
+        queries = q + b64 * qb + tl.cast(h, tl.int64) * qh
+        gradients = dy + b64 * gb + tl.cast(h, tl.int64) * gh
+        line = (b64 * heads + h) * T
+        keys = load_rows(k, j0, kt, T, D, BD, BT)
+        w = load_matrix(w_k + h * D * F, D, F, BD, F)
+        plus, minus = hedgehog_rows(tl.dot(keys, w, input_precision=PRECISION))
+        if HAS_BETA:
+            plus, minus = plus * tl.load(beta + h), minus * tl.load(beta + h)
+        plus, minus = plus.to(keys.dtype), minus.to(keys.dtype)
+        if edge < stored:
+            at = (b64 * heads + h) * stored + edge
+            acc = add_sums(acc, plus, minus, R, at, F, V, BV, PRECISION)
+            if HAS_BASE:
+                at = (b64 * heads + h) * runs + edge * EVERY // run
+                acc = add_sums(acc, plus, minus, base_R, at, F, V, BV, PRECISION)
+        wT = load_transposed(w_q + h * D * F, D, F, BD, F)
+        for i0 in range(first_outside(j0, W, TERRACED) // BT * BT, tl.minimum(edge * EVERY * BT, T), BI):
+            query = i0 + token
+            inverse = 1.0 / tl.load(den + line + query, mask=query < T, other=1.0)
+            columns = load_columns(queries, i0, qt, T, D, BD, BI)
+            query_plus, query_minus = hedgehog_columns(tl.dot(wT, columns, input_precision=PRECISION))
+            a = tl.dot(plus, query_plus.to(keys.dtype), input_precision=PRECISION)
+            a = tl.dot(minus, query_minus.to(keys.dtype), a, input_precision=PRECISION)
+            linear = is_linear(query[None, :], key[:, None], T, W, TERRACED)
+            a = tl.where(linear, a * inverse[None, :], 0.0)
+            rows = load_rows(gradients, i0, gt, T, V, BV, BI)
+            acc = tl.dot(a.to(rows.dtype), rows, acc, input_precision=PRECISION)
+        if W > 0:
+            factor = tl.load(g + h)
+            for i0 in range(j0, tl.minimum(first_outside(tl.minimum(j0 + BT, T) - 1, W, TERRACED), T), BI):
+                query = i0 + token
+                real = query < T
+                inverse = factor / tl.load(den + line + query, mask=real, other=1.0)
+                top = tl.load(peak + line + query, mask=real, other=0.0)
+                seen = in_window(query[None, :], key[:, None], W, TERRACED) & real[None, :]
+                columns = load_columns(queries, i0, qt, T, D, BD, BI)
+                scores = tl.dot(keys, columns, input_precision=PRECISION) * (scale * LOG2E)
+                p = tl.where(seen, inverse[None, :] * tl.exp2(scores - top[None, :]), 0.0)
+                rows = load_rows(gradients, i0, gt, T, V, BV, BI)
+                acc = tl.dot(p.to(rows.dtype), rows, acc, input_precision=PRECISION)
+    store_rows(dv + (b64 * T * groups + group) * V, acc, j0, groups * V, T, V, BV, BT)
+
+
+@triton.jit(do_not_specialize=["T"])
+def joint_inputs(
+    q, k, v, dy, w_k, g, den, peak, e, c, best, dx, dk,
+    qb, qt, qh, kb, kt, kh, vb, vt, vh, gb, gt, gh, T, scale,
+    D: tl.constexpr, V: tl.constexpr, F: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BT: tl.constexpr,
+    GROUP: tl.constexpr, W: tl.constexpr, TERRACED: tl.constexpr, BI: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dk [B, T, G, K] of one tile of keys, summed over the query heads of its group, from dx and the window."""
+    group, n, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    groups = tl.num_programs(0)
+    heads, b64, group64 = groups * GROUP, tl.cast(b, tl.int64), tl.cast(group, tl.int64)
+    token = tl.arange(0, BI)
+    j0 = n * BT
+    key = j0 + tl.arange(0, BT)
+    k += b64 * kb + group64 * kh
+    v += b64 * vb + group64 * vh
+    acc = tl.zeros([BT, BD], tl.float32)
+    for r in range(GROUP):
+        h = group * GROUP + r
+        queries = q + b64 * qb + tl.cast(h, tl.int64) * qh
+        gradients = dy + b64 * gb + tl.cast(h, tl.int64) * gh
+        line = (b64 * heads + h) * T
+        gradient = load_rows(dx + (b64 * T * heads + h) * F, j0, heads * F, T, F, F, BT)
+        wT = load_transposed(w_k + h * D * F, D, F, BD, F)
+        acc = tl.dot(gradient, wT, acc, input_precision=PRECISION)
+        if W > 0:
+            factor = tl.load(g + h)
+            for i0 in range(j0, tl.minimum(first_outside(tl.minimum(j0 + BT, T) - 1, W, TERRACED), T), BI):
+                query = i0 + token
+                real = query < T
+                top = tl.load(peak + line + query, mask=real, other=0.0)
+                seen = in_window(query[None, :], key[:, None], W, TERRACED) & real[None, :]
+                keys = load_rows(k, j0, kt, T, D, BD, BT)
+                columns = load_columns(queries, i0, qt, T, D, BD, BI)
+                scores = tl.dot(keys, columns, input_precision=PRECISION) * (scale * LOG2E)
+                p = tl.where(seen, factor * tl.exp2(scores - top[None, :]), 0.0)
+                values = load_rows(v, j0, vt, T, V, BV, BT)
+                columns = load_columns(gradients, i0, gt, T, V, BV, BI)
+                inverse = 1.0 / tl.load(den + line + query, mask=real, other=1.0)
+                weight = tl.load(e + line + query, mask=real, other=0.0)
+                ds = p * (
+                    tl.dot(values, columns, input_precision=PRECISION) * inverse[None, :] - weight[None, :]
+                )
+                share = tl.load(c + line + query, mask=real, other=0.0)
+                where = tl.load(best + line + query, mask=real, other=-1)
+                ds -= tl.where(where[None, :] == key[:, None], share[None, :], 0.0)
+                rows = load_rows(queries, i0, qt, T, D, BD, BI)
+                acc = tl.dot((ds * scale).to(rows.dtype), rows, acc, input_precision=PRECISION)
+    store_rows(dk + (b64 * T * groups + group) * D, acc, j0, groups * D, T, D, BD, BT)
+
+
+@triton.jit(do_not_specialize=["T", "run"])
+def joint_maps(
+    x, dx, part, xb, xt, xh, T, run,
+    D: tl.constexpr, F: tl.constexpr, BD: tl.constexpr, BT: tl.constexpr, GROUP: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """part [B, parts, H, K, F] fp32: sums of x dx^T over ``run`` tiles."""
+    h, p = tl.program_id(0), tl.program_id(1)
+    heads, parts, b64 = tl.num_programs(0), tl.num_programs(1), tl.cast(tl.program_id(2), tl.int64)
+    x += b64 * xb + tl.cast(h // GROUP, tl.int64) * xh
+    dx += (b64 * T * heads + h) * F
+    acc = tl.zeros([BD, F], tl.float32)
+    for n in range(p * run, tl.minimum((p + 1) * run, (T + BT - 1) // BT)):
+        columns = load_columns(x, n * BT, xt, T, D, BD, BT)
+        gradient = load_rows(dx, n * BT, heads * F, T, F, F, BT)
+        acc = tl.dot(columns, gradient, acc, input_precision=PRECISION)
+    row, column = tl.arange(0, BD), tl.arange(0, F)
+    at = part + ((b64 * parts + p) * heads + h) * D * F
+    tl.store(at + row[:, None] * F + column[None, :], acc, mask=(row < D)[:, None] & (column < F)[None, :])
+
+
+class Gradients(NamedTuple):
+    """None where it was not asked for."""
+
+    q: Tensor | None
+    k: Tensor | None
+    v: Tensor | None
+    w_q: Tensor | None
+    """[H, K, f] fp32."""
+    w_k: Tensor | None
+    c: Tensor
+    """[B, H, T]; its sum over B and T is g dL/dg and - beta dL/dbeta."""
+
+
+def map_gradient(x: Tensor, dx: Tensor) -> Tensor:
+    """[H, K, f] fp32, the sum of x dx^T over tokens; x [B, T, G or H, K], dx [B, T, H, f]."""
+    setting = launch("joint_maps", x.device)
+    batch, time, heads, half = dx.shape
+    tiles = triton.cdiv(time, BT)
+    run = max(1, min(tiles, triton.cdiv(batch * heads * tiles, 1056)))
+    parts = triton.cdiv(tiles, run)
+    part = torch.empty(batch, parts, heads, x.shape[-1], half, dtype=torch.float32, device=x.device)
+    width = max(16, triton.next_power_of_2(x.shape[-1]))
+    joint_maps[(heads, parts, batch)](
+        x, dx, part, *strides(x), time, run, D=x.shape[-1], F=half, BD=width, BT=BT, GROUP=heads // x.shape[2],
+        PRECISION=precision_of(x), num_warps=setting.warps, num_stages=setting.stages,
+    )  # fmt: skip
+    return part.sum((0, 1))
+
+
+def joint_backward(
+    dy: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    w_q: Tensor,
+    w_k: Tensor,
+    g: Tensor,
+    beta: Tensor | None,
+    done: Forward,
+    *,
+    scale: float,
+    window: int | None,
+    terraced: bool,
+    maps: bool,
+    inputs: bool,
+    settings: dict[str, Launch] | None = None,
+) -> Gradients:
+    """Gradients after ``joint_forward(..., save=True)``, of the maps, of q, k and v, or of both.
+
+    With a teacher ``dy`` is the forward's own y - teacher and ``done.e`` is set: the gradients are those of half the
+    sum of its squares.
+    """
+    settings = settings or {}
+    batch, time, heads = q.shape[:3]
+    groups, half, tiles = k.shape[2], w_q.shape[-1], triton.cdiv(q.shape[1], BT)
+    assert done.den is not None and done.peak is not None
+    dy = last_contiguous(dy)
+    exact: dict[str, Any] = {"dtype": torch.float32, "device": q.device}
+    shape = widths(q, v, w_q)
+    e = done.e
+    if e is None:
+        e = torch.empty(batch, heads, time, **exact)
+        joint_delta[(heads, tiles, batch)](
+            dy, done.y, done.den, e, *strides(dy), time, V=shape["V"], BV=shape["BV"], BT=BT, num_warps=4
+        )
+    later = joint_sums(q, w_q, dy, reverse=(done.den, e), setting=settings.get("joint_states_reverse"))
+    c = torch.empty(batch, heads, time, **exact)
+    best = torch.empty(batch, heads, time, dtype=torch.int32, device=q.device) if inputs and window else c
+    dx_q = torch.empty(batch, time, heads, half, dtype=q.dtype, device=q.device) if maps else c
+    dx_k = torch.empty(batch, time, heads, half, dtype=q.dtype, device=q.device)
+    dq = torch.empty(q.shape, dtype=q.dtype, device=q.device) if inputs else c
+    shape |= {
+        "BT": BT, "GROUP": heads // groups, "W": window or 0, "TERRACED": terraced,
+        "HAS_BETA": beta is not None and bool(window),
+    }  # fmt: skip
+    steps = (*strides(q), *strides(k), *strides(v), *strides(dy), time)
+    b, sums = g if beta is None else beta, done.sums
+    now = {"EVERY": sums.every, "HAS_BASE": sums.base_S is not None}
+    then = {"EVERY": later.every, "HAS_BASE": later.base_S is not None}
+    places = (later.S.shape[2], later.run, _runs(later))
+    setting = settings.get("joint_queries") or launch(
+        f"joint_queries_{'full' if inputs else 'transfer'}", q.device
+    )
+    joint_queries[(heads, tiles, batch)](
+        q, k, v, dy, w_q, w_k, g, b, sums.S, sums.Z, *_base(sums, g), done.den, done.peak, e, dx_q, dq, c, best,
+        *steps, sums.S.shape[2], sums.run, _runs(sums), scale, **shape, **now, MAPS=maps, INPUTS=inputs,
+        **setting.options,
+    )  # fmt: skip
+    setting = settings.get("joint_keys") or launch("joint_keys", q.device)
+    joint_keys[(heads, tiles, batch)](
+        q, k, v, dy, w_q, w_k, b, later.S, later.Z, *_base(later, g), done.den, e, dx_k, *steps, *places,
+        **shape, **then, num_warps=setting.warps, num_stages=setting.stages,
+    )  # fmt: skip
+    on_inputs: tuple[Tensor | None, ...] = (None, None, None)
+    if inputs:
+        dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (k, v))
+        setting = settings.get("joint_values") or launch("joint_values", q.device)
+        joint_values[(groups, tiles, batch)](
+            q, k, dy, w_q, w_k, g, b, later.S, _base(later, g)[0], done.den, done.peak, dv,
+            *strides(q), *strides(k), *strides(dy), time, *places, scale, **shape, **then, **setting.options,
+        )  # fmt: skip
+        setting = settings.get("joint_inputs") or launch("joint_inputs", q.device)
+        del shape["HAS_BETA"]
+        joint_inputs[(groups, tiles, batch)](
+            q, k, v, dy, w_k, g, done.den, done.peak, e, c, best, dx_k, dk, *steps, scale, **shape,
+            **setting.options,
+        )  # fmt: skip
+        on_inputs = (dq, dk, dv)
+    on_maps = (map_gradient(q, dx_q), map_gradient(k, dx_k)) if maps else (None, None)
+    return Gradients(*on_inputs, *on_maps, c)
+
+
+def _base(sums: Any, filler: Tensor) -> tuple[Tensor, Tensor]:
+    return (filler, filler) if sums.base_S is None else (sums.base_S, sums.base_Z)
+
+
+def _runs(sums: Any) -> int:
+    return 1 if sums.base_S is None else sums.base_S.shape[2]

@@ -1,0 +1,114 @@
+"""Cases of ``tests/aot.py``: the kernels of kept and routed attention as they are launched for Llama-3-8B's shapes."""
+
+from aot import Case
+
+from linearize.modeling import triton_selected as sets
+from linearize.modeling import triton_selected_future as future
+from linearize.modeling import triton_selected_kept as kept
+from linearize.modeling import triton_selected_kept_backward as backward
+from linearize.modeling import triton_selected_routed as routed
+from linearize.modeling.launches import CANDIDATES
+
+WIDTHS = {128: dict(G=8, R=4, K=128, V=128, BK=128, BV=128), 64: dict(G=8, R=4, K=64, V=64, BK=64, BV=64)}
+STRIDES = {f"{x}_{axis}": "i32:16" for x in "qkv" for axis in "bth"}
+SCALARS = dict(scale="fp32", back="fp32", eps="fp32", least="fp32", **STRIDES)
+SETS = dict(index="*i32", leave="*i32", lists="*i64")
+SCRATCH = {f"{x}_{y}": "*fp32" for x in ("carried", "entered") for y in "kv"}
+
+
+def case(name, kernel, arguments, constants, setting, matrix=True):
+    """A case of one kernel; every other parameter is an integer."""
+    constants = {**constants, **setting.blocks}
+    kinds = {
+        parameter: arguments.get(parameter, "i32")
+        for parameter in kernel.arg_names
+        if parameter not in constants
+    }
+    return Case(name, kernel, kinds, constants, setting.warps, setting.stages, matrix)
+
+
+def selection():
+    i64 = dict(keys="*i64", lists="*i64", merged="*i64", index="*i32", leave="*i32", left="*i32")
+    i64 |= dict(score="*fp32")
+    ranks, replay = CANDIDATES["selected_ranks"][0], CANDIDATES["selected_replay"][0]
+    plain = ranks._replace(blocks={})
+    yield case("keys", sets.keys_kernel, i64, dict(groups=8, chunk=64, block=256), plain, False)
+    yield case("picks", sets.picks_kernel, i64, dict(groups=32, chunk=64, picks=4, block=64), plain, False)
+    yield case("ranks", sets.ranks_kernel, i64, dict(length=1024), ranks, False)
+    yield case("merge", sets.merge_kernel, i64, dict(rows=128, STEPS=9), plain, False)
+    for per_chunk in (64, 4):
+        constants = dict(per_chunk=per_chunk, padded=per_chunk, chunks=1024 // per_chunk, STEPS=9)
+        constants["LEFT"] = per_chunk == 4
+        yield case(f"replay {per_chunk}", sets.replay_kernel, i64, constants, replay, False)
+
+
+def salient(every=False):
+    half = dict.fromkeys(("q", "k", "v", "y", "dy", "dq", "dk", "dv"), "*bf16")
+    types = {**half, **SCALARS, **SETS, **SCRATCH, "lse": "*fp32", "delta": "*fp32", "score": "*fp32"}
+    types |= dict(listed="*i32", sizes="*i32")
+    for width, shape in WIDTHS.items():
+        row = dict(**shape, C=64, TAIL=16)
+        column = dict(**shape, C=64)
+        rows = [
+            ("selected_kept_forward", kept.kept_forward_kernel, row),
+            ("selected_kept_dq", backward.kept_dq_kernel, row),
+            ("selected_kept_dkv", backward.kept_dkv_kernel, column),
+            ("selected_local_dkv", backward.local_dkv_kernel, dict(**column, STEPS=9)),
+        ]
+        for name, kernel, constants in rows:
+            for setting in CANDIDATES[name][: None if every else 1]:
+                label = f"{name} {width} {setting.blocks} {setting.warps} {setting.stages}"
+                yield case(label, kernel, types, constants, setting)
+    yield case(
+        "entrants", backward.entrants_kernel, types, dict(C=64, block=1024),
+        CANDIDATES["selected_ranks"][0]._replace(blocks={}), False,
+    )  # fmt: skip
+
+
+def still(every=False):
+    half = dict.fromkeys(("q", "k", "v", "w", "gate", "states", "bases", "base", "y", "linear"), "*bf16")
+    types = {
+        **half,
+        **SCALARS,
+        **SETS,
+        "left": "*i32",
+        "last": "*i64",
+        **dict.fromkeys(
+            ("sums", "base_sums", "totals", "total_sums", "x", "carry", "top", "den", "mass"), "*fp32"
+        ),
+    }
+    plain = CANDIDATES["selected_ranks"][0]._replace(blocks={})
+    for width, shape in WIDTHS.items():
+        exact = dict(**shape, GS=32, C=64, P=4)
+        mapped = dict(**shape, C=64, HS=32, F=width, NORM=True)
+        made = {name: x for name, x in mapped.items() if name != "R"}
+        rows = [
+            ("selected_states", routed.states_kernel, dict(**made, GS=32, P=4, FEW=4)),
+            ("selected_linear", routed.linear_kernel, dict(**mapped, GATE=width)),
+            ("selected_outputs", routed.outputs_kernel, dict(**exact, TAIL=0)),
+        ]
+        for name, kernel, constants in rows:
+            for setting in CANDIDATES[name][: None if every else 1]:
+                label = f"{name} {width} {setting.blocks} {setting.warps} {setting.stages}"
+                yield case(label, kernel, types, constants, setting)
+    scan = dict(REVERSE=False, block=1024)
+    yield case("selected_bases", routed.bases_kernel, types, scan, plain, False)
+
+
+def values(every=False):
+    types = dict(q="*bf16", k="*bf16", lse="*fp32", lengths="*i64", found="*fp32", rho="*fp32", **SCALARS)
+    for width, shape in WIDTHS.items():
+        constants = {x: shape[x] for x in ("G", "R", "K", "BK")}
+        rows = [
+            ("selected_row_sums", future.row_sums_kernel, {}),
+            ("selected_column_max", future.column_max_kernel, dict(C=64)),
+            ("selected_saliency", future.saliency_kernel, dict(C=64)),
+        ]
+        for name, kernel, more in rows:
+            for setting in CANDIDATES[name][: None if every else 1]:
+                label = f"{name} {width} {setting.blocks} {setting.warps} {setting.stages}"
+                yield case(label, kernel, types, {**constants, **more}, setting)
+
+
+def cases(every=False):
+    return [*selection(), *salient(every), *still(every), *values(every)]
