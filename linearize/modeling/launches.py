@@ -228,21 +228,29 @@ def shared_memory(device: torch.device) -> int:
 # Gated linear attention: C and CS, tokens of a tile and of a segment, are those of the states' row for all kernels.
 CANDIDATES |= {
     "gated_scan": [Launch({"BN": 512}, 4, 1), Launch({"BN": 256}, 2, 1), Launch({"BN": 1024}, 4, 1)],
-    "gated_liger_states": [Launch({"C": 64, "CS": 256}, 8, 1)],
-    "gated_liger_outputs": [Launch({"HEADS": 1, "BK": 64}, 4, 1)],
-    "gated_liger_outputs_strong": [Launch({"HEADS": 1, "BK": 32}, 8, 1)],
-    "gated_window_queries": [Launch({"BT": 64, "BK": 64}, 4, 1)],
-    "gated_window_keys": [Launch({"BT": 32, "BK": 64}, 4, 1)],
-    "gated_liger_back_states": [Launch({}, 8, 1)],
-    "gated_liger_queries": [Launch({}, 4, 1)],
-    "gated_liger_queries_strong": [Launch({}, 8, 1)],
-    "gated_liger_keys": [Launch({}, 4, 1)],
-    "gated_liger_keys_strong": [Launch({}, 8, 1)],
-    "gated_liger_values": [Launch({}, 4, 1)],
-    "gated_liger_values_strong": [Launch({}, 8, 1)],
-    "gated_liger_gates": [Launch({}, 8, 1)],
-    "gated_lawcat_states": [Launch({"C": 64, "CS": 256}, 8, 1)],
-    "gated_lawcat_outputs": [Launch({}, 4, 1)],
+    "gated_liger_states": [Launch({"C": 64, "CS": size}, 8, 1) for size in (256, 128, 512)],
+    "gated_liger_outputs": [
+        Launch({"HEADS": heads, "BK": 64}, warps, 1) for heads, warps in ((1, 4), (1, 8), (2, 8), (4, 8))
+    ],
+    "gated_liger_outputs_strong": [Launch({"BK": 32}, 8, 1)],
+    "gated_window_queries": [
+        Launch({"BT": 64, "BK": size}, 4, stages) for size, stages in ((64, 1), (32, 1), (64, 2), (32, 2))
+    ],
+    "gated_window_keys": [
+        Launch({"BT": 32, "BK": 64}, 4, 1),
+        Launch({"BT": 32, "BK": 64}, 4, 2),
+        Launch({"BT": 64, "BK": 128}, 8, 1),
+        Launch({"BT": 32, "BK": 128}, 8, 1),
+    ],
+    "gated_liger_back_states": [Launch({}, 8, 1), Launch({}, 8, 2)],
+    **{
+        f"gated_liger_{kernel}{strong}": [Launch({}, 8, 1)]
+        for kernel in ("queries", "keys", "values")
+        for strong in ("", "_strong")
+    },
+    "gated_liger_gates": [Launch({}, 8, 1), Launch({}, 4, 1)],
+    "gated_lawcat_states": [Launch({"C": 64, "CS": size}, 8, 1) for size in (256, 128, 512)],
+    "gated_lawcat_outputs": [Launch({}, 4, 1), Launch({}, 8, 1)],
     "gated_lawcat_outputs_strong": [Launch({}, 8, 1)],
 }
 TABLE.update({kernel: [rows[0]] for kernel, rows in CANDIDATES.items() if kernel.startswith("gated")})

@@ -34,7 +34,14 @@ from torch.nn.functional import avg_pool1d, linear, logsigmoid, pad, rms_norm
 from .errors import ConversionError
 from .feature_maps import FEATURE_MAPS, check_map, width_of
 from .mixer import Geometry, Method, MethodConfig, Mixer, MixerInput, check_window
-from .ops import gated_attention, gated_decode, joined_attention, joined_decode, lawcat_step
+from .ops import (
+    convolved_attention,
+    gated_attention,
+    gated_decode,
+    joined_attention,
+    joined_decode,
+    lawcat_step,
+)
 from .ring import at_columns, attend_through, new_columns, resize, unroll, write
 from .tiles import accumulator
 
@@ -220,8 +227,12 @@ class LawcatMixer(Mixer):
         state = self._start(x) if state is None else self._grow(state, x.pending)
         total = state.seen + (x.q.shape[1] if x.lengths is None else x.lengths)
         limit = (total - x.pending).clamp_min(0).maximum(state.folded)
-        log_decay = self._log_decay(x)
-        y, kv = self._sums(x, q, k, log_decay, state, limit, fresh)
+        log_decay = None if fresh and self._plain and not state.log_decay.shape[1] else self._log_decay(x)
+        if fresh and self._plain:
+            y, kv = self._whole(x, q, k, limit if x.use_cache else None)
+        else:
+            assert log_decay is not None
+            y, kv = self._sums(x, q, k, log_decay, state, limit, fresh)
         if config.window is not None:
             y = self._join(x, y, None if fresh else state)
         if not config.normalize:
@@ -229,7 +240,9 @@ class LawcatMixer(Mixer):
         y = y.to(x.v.dtype)
         if not x.use_cache:
             return y, None
-        new = {"tail_q": q, "tail_k": k, "k": x.k, "v": x.v, "log_decay": log_decay}
+        new = {"tail_q": q, "tail_k": k, "k": x.k, "v": x.v}
+        if log_decay is not None:
+            new["log_decay"] = log_decay
         rings = {name: write(getattr(state, name), t, state.seen, total) for name, t in new.items()}
         return y, state._replace(**rings, kv=kv, seen=total, folded=limit)
 
@@ -283,6 +296,33 @@ class LawcatMixer(Mixer):
         return state._replace(**{n: resize(t, state.seen, t.shape[1] + 1) for n, t in tails.items()})
 
     # The sums.
+
+    @property
+    def _plain(self) -> bool:
+        """Whether the layer is what ``convolved_attention`` computes."""
+        config = self.config
+        unusual = config.window is not None or config.kv_shared or config.clamp_log_decay is not None
+        usual = config.normalize and config.feature_map == "hedgehog" and "v" not in self._convolved
+        return usual and not unusual
+
+    def _whole(
+        self, x: MixerInput, q: Tensor, k: Tensor, stop: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        config = self.config
+        tied = "taps_k" if config.conv_tied else "taps_q"
+        return convolved_attention(
+            q,
+            k,
+            x.v,
+            self._logits(x),
+            getattr(self, tied) if "q" in self._convolved else None,
+            self.taps_k if "k" in self._convolved else None,
+            (self.map_k if config.tie_qk_map else self.map_q).weight,
+            self.map_k.weight,
+            steps=config.gate_normalizer,
+            eps=config.eps,
+            stop=stop,
+        )
 
     def _sums(
         self,
@@ -379,14 +419,18 @@ class LawcatMixer(Mixer):
         rows = q.unflatten(2, (self.state_heads, -1)).transpose(2, 3)  # [B, T, R, G, K]
         return self.map_k(rows.flatten(1, 2)).unflatten(1, rows.shape[1:3]).transpose(2, 3).flatten(2, 3)
 
-    def _log_decay(self, x: MixerInput) -> Tensor:
-        """log a [B, T, G, F], at most 0."""
+    def _logits(self, x: MixerInput) -> Tensor:
+        """Of the gate, [B, T, G, F]."""
         logits, dtype = x.hidden, accumulator(x.hidden)
         if self.gate_down is not None:
             logits = linear(logits.to(dtype), self.gate_down.weight.to(dtype))
         logits = linear(logits.to(dtype), self.gate_up.weight.to(dtype), self.gate_up.bias.to(dtype))
-        logits, bound = logits.unflatten(-1, (self.geometry.kv_heads, -1)), self.config.clamp_log_decay
-        log_decay = logsigmoid(logits) / self.config.gate_normalizer
+        return logits.unflatten(-1, (self.geometry.kv_heads, -1))
+
+    def _log_decay(self, x: MixerInput) -> Tensor:
+        """log a [B, T, G, F], at most 0."""
+        bound = self.config.clamp_log_decay
+        log_decay = logsigmoid(self._logits(x)) / self.config.gate_normalizer
         return log_decay if bound is None else log_decay.clamp_min(bound)
 
     def _per_state_head(self, x: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .backend import ran, reference_only, refusal, use_kernel
+from .convolved import convolved_chunked
 from .feature_maps import FeatureMap, Hedgehog, NormPreserved, NormPreservedPlain
 from .gated import (
     Averaged,
@@ -40,6 +41,7 @@ __all__ = [
     "Past",
     "Sparse",
     "averaged_attention",
+    "convolved_attention",
     "fold",
     "future_attention",
     "gated_attention",
@@ -294,6 +296,30 @@ def averaged_attention(
     from .triton_gated_liger_backward import averaged_kernel
 
     return averaged_kernel(*inputs, terms, stop=stop)
+
+
+def convolved_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    logits: Tensor,
+    taps_q: Tensor | None,
+    taps_k: Tensor | None,
+    map_q: Tensor,
+    map_k: Tensor,
+    *,
+    stop: Tensor | None = None,
+    **terms: float,
+) -> tuple[Tensor, Tensor | None]:
+    """``convolved.convolved_chunked``: LAWCAT's layer without a window, from raw inputs."""
+    parts = (taps_q, taps_k, map_q, map_k)
+    learned = [x for x in (q, k, v, logits, *parts) if x is not None and x.requires_grad]
+    needed = "its gradients have no kernel" if learned and torch.is_grad_enabled() else None
+    if not use_kernel("convolved_attention", refusal(q, k, v, logits), _uneven(q, k, v), needed):
+        return convolved_chunked(q, k, v, logits, *parts, stop=stop, **terms)
+    from .triton_gated_lawcat import convolved_kernel
+
+    return convolved_kernel(q, k, v, logits, *parts, stop=stop, **terms)
 
 
 def _uneven(*tensors: Tensor) -> str | None:

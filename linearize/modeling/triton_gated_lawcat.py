@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launches import Launch, launch
+from .launches import Launch
 from .triton_common import load_columns, load_matrix, load_rows, load_transposed, store_rows
 from .triton_gated import LOG2E, REACH, blocks, gated_dtype, log_gate, padded, precision, scan, steps_of
 
@@ -342,13 +342,9 @@ class Layer(NamedTuple):
         return {
             "H": self.q.shape[2], "R": self.q.shape[2] // self.k.shape[2],
             "K": key_dim, "KP": padded(key_dim), "V": value_dim, "VP": padded(value_dim),
-            "f": f, "FP": padded(f), "C": launch("gated_lawcat_states", self.v.device).blocks["C"],
+            "f": f, "FP": padded(f), "C": blocks("gated_lawcat_states", self.v)[0]["C"],
             "PRECISION": precision(self.v.dtype), "DTYPE": gated_dtype(self.v.dtype)[0],
         }  # fmt: skip
-
-    @property
-    def segment(self) -> int:
-        return launch("gated_lawcat_states", self.v.device).blocks["CS"]
 
 
 class States(NamedTuple):
@@ -367,22 +363,29 @@ def forward(
     layer: Layer, *, steps: float, eps: float, stop: Tensor | None = None, save: bool = False
 ) -> tuple[States, Tensor | None]:
     """What comes out, and the state [B, H, F, V + 1] fp32 after ``stop`` [B] tokens of each row."""
-    (batch, time, heads), groups = layer.q.shape[:3], layer.k.shape[2]
-    width, value_dim, segments = layer.logits.shape[3], layer.v.shape[3], triton.cdiv(time, layer.segment)
-    totals = torch.empty(batch, groups, segments, width, dtype=torch.float32, device=layer.v.device)
-    sums = totals.new_empty(batch, heads, segments, width, value_dim)
-    sums_z = totals.new_empty(batch, heads, segments, width, 1)
-    walk("sums", layer, steps, sums=sums, sums_z=sums_z, totals=totals)
-    states, states_z = scan(sums, totals), scan(sums_z, totals)
-    fine, fine_z, strong = tile_states(layer, states, states_z, steps)
+    states, totals, fine, fine_z, strong = before_tiles(layer, steps)
     made = outputs(layer, fine, fine_z, strong, steps=steps, eps=eps, save=save)
     last = None
     if stop is not None:
-        kv = totals.new_empty(batch, heads, width, value_dim)
-        z = totals.new_empty(batch, heads, width, 1)
-        walk("last", layer, steps, states=states, states_z=states_z, last=kv, last_z=z, stop=stop)
+        kv, z = (torch.empty_like(x[:, :, 0]) for x in states)
+        walk("last", layer, steps, states=states[0], states_z=states[1], last=kv, last_z=z, stop=stop)
         last = torch.cat((kv, z), dim=-1)
-    return States(*made, states, states_z, totals), last
+    return States(*made, *states, totals), last
+
+
+def before_tiles(
+    layer: Layer, steps: float, chosen: Launch | None = None
+) -> tuple[tuple[Tensor, Tensor], Tensor, Tensor, Tensor, Tensor]:
+    """((S, z) before segments, log decays of segments [B, G, N, F], and what ``tile_states`` returns)."""
+    sizes, _ = blocks("gated_lawcat_states", layer.v, chosen)
+    (batch, time, heads), groups = layer.q.shape[:3], layer.k.shape[2]
+    width, segments = layer.logits.shape[3], triton.cdiv(time, sizes["CS"])
+    totals = torch.empty(batch, groups, segments, width, dtype=torch.float32, device=layer.v.device)
+    sums = totals.new_empty(batch, heads, segments, width, layer.v.shape[3])
+    sums_z = totals.new_empty(batch, heads, segments, width, 1)
+    walk("sums", layer, steps, chosen, sums=sums, sums_z=sums_z, totals=totals)
+    states, states_z = scan(sums, totals), scan(sums_z, totals)
+    return (states, states_z), totals, *tile_states(layer, states, states_z, steps, chosen)
 
 
 def tile_states(
@@ -410,16 +413,16 @@ def tile_states(
 
 
 def walk(mode: str, layer: Layer, steps: float, chosen: Launch | None = None, **buffers: Tensor) -> None:
-    _, options = blocks("gated_lawcat_states", layer.v, chosen)
+    sizes, options = blocks("gated_lawcat_states", layer.v, chosen)
     names = (
         "sums", "sums_z", "totals", "states", "states_z", "fine", "fine_z", "strong", "last", "last_z", "stop"
     )  # fmt: skip
     batch, time, heads = layer.q.shape[:3]
-    segments = triton.cdiv(time, layer.segment)
+    segments = triton.cdiv(time, sizes["CS"])
     states_kernel[(1 if mode == "last" else segments, heads, batch)](
         layer.k, layer.v, layer.logits, layer.taps_k, layer.map_k, *(buffers.get(name, layer.v) for name in names),
         *steps_of(layer.k), *steps_of(layer.v), *steps_of(layer.logits), time, segments, 1.0 / steps,
-        **layer.sizes, TAPS=taps_of(layer.taps_k), CS=layer.segment, MODE=mode, **options,
+        **layer.sizes, TAPS=taps_of(layer.taps_k), CS=sizes["CS"], MODE=mode, **options,
     )  # fmt: skip
 
 
@@ -444,3 +447,23 @@ def outputs(
 
 def taps_of(taps: Tensor) -> int:
     return taps.shape[2] if taps.numel() else 0
+
+
+def convolved_kernel(
+    q: Tensor, k: Tensor, v: Tensor, logits: Tensor, taps_q: Tensor | None, taps_k: Tensor | None, map_q: Tensor,
+    map_k: Tensor, *, steps: float, eps: float, stop: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """``convolved.convolved_chunked``, without gradients."""
+    layer = layer_of(q, k, v, logits, taps_q, taps_k, map_q, map_k)
+    made, last = forward(layer, steps=steps, eps=eps, stop=stop)
+    return made.y, last
+
+
+def layer_of(
+    q: Tensor, k: Tensor, v: Tensor, logits: Tensor, taps_q: Tensor | None, taps_k: Tensor | None, map_q: Tensor,
+    map_k: Tensor,
+) -> Layer:  # fmt: skip
+    """Maps in the dtype of products; channels beside each other."""
+    inputs = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v, logits))
+    taps = (map_q.new_empty(0) if x is None else x.contiguous() for x in (taps_q, taps_k))
+    return Layer(*inputs, *taps, *(x.to(v.dtype).contiguous() for x in (map_q, map_k)))

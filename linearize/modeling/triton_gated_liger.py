@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .gated import Averaged
-from .launches import Launch, launch
+from .launches import Launch
 from .triton_common import load_columns, load_matrix, load_rows, store_rows
 from .triton_gated import (
     LOG2E,
@@ -214,7 +214,8 @@ def strong_outputs_kernel(
     q += b * q_b + h * q_h
     q_plain += b * qp_b + h * qp_h
     state = load_matrix(fine + tile * K * V, K, V, KP, VP).to(tl.float32)
-    for t in range(n * C, tl.minimum(n * C + C, time), RUN):
+    for i in range(0, C // RUN):
+        t = n * C + i * RUN
         rows = window_rows(
             q, k, v, t, q_t, k_t, v_t, time, scale, mix_window, K, KP, V, VP, W, RUN, BK, PRECISION
         )
@@ -278,8 +279,9 @@ class Shape(NamedTuple):
         }
 
 
-def shape_of(q: Tensor, k: Tensor, v: Tensor) -> Shape:
-    sizes = launch("gated_liger_states", v.device).blocks
+def shape_of(q: Tensor, k: Tensor, v: Tensor, chosen: Launch | None = None) -> Shape:
+    """``chosen`` is a setting of the states' kernel, which decides on tiles and segments."""
+    sizes, _ = blocks("gated_liger_states", v, chosen)
     return Shape(*q.shape[:3], k.shape[2], q.shape[3], v.shape[3], sizes["C"], sizes["CS"])
 
 

@@ -109,10 +109,13 @@ def queries_kernel(
     dy += b * time * (H * V) + h * V
     if STRONG:
         state = load_transposed(fine + tile * K * V, K, V, KP, VP).to(tl.float32)
-    for t in range(n * C, tl.minimum(n * C + C, time), BT):
+    for i in range(0, C // BT):
+        t = n * C + i * BT
         log_decay = key_gates(k_plain, t, k_t, time, bias, inverse, K, KP, BT)
         reach = tl.exp(tl.cumsum(log_decay, 0))
         phi_k = key_features(k_plain, t, k_t, time, bias, inverse, sharpness, K, KP, BT, HGRN2)
+        if not STRONG:
+            early = (phi_k / reach).to(DTYPE)
         values = load_rows(v, t, v_t, time, V, VP, BT).to(DTYPE)
         wanted = load_rows(dy, t, H * V, time, V, VP, BT).to(DTYPE)
         pairs = tl.dot(wanted, tl.trans(values), input_precision=PRECISION)
@@ -124,9 +127,8 @@ def queries_kernel(
             state = state * tl.exp(tl.sum(log_decay, 0))[None, :]
             state = tl.dot(tl.trans(values), late, state, input_precision=PRECISION)
         else:
-            early = (phi_k / reach).to(DTYPE)
-            state = load_transposed(fine + tile * K * V, K, V, KP, VP)
-            found = tl.dot(wanted, state, input_precision=PRECISION)
+            state = load_matrix(fine + tile * K * V, K, V, KP, VP)
+            found = tl.dot(wanted, tl.trans(state), input_precision=PRECISION)
             found = tl.dot(pairs.to(DTYPE), early, found, input_precision=PRECISION) * reach
         phi_q = query_features(q_plain + b * q_b + h * q_h, t, q_t, time, K, KP, BT)
         along = tl.sum(phi_q * found, 1)
@@ -167,8 +169,9 @@ def keys_kernel(
             state = state * tl.exp(tl.sum(log_decay, 0))[None, :]
         else:
             # Behind the tile the state is as far away as for the first token, times what reach has decayed.
-            state = load_transposed(fine + tile * K * V, K, V, KP, VP)
-            found = tl.dot(values, state, input_precision=PRECISION) * tl.exp(tl.sum(log_decay, 0))[None, :]
+            state = load_matrix(fine + tile * K * V, K, V, KP, VP)
+            found = tl.dot(values, tl.trans(state), input_precision=PRECISION)
+            found = found * tl.exp(tl.sum(log_decay, 0))[None, :]
         for r in range(0, R):
             phi_q = query_features(q_plain + r * q_h, t, q_t, time, K, KP, BT)
             reading = (phi_q * reach).to(DTYPE)
@@ -400,7 +403,7 @@ class _Averaged(torch.autograd.Function):
         )
         y, last, states, totals = forward(q, k, v, q_plain, k_plain, terms, stop)
         ctx.save_for_backward(q, k, v, q_plain, k_plain, states, totals)
-        ctx.terms = terms
+        ctx.terms, ctx.shape = terms, shape_of(q, k, v)
         if last is not None:
             ctx.mark_non_differentiable(last)
         return y, last
@@ -408,7 +411,7 @@ class _Averaged(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy, _):
         q, k, v, q_plain, k_plain, states, totals = ctx.saved_tensors
-        found = backward(q, k, v, q_plain, k_plain, states, totals, dy, ctx.terms, shape_of(q, k, v))
+        found = backward(q, k, v, q_plain, k_plain, states, totals, dy, ctx.terms, ctx.shape)
         return *found, None, None
 
 
