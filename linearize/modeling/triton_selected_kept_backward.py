@@ -168,9 +168,10 @@ def kept_dkv_kernel(
         stop = tl.minimum(stop, tl.max(until, 0))
         blocks: tl.constexpr = (C + queries - 1) // queries
         for step in range(0, (stop - first) * (R * blocks)):
-            c, rest = first + step // (R * blocks), step % (R * blocks)
+            c = first + step // (R * blocks)
+            rest = step - (c - first) * (R * blocks)
             t = c * C + rest // R * queries + tl.arange(0, queries)
-            head, live = g * R + rest % R, (t < time) & (t < (c + 1) * C)
+            head, live = g * R + rest - rest // R * R, (t < time) & (t < (c + 1) * C)
             rows = rows_at(q + b * q_b + head * q_h, t, q_t, live, K, BK)
             grad = rows_at(dy + (b * time * (G * R) + head) * V, t, G * R * V, live, V, BV)
             place = (b * (G * R) + head) * time + t
@@ -210,7 +211,7 @@ def local_dkv_kernel(
     blocks = tl.cdiv(tl.minimum((own + 2) * C, time) - begin, queries)
     for step in range(0, blocks * R):
         t = begin + step // R * queries + tl.arange(0, queries)
-        head, live = g * R + step % R, (t < time) & (t < (own + 2) * C)
+        head, live = g * R + step - step // R * R, (t < time) & (t < (own + 2) * C)
         rows = rows_at(q + b * q_b + head * q_h, t, q_t, live, K, BK)
         grad = rows_at(dy + (b * time * (G * R) + head) * V, t, G * R * V, live, V, BV)
         place = (b * (G * R) + head) * time + t
@@ -254,7 +255,8 @@ def kept_backward(
     batch, time = q.shape[:2]
     q, k, v, dy = *(in_rows(x) for x in (q, k, v)), dy.contiguous()
     shape, count, device = shape_of(q, k, v, C=chunk), -(-time // chunk), q.device
-    rows, n, exact = batch * shape["G"], sets.index.shape[3], dict(dtype=torch.float32, device=device)
+    rows, n = batch * shape["G"], sets.index.shape[3]
+    exact: dict[str, Any] = dict(dtype=torch.float32, device=device)
     strides = strides_of(q=q, k=k, v=v)
 
     def options(kernel: str) -> dict[str, Any]:

@@ -300,7 +300,7 @@ def pieces(
     for start in range(0, count, most):
         chunks = min(most, count - start)
         runs = -(-chunks // run)
-        exact = dict(dtype=torch.float32, device=device)
+        exact: dict[str, Any] = dict(dtype=torch.float32, device=device)
         states = torch.empty(batch, heads, chunks, size, dtype=kind, device=device)
         sums = torch.empty(batch, heads, chunks, 2 * features, **exact)
         totals = torch.empty(batch, heads, runs, size, **exact)
