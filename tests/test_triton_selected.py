@@ -1,5 +1,6 @@
 """Kernels of kept and routed attention, in Triton's interpreter on a CPU: against the definitions, in fp64."""
 
+import copy
 import os
 
 import pytest
@@ -148,21 +149,31 @@ ROUTES = [  # T, n, p, H, G, heads that select, heads of the key map, gate, map
 
 
 @pytest.mark.parametrize("call", ROUTES, ids=str)
-@torch.no_grad()
-def test_routed_attention(call):
+def test_routed_attention_and_its_gradients(call):
     time, size, picks, heads, groups, select, mapped, gate, kind = call
     torch.manual_seed(time)
     maps = [FEATURE_MAPS[kind](n, 16, 32, "kaiming") for n in (heads, mapped)]
-    given = [torch.randn(2, time, n, 16) for n in (heads, groups, groups)]
+    given = [torch.randn(2, time, n, 16, requires_grad=True) for n in (heads, groups, groups)]
     score = scores(time, groups=select)
-    gate = torch.rand(2, time, heads, gate) if gate else None
+    gate = torch.rand(2, time, heads, gate, requires_grad=True) if gate else None
     terms = dict(scale=0.3, chunk=16, picks=picks, size=size)
     y, sums = routed_prefill(*given, *maps, score, gate, **terms)
     assert backend.ran()["routed_prefill"] == "triton"
-    exact = [None if x is None else x.double() for x in (*given, score, gate)]
-    expected, none = routed_prefill(*exact[:3], *(x.double() for x in maps), *exact[3:], **terms)
+    exact = [None if x is None else x.detach().double() for x in (*given, score, gate)]
+    twins = [copy.deepcopy(x).double() for x in maps]
+    for x in (*exact[:3], *exact[4:]):
+        if x is not None:
+            x.requires_grad_()
+    expected, none = routed_prefill(*exact[:3], *twins, *exact[3:], **terms)
     assert sums is not None and none is None
     assert_near(y, expected, "kernel")
+    mine = [*given, *(x for m in maps for x in m.parameters()), *([] if gate is None else [gate])]
+    theirs = [*exact[:3], *(x for m in twins for x in m.parameters()), *([] if gate is None else exact[4:])]
+    dy = torch.randn(y.shape)
+    found = torch.autograd.grad(y, mine, dy, materialize_grads=True)
+    wanted = torch.autograd.grad(expected, theirs, dy.double(), materialize_grads=True)
+    for one, other in zip(found, wanted, strict=True):
+        assert_near(one, other, "kernel", torch.float32)
 
 
 @pytest.mark.parametrize("shared", [False, True])

@@ -121,6 +121,9 @@ CANDIDATES["selected_outputs"] = [
     Launch({"heads": 1, "keys": 128}, 4, 2),
     Launch({"heads": 1, "keys": 32}, 4, 3),
 ]
+CANDIDATES["selected_reverse"] = [Launch({}, 8, 2), Launch({}, 8, 1)]
+CANDIDATES["selected_features"] = [Launch({}, 4, 2), Launch({}, 4, 1), Launch({}, 8, 2)]
+CANDIDATES["selected_values"] = [Launch({}, 4, 2), Launch({}, 4, 1)]
 for name, settings in CANDIDATES.items():
     TABLE.setdefault(name, settings[:1])
 

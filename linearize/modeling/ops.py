@@ -376,20 +376,15 @@ def routed_prefill(
         f"no budget bounds the kept set, and {kept} tokens are too many"
         if size is None and kept > MOST_UNBOUNDED
         else None,
-        "its gradients have no kernel"
-        if torch.is_grad_enabled()
-        and any(x is not None and x.requires_grad for x in (q, k, v, gate, map_q.weight, map_k.weight))
-        else None,
     )
     if use_kernel("routed_prefill", *reasons):
         from .triton_selected_routed import routed_prefill as kernel
 
-        done = kernel(
+        return kernel(
             q, k, v, map_q.matrix(torch.float32), map_k.matrix(torch.float32), score, gate,
             scale=scale, chunk=chunk, picks=picks, size=kept if size is None else size,
             norm=isinstance(map_q, NormPreservedPlain), eps=eps, lengths=lengths,
         )  # fmt: skip
-        return done.y, (done.kv, done.z)
     y = routed_attention(
         q, k, v, map_q(q), map_k(k), score, gate,
         scale=scale, chunk=chunk, picks=picks, size=size, eps=eps, softcap=softcap,

@@ -25,7 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launches import Launch, launch
-from .triton_selected import Sets, running_sets
+from .triton_selected import Sets
 from .triton_selected_kept import (
     LOG2E,
     MASKED,
@@ -300,7 +300,7 @@ def pieces(
     for start in range(0, count, most):
         chunks = min(most, count - start)
         runs = -(-chunks // run)
-        exact = dict(dtype=torch.float32, device=device)
+        exact: dict[str, Any] = dict(dtype=torch.float32, device=device)
         states = torch.empty(batch, heads, chunks, size, dtype=kind, device=device)
         sums = torch.empty(batch, heads, chunks, 2 * features, **exact)
         totals = torch.empty(batch, heads, runs, size, **exact)
@@ -369,10 +369,13 @@ def routed_forward(
 def routed_prefill(
     q: Tensor, k: Tensor, v: Tensor, w_q: Tensor, w_k: Tensor, score: Tensor, gate: Tensor | None = None,
     *, scale: float, chunk: int, picks: int, size: int, norm: bool, eps: float, lengths: Tensor | None = None,
-) -> Routed:  # fmt: skip
-    """``routing.routed_chunked`` from nothing, of features that the matrices w make."""
-    sets = running_sets(score.detach(), chunk=chunk, size=size, picks=picks)
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:  # fmt: skip
+    """``routing.routed_chunked`` from nothing, of features that the matrices w make; and S, z behind the last tokens,
+    without gradient."""
+    from .triton_selected_routed_backward import RoutedAttention
+
     w_q, w_k = (w.to(q.dtype).contiguous() for w in (w_q, w_k))
-    return routed_forward(
-        q, k, v, w_q, w_k, sets, gate, scale=scale, chunk=chunk, norm=norm, eps=eps, lengths=lengths
+    y, kv, z = RoutedAttention.apply(
+        q, k, v, w_q, w_k, score.detach(), gate, scale, chunk, picks, size, norm, eps, lengths
     )
+    return y, (kv, z)
