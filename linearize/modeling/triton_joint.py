@@ -25,7 +25,6 @@ from .launches import Launch, launch
 from .triton_common import (
     LOG2E,
     first_in_window,
-    hedgehog_columns,
     hedgehog_rows,
     in_window,
     load_columns,
@@ -174,76 +173,42 @@ def joint_outputs(
     base = (b64 * heads + h) * runs + edge * EVERY // run
     acc, mass = tl.zeros([BT, BV], tl.float32), tl.zeros([BT], tl.float32)
     top = tl.full([BT], float("-inf"), tl.float32)
-    if W == BT and EVERY == 1:
-        # All that is near are two tiles, where each key has one weight, of the window or linear. Sums start last: the
-        # weights of both tiles, rounded, take fewer registers than they do.
-        last_kT, kT = load_columns(k, i0 - BT, kt, T, D, BD, BT), load_columns(k, i0, kt, T, D, BD, BT)
-        gap = token[:, None] - token[None, :]
-        seen = (gap < BT if TERRACED else gap < 0) & (i0 > 0)
-        last = tl.where(seen, tl.dot(rows, last_kT, input_precision=PRECISION) * (scale * LOG2E), -1e30)
-        own = tl.where(gap >= 0, tl.dot(rows, kT, input_precision=PRECISION) * (scale * LOG2E), -1e30)
-        top = tl.maximum(tl.max(last, 1), tl.max(own, 1))
-        factor = tl.load(g + h)
-        own, last = factor * tl.exp2(own - top[:, None]), factor * tl.exp2(last - top[:, None])
-        mass += tl.sum(own, 1) + tl.sum(last, 1)
-        own, last = own.to(rows.dtype), last.to(rows.dtype)
-        plus, minus = hedgehog_rows(tl.dot(rows, w, input_precision=PRECISION), F)
-        if HAS_BETA:
-            plus, minus = plus * tl.load(beta + h), minus * tl.load(beta + h)
-        mass += from_z(plus, minus, Z, at, base_Z, base, HAS_BASE, F, FP)
-        plus, minus = plus.to(rows.dtype), minus.to(rows.dtype)
-        if not TERRACED:
-            wT = load_transposed(w_k + h * D * F, D, F, BD, FP)
-            key_plus, key_minus = hedgehog_columns(tl.dot(wT, last_kT, input_precision=PRECISION), F)
-            a = tl.dot(plus, key_plus.to(rows.dtype), input_precision=PRECISION)
-            a = tl.dot(minus, key_minus.to(rows.dtype), a, input_precision=PRECISION)
-            a = tl.where((gap >= 0) & (i0 > 0), a, 0.0)
-            mass += tl.sum(a, 1)
-            last = tl.where(gap < 0, last, a.to(rows.dtype))
-        acc = tl.dot(own, load_rows(v, i0, vt, T, V, BV, BT), acc, input_precision=PRECISION)
-        acc = tl.dot(last, load_rows(v, i0 - BT, vt, T, V, BV, BT), acc, input_precision=PRECISION)
-        acc = add_sums(acc, plus, minus, S, at, F, FP, V, BV, PRECISION)
-        if HAS_BASE:
-            acc = add_sums(acc, plus, minus, base_S, base, F, FP, V, BV, PRECISION)
-    else:
-        if W > 0:  # first: its maximum rescales what was summed before, and the linear terms must not be
-            top = tl.full([BT], -1e30, tl.float32)
-            for j0 in range(first_in_window(i0, W, TERRACED) // BK * BK, tl.minimum(i0 + BT, T), BK):
-                kT = load_columns(k, j0, kt, T, D, BD, BK)
-                values = load_rows(v, j0, vt, T, V, BV, BK)
-                seen = in_window(query[:, None], (j0 + near)[None, :], W, TERRACED)
-                scores = tl.where(seen, tl.dot(rows, kT, input_precision=PRECISION) * (scale * LOG2E), -1e30)
-                higher = tl.maximum(top, tl.max(scores, 1))
-                p = tl.where(seen, tl.exp2(scores - higher[:, None]), 0.0)
-                shrink = tl.exp2(top - higher)
-                mass = mass * shrink + tl.sum(p, 1)
-                acc = acc * shrink[:, None] + tl.dot(p.to(values.dtype), values, input_precision=PRECISION)
-                top = higher
-            factor = tl.load(g + h)
-            acc, mass = acc * factor, mass * factor
-        plus, minus = hedgehog_rows(tl.dot(rows, w, input_precision=PRECISION), F)
-        if HAS_BETA:
-            plus, minus = plus * tl.load(beta + h), minus * tl.load(beta + h)
-        mass += from_z(plus, minus, Z, at, base_Z, base, HAS_BASE, F, FP)
-        plus, minus = plus.to(rows.dtype), minus.to(rows.dtype)
-        acc = add_sums(acc, plus, minus, S, at, F, FP, V, BV, PRECISION)
-        if HAS_BASE:
-            acc = add_sums(acc, plus, minus, base_S, base, F, FP, V, BV, PRECISION)
-        # What lies between those tiles and the windows of the last rows.
-        newest = first_in_window(tl.minimum(i0 + BT, T) - 1, W, TERRACED)
-        wT = load_transposed(w_k + h * D * F, D, F, BD, FP)
-        for j0 in range(edge * EVERY * BT, newest, BK):
+    if W > 0:  # first: its maximum rescales what was summed before, and the linear terms must not be
+        top = tl.full([BT], -1e30, tl.float32)
+        for j0 in range(first_in_window(i0, W, TERRACED) // BK * BK, tl.minimum(i0 + BT, T), BK):
             kT = load_columns(k, j0, kt, T, D, BD, BK)
             values = load_rows(v, j0, vt, T, V, BV, BK)
-            key_plus, key_minus = hedgehog_columns(tl.dot(wT, kT, input_precision=PRECISION), F)
-            a = tl.dot(plus, key_plus.to(rows.dtype), input_precision=PRECISION)
-            a = tl.dot(minus, key_minus.to(rows.dtype), a, input_precision=PRECISION)
-            key = (j0 + near)[None, :]
-            a = tl.where(
-                (key <= query[:, None]) & (key < first_in_window(query, W, TERRACED)[:, None]), a, 0.0
-            )
-            mass += tl.sum(a, 1)
-            acc += tl.dot(a.to(values.dtype), values, input_precision=PRECISION)
+            seen = in_window(query[:, None], (j0 + near)[None, :], W, TERRACED)
+            scores = tl.where(seen, tl.dot(rows, kT, input_precision=PRECISION) * (scale * LOG2E), -1e30)
+            higher = tl.maximum(top, tl.max(scores, 1))
+            p = tl.where(seen, tl.exp2(scores - higher[:, None]), 0.0)
+            shrink = tl.exp2(top - higher)
+            mass = mass * shrink + tl.sum(p, 1)
+            acc = acc * shrink[:, None] + tl.dot(p.to(values.dtype), values, input_precision=PRECISION)
+            top = higher
+        factor = tl.load(g + h)
+        acc, mass = acc * factor, mass * factor
+    plus, minus = hedgehog_rows(tl.dot(rows, w, input_precision=PRECISION), F)
+    if HAS_BETA:
+        plus, minus = plus * tl.load(beta + h), minus * tl.load(beta + h)
+    mass += from_z(plus, minus, Z, at, base_Z, base, HAS_BASE, F, FP)
+    plus, minus = plus.to(rows.dtype), minus.to(rows.dtype)
+    acc = add_sums(acc, plus, minus, S, at, F, FP, V, BV, PRECISION)
+    if HAS_BASE:
+        acc = add_sums(acc, plus, minus, base_S, base, F, FP, V, BV, PRECISION)
+    # What lies between those tiles and the windows of the last rows.
+    newest = first_in_window(tl.minimum(i0 + BT, T) - 1, W, TERRACED)
+    wT = load_transposed(w_k + h * D * F, D, F, BD, FP)
+    for j0 in range(edge * EVERY * BT, newest, BK):
+        kT = load_columns(k, j0, kt, T, D, BD, BK)
+        values = load_rows(v, j0, vt, T, V, BV, BK)
+        logits = tl.dot(wT, kT, input_precision=PRECISION)
+        a = tl.dot(plus, softmax_of(logits, 0, F).to(rows.dtype), input_precision=PRECISION)
+        a = tl.dot(minus, softmax_of(-logits, 0, F).to(rows.dtype), a, input_precision=PRECISION)
+        key = (j0 + near)[None, :]
+        a = tl.where((key <= query[:, None]) & (key < first_in_window(query, W, TERRACED)[:, None]), a, 0.0)
+        mass += tl.sum(a, 1)
+        acc += tl.dot(a.to(values.dtype), values, input_precision=PRECISION)
     if W == 0:
         mass += 1e-12
     result = acc / mass[:, None]

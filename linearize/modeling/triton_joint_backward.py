@@ -30,7 +30,6 @@ from .triton_common import (
     LOG2E,
     first_in_window,
     first_outside,
-    hedgehog_columns,
     hedgehog_gradient,
     hedgehog_rows,
     in_window,
@@ -38,6 +37,7 @@ from .triton_common import (
     load_matrix,
     load_rows,
     load_transposed,
+    softmax_of,
     store_rows,
 )
 from .triton_joint import BT, Forward, add_sums, joint_sums, last_contiguous, precision_of, strides, widths
@@ -189,7 +189,7 @@ def joint_keys(
         if HAS_BASE:
             at = (b64 * heads + h) * runs + edge * EVERY // run
             d_plus, d_minus = sums_gradient(
-                d_plus, d_minus, values, ones, base_R, at, base_Z, F, V, BV, PRECISION
+                d_plus, d_minus, values, ones, base_R, at, base_Z, F, FP, V, BV, PRECISION
             )
     # Queries that some keys of the tile have left, and not all.
     for i0 in range(first_outside(j0, W, TERRACED) // BT * BT, tl.minimum(edge * EVERY * BT, T), BT):
@@ -270,9 +270,9 @@ def joint_values(
             query = i0 + token
             inverse = 1.0 / tl.load(den + line + query, mask=query < T, other=1.0)
             columns = load_columns(queries, i0, qt, T, D, BD, BI)
-            query_plus, query_minus = hedgehog_columns(tl.dot(wT, columns, input_precision=PRECISION), F)
-            a = tl.dot(plus, query_plus.to(keys.dtype), input_precision=PRECISION)
-            a = tl.dot(minus, query_minus.to(keys.dtype), a, input_precision=PRECISION)
+            logits = tl.dot(wT, columns, input_precision=PRECISION)
+            a = tl.dot(plus, softmax_of(logits, 0, F).to(keys.dtype), input_precision=PRECISION)
+            a = tl.dot(minus, softmax_of(-logits, 0, F).to(keys.dtype), a, input_precision=PRECISION)
             linear = is_linear(query[None, :], key[:, None], T, W, TERRACED)
             a = tl.where(linear, a * inverse[None, :], 0.0)
             rows = load_rows(gradients, i0, gt, T, V, BV, BI)
