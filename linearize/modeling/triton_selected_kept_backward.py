@@ -324,7 +324,7 @@ def kept_backward(
         torch.empty_like(lse, dtype=kind) if maximum else lse for kind in (torch.int32, torch.float32)
     )
     dq = torch.empty(q.shape, dtype=q.dtype, device=device)
-    chosen = options("selected_kept_dq")
+    chosen = options("selected_routed_dq" if maximum else "selected_kept_dq")
     odd, chosen["TAIL"] = odd_slots(n, chosen["keys"])
     chosen["P"] = chunk if sets.left is None else sets.left.shape[3]
     grid = (shape["G"] * triton.cdiv(shape["R"], chosen["heads"]), count, batch)
