@@ -278,6 +278,10 @@ def generate_(
     ] = False,
     temperature: Annotated[float | None, typer.Option(help="With --sample: 1 if not given.")] = None,
     seed: Annotated[int | None, typer.Option(help="With --sample: 0 if not given.")] = None,
+    static: Annotated[
+        bool,
+        typer.Option("--static", help="Decode in place, on a GPU from a CUDA graph: the same text, sooner."),
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Continue a prompt."""
@@ -297,7 +301,7 @@ def generate_(
     defaults = {"do_sample": True, "temperature": 1.0, "seed": 0}
     given = {"temperature": temperature, "seed": seed}
     sampling = defaults | {k: v for k, v in given.items() if v is not None} if sample else {}
-    text = generate(model, tokenizer, prompt, max_new_tokens, **sampling)
+    text = generate(model, tokenizer, prompt, max_new_tokens, static=static, **sampling)
     if as_json:
         print_json(json.dumps({"prompt": prompt, "continuation": text}))
     else:
@@ -322,6 +326,42 @@ def push_(
     for name in made.files:
         typer.echo(name)
     typer.echo(f"{'Would go to' if dry_run else 'Pushed to'} {made.url}")
+
+
+@app.command("tune")
+def tune_(
+    kernels: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KERNEL]", show_default=False, help="Kernels' names; all if none is given."),
+    ] = None,
+    method: Annotated[
+        list[str] | None, typer.Option(help="May be repeated; the kernels of every method if not given.")
+    ] = None,
+    heads: Annotated[int, typer.Option(min=1, help="Query heads of a layer.")] = 32,
+    kv_heads: Annotated[int, typer.Option(min=1, help="Key/value heads, a divisor of them.")] = 8,
+    head_dim: Annotated[int, typer.Option(min=1, help="Width of a head.")] = 128,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens of a prefill or a training step.")] = 32768,
+    batch: Annotated[int, typer.Option(min=1, help="Rows of a decode step.")] = 32,
+    as_json: AsJson = False,
+) -> None:
+    """Time the kernels' launch settings on this GPU.
+
+    The fastest are kept in a file that every later run reads ($LINEARIZE_LAUNCHES, or one in the cache folder).
+    """
+    if heads % kv_heads:
+        _fail(f"--kv-heads: {kv_heads} does not divide {heads} heads")
+
+    from .modeling.tuned import json_of, user_file
+    from .tune import Sizes, tune
+
+    with watching() as watch:
+        sizes = Sizes(heads, kv_heads, head_dim, tokens, batch)
+        found = tune(kernels or (), methods=method, sizes=sizes, progress=watch)
+    if as_json:
+        print_json(json.dumps({"file": str(user_file()), "rows": [json_of(tuned.row) for tuned in found]}))
+        return
+    print_rows(tuned.words() for tuned in found)
+    typer.echo(f"Rows: {user_file()}")
 
 
 @app.command()

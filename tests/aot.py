@@ -84,13 +84,9 @@ def _cuobjdump(flag: str, path: str) -> str:
 
 
 def transposed_results(ir: str) -> int:
-    """How many operands of ``tt.dot`` come from a ``tt.trans`` of another ``tt.dot``'s result, casts and arithmetic
-    between them included: a pattern that Triton 3.4 to 3.7.0 compiles wrongly on Hopper."""
-    made: dict[str, tuple[str, list[str]]] = {}
-    for line in ir.splitlines():
-        found = re.match(r"\s*(%[\w#]+)(?::\d+)? = \"?([\w.]+)\"?(.*)", line)
-        if found:
-            made[found[1]] = (found[2], re.findall(r"%[\w]+", found[3].split(" : ")[0]))
+    """How many operands of ``tt.dot`` come from a ``tt.trans`` of another ``tt.dot``'s result, casts, arithmetic, loops
+    and branches between them included: a pattern that Triton 3.4 to 3.7.0 compiles wrongly on Hopper."""
+    made = _definitions(ir)
 
     def reaches(name: str, transposed: bool, seen: set[tuple[str, bool]]) -> bool:
         if (name, transposed) in seen or name not in made:
@@ -99,7 +95,7 @@ def transposed_results(ir: str) -> int:
         operation, operands = made[name]
         if operation == "tt.dot":
             return transposed
-        if operation in ("tt.load", "tt.reduce", "scf.for"):
+        if operation in ("tt.load", "tt.reduce"):
             return False
         return any(reaches(x, transposed or operation == "tt.trans", seen) for x in operands)
 
@@ -107,14 +103,48 @@ def transposed_results(ir: str) -> int:
     return sum(reaches(operand, False, set()) for operands in dots for operand in operands[:2])
 
 
+def _definitions(ir: str) -> dict[str, tuple[str, list[str]]]:
+    """Name -> operation and operands. What a loop carries is made of its start and of what an iteration yields; the
+    result of a branch, of what either side yields."""
+    value = r"%\w+(?:#\d+)?"
+    made: dict[str, tuple[str, list[str]]] = {}
+    regions: list[list[list[str]]] = []  # of every open brace, the operand lists that a yield in it adds to
+    for line in ir.splitlines():
+        found = re.match(r"\s*(%\w+)(?::(\d+))? = \"?([\w.]+)\"?(.*)", line)
+        sinks: list[list[str]] = []
+        if found and found[3] in ("scf.for", "scf.if", "scf.while"):
+            carried = re.search(r"iter_args\((.*?)\) ->", found[4]) or re.search(r"^\s*\((.*?)\)", found[4])
+            pairs = re.findall(rf"(%\w+) = ({value})", carried[1]) if carried else []
+            names = [found[1]] if found[2] is None else [f"{found[1]}#{i}" for i in range(int(found[2]))]
+            for i, name in enumerate(names):
+                sources = [pairs[i][1]] if i < len(pairs) else []
+                made[name] = (found[3], sources)
+                if i < len(pairs):
+                    made[pairs[i][0]] = (found[3], sources)
+                sinks.append(sources)
+        elif found:
+            made[found[1]] = (found[3], re.findall(value, found[4].split(" : ")[0]))
+        if given := re.match(r"\s*scf\.yield (.*?) : ", line):
+            for sources, operand in zip(regions[-1], re.findall(value, given[1]), strict=False):
+                sources.append(operand)
+        text = line.strip()
+        if text.startswith("} else"):
+            continue  # the other side of a branch yields to the same results
+        if text.startswith("}"):
+            regions.pop()
+        if text.endswith("{") or re.search(r"\(\{$", text):
+            regions.append(sinks)
+    return made
+
+
 def main() -> None:
     path = Path(sys.argv[1]).resolve()
-    sys.path.insert(0, str(path.parent))
+    sys.path[:0] = [str(path.parent), str(Path(__file__).resolve().parents[1])]  # not an installed package
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     for case in module.cases():
-        print(json.dumps(compile_case(case)._asdict()), flush=True)
+        print(json.dumps({**compile_case(case)._asdict(), "matrix": case.matrix}), flush=True)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ def cases() -> Iterator[Case]:
 
 
 def forward_cases(width: int, half: int, terraced: bool, table: dict[str, Any]) -> Iterator[Case]:
-    shape = dict(D=width, V=width, F=half, BD=width, BV=width, BT=64, GROUP=4, PRECISION="ieee")
+    shape = dict(D=width, V=width, F=half, FP=half, BD=width, BV=width, BT=64, GROUP=4, PRECISION="ieee")
     setting = table["joint_states"][0]
     kind = "terraced" if terraced else "sliding"
     for reverse in (False, True):
@@ -38,17 +38,21 @@ def forward_cases(width: int, half: int, terraced: bool, table: dict[str, Any]) 
 
 
 def backward_cases(width: int, half: int, terraced: bool, table: dict[str, Any]) -> Iterator[Case]:
-    shape = dict(D=width, V=width, F=half, BD=width, BV=width, BT=64, GROUP=4, PRECISION="ieee")
+    shape = dict(D=width, V=width, F=half, FP=half, BD=width, BV=width, BT=64, GROUP=4, PRECISION="ieee")
     kind = "terraced" if terraced else "sliding"
     shape |= dict(EVERY=1, W=64, TERRACED=terraced, HAS_BASE=True, HAS_BETA=False)
     for mode in ("transfer", "full"):
-        constants = shape | dict(MAPS=True, INPUTS=mode == "full")
         setting = table[f"joint_queries_{mode}"][0]
+        constants = shape | dict(MAPS=True, INPUTS=mode == "full") | setting.blocks
         yield case(f"joint_queries {width} {kind} {mode}", backward.joint_queries, constants, setting)
-    for name in ("joint_keys", "joint_inputs"):
-        yield case(f"{name} {width} {kind}", getattr(backward, name), shape, table[name][0])
+    for name in ("joint_keys", "joint_values", "joint_inputs"):
+        kernel = getattr(backward, name)
+        constants = {key: value for key, value in shape.items() if key in kernel.arg_names} | table[name][
+            0
+        ].blocks
+        yield case(f"{name} {width} {kind}", kernel, constants, table[name][0])
     if not terraced:
-        constants = {name: shape[name] for name in ("D", "F", "BD", "BT", "GROUP", "PRECISION")}
+        constants = {name: shape[name] for name in ("D", "F", "FP", "BD", "BT", "GROUP", "PRECISION")}
         yield case(f"joint_maps {width}", backward.joint_maps, constants, table["joint_maps"][0])
 
 

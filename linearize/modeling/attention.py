@@ -36,6 +36,8 @@ class Mode(NamedTuple):
 
     name: str
     record: Record | None = None
+    step: bool = False
+    """Whether a forward gives every row one real token, whatever its mask says: a decode step of fixed shapes."""
 
 
 LINEAR = Mode("linear")
@@ -104,7 +106,7 @@ class LinearMask:
         self._base: dict[torch.device, Any] = {}
         self._rows: dict[tuple[torch.device, bool], Rows | None] = {}
         mask, length = request["attention_mask"], request["q_length"]
-        self.valid: Tensor | None = None if mask is None else mask[:, -length:]
+        self.valid: Tensor | None = None if mask is None or mode.step else mask[:, -length:]
 
     def base(self, device: torch.device) -> Any:
         """The mask of the base attention implementation, for layers that compute softmax; made once a forward."""
@@ -216,14 +218,14 @@ class LinearAttention(nn.Module):
         frozen = (q.detach(), k.detach(), v.detach())
         with torch.enable_grad():
             student = self._mix(
-                *frozen, tuple(t.detach() for t in plain), mask, linear_context, kwargs, keep=False
+                *frozen, tuple(t.detach() for t in plain), mask, linear_context, kwargs, teacher.detach()
             )
             assert mode.record is not None
             valid = mask.padding(q.device) if hasattr(mask, "attention_mode") else None
             mode.record(self.layer_idx, student, teacher.detach(), valid)
         return teacher, weights
 
-    def _mix(self, q, k, v, plain, mask, context, kwargs, keep=True) -> Tensor | Fit:
+    def _mix(self, q, k, v, plain, mask, context, kwargs, teacher=None) -> Tensor | Fit:
         if isinstance(mask, Tensor):
             raise LinearizeError(
                 f"attention_mask: shape {tuple(mask.shape)} is not supported by converted layers; "
@@ -231,8 +233,8 @@ class LinearAttention(nn.Module):
             )
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
         batch, time = q.shape[:2]
-        hidden = context.hidden.detach() if not keep else context.hidden
-        cache = context.cache if keep else None
+        hidden = context.hidden if teacher is None else context.hidden.detach()
+        cache = context.cache if teacher is None else None
         valid = None if mask is None else mask.padding(q.device)
         packing, lens = None, kwargs.get("cu_seq_lens_q")
         if valid is None and context.cache is None:
@@ -246,11 +248,14 @@ class LinearAttention(nn.Module):
         else:
             rows = mask.rows(q.device, packing)
         parts = dict(hidden=hidden, q=q, k=k, v=v)
+        if teacher is not None:
+            parts["teacher"] = teacher
         if self.mixer.wants_unrotated:
             parts |= dict(q_plain=plain[0].transpose(1, 2), k_plain=plain[1].transpose(1, 2))
         if rows is not None:
             parts = {name: rows.gather(part) for name, part in parts.items()}
         layer = None if cache is None else cache_layer(cache, self.layer_idx)
+        in_place = layer is not None and time == 1 and rows is None and self._in_place(layer)
         x = MixerInput(
             **parts,
             scale=kwargs["scaling"] if kwargs.get("scaling") is not None else q.shape[-1] ** -0.5,
@@ -258,13 +263,21 @@ class LinearAttention(nn.Module):
             lengths=None if rows is None else rows.lengths,
             use_cache=layer is not None,
             pending=0 if layer is None else layer.pending,
-            transfer=not keep,
+            in_place=in_place,
+            transfer=teacher is not None,
         )
         with torch.autocast(q.device.type, enabled=False):
             y, state = self.mixer(x, None if layer is None else layer.state)
         if layer is not None:
-            layer.store(state, time, valid)
+            layer.store(state, time, valid, in_place)
         return rows.scatter(y) if rows is not None and isinstance(y, Tensor) else y
+
+    def _in_place(self, layer: Any) -> bool:
+        """Whether the next step of one token a row writes into the layer's state, which is made ready for it."""
+        if torch.is_grad_enabled() or not layer.in_place or self.mixer.why_not_in_place() is not None:
+            return False
+        layer.own(self.mixer.with_room)
+        return True
 
 
 def _mode_of(mask: Any) -> Mode:

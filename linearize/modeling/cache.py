@@ -1,11 +1,13 @@
 """One layer of transformers' cache that holds a mixer's state; the same class serves every method."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
+from .backend import interpreted
 from .errors import LinearizeError
 
 ROLLBACK = 128
@@ -32,15 +34,47 @@ class StateLayer(CacheLayerMixin):
         self.record_past = False
         self._seen = 0
         self._recent: Tensor | None = None  # [B, n] validity of the newest columns, while recording
+        self._owned = False  # whether the state's tensors are this layer's alone, to be written in place
+        self.clock: Tensor | None = None  # columns so far on the device, of a layer that counts them there
 
     @property
     def pending(self) -> int:
         """Newest tokens the mixer must keep out of its folded state."""
         return ROLLBACK if self.record_past else 0
 
-    def store(self, state: Any, time: int, valid: Tensor | None) -> None:
-        """Keep the state after ``time`` more columns, of which ``valid`` [B, T] (None: all) were real tokens."""
-        self.state = state
+    @property
+    def in_place(self) -> bool:
+        """Whether decode steps write into the state's tensors, which then stay where they are.
+
+        So it is in a static cache on a GPU, after the first tokens; elsewhere a step returns a new state.
+        """
+        static = isinstance(getattr(self.template, "cumulative_length", None), Tensor)
+        if not static or self.record_past or self.state is None:
+            return False
+        return self.state.seen.is_cuda or interpreted()
+
+    def own(self, with_room: Callable[[Any], Any]) -> None:
+        """Have a state made by ``with_room`` in tensors of this layer alone; nothing to do once it does."""
+        if not self._owned:
+            state = with_room(self.state)
+            self.state = type(state)(*(t.clone(memory_format=torch.contiguous_format) for t in state))
+            self._owned = True
+
+    def advance(self) -> None:
+        """Count the column of a step that ran without this code, as the replay of a graph does."""
+        self._seen += 1
+
+    def store(self, state: Any, time: int, valid: Tensor | None, in_place: bool = False) -> None:
+        """Keep the state after ``time`` more columns, of which ``valid`` [B, T] (None: all) were real tokens.
+
+        ``in_place`` keeps the tensors and takes over what they hold.
+        """
+        if in_place:
+            for held, new in zip(self.state, state, strict=True):
+                if new is not held:
+                    held.copy_(new)
+        else:
+            self.state, self._owned = state, False
         self._seen += time
         self.is_initialized = True
         if self.record_past:
@@ -68,7 +102,7 @@ class StateLayer(CacheLayerMixin):
     def get_seq_length(self) -> Any:
         counter = getattr(self.template, "cumulative_length", None)
         if isinstance(counter, Tensor) and not self.is_sliding:  # static caches count on the device
-            return torch.full_like(counter, self._seen)
+            return torch.full_like(counter, self._seen) if self.clock is None else self.clock
         return self._seen
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -118,6 +152,7 @@ class StateLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         self.state, self._recent, self._seen, self.is_initialized = None, None, 0, False
+        self._owned = False
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self._map(lambda t: t.index_select(0, beam_idx.to(t.device)))

@@ -1,9 +1,10 @@
-"""Launch settings of the kernels: a tuned table, and the nearest safe setting where it has no row.
+"""Launch settings of the kernels: the defaults, and those worth timing.
 
-A row is measured on one class of device by an explicit tuning run; a launch never tunes. Shared memory is what the
-kernel takes at the row's widths, so that a smaller card skips rows that do not fit.
+A launch never tunes: it takes a row that was measured for the device (``tuned.py``), else the first default that fits
+the card. Shared memory is what a kernel takes at the row's widths, so that a smaller card skips rows that do not fit.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -26,17 +27,37 @@ class Launch(NamedTuple):
 
 # kernel -> rows from the most to the least demanding; the first that fits is launched.
 TABLE: dict[str, list[Launch]] = {
-    "joint_states": [Launch({"EVERY": 1}, 8, 1)],
-    "joint_outputs": [Launch({}, 4, 1)],
-    "joint_queries_transfer": [Launch({}, 4, 1)],
-    "joint_queries_full": [Launch({}, 8, 1)],
+    "joint_states": [Launch({"EVERY": 1}, 4, 2)],
+    "joint_outputs": [Launch({"BK": 64}, 4, 1)],
+    "joint_queries_transfer": [Launch({"BK": 64}, 4, 1)],
+    "joint_queries_full": [Launch({"BK": 32}, 4, 1)],
     "joint_keys": [Launch({}, 4, 1)],
-    "joint_inputs": [Launch({}, 8, 1)],
+    "joint_values": [Launch({"BI": 32}, 4, 2)],
+    "joint_inputs": [Launch({"BI": 32}, 4, 1)],
     "joint_maps": [Launch({}, 4, 2)],
 }
 
-# kernel -> the settings that a sweep times, the default first.
-CANDIDATES: dict[str, list[Launch]] = {}
+# kernel -> settings worth timing on a device, the default first.
+CANDIDATES: dict[str, list[Launch]] = {
+    "joint_states": [
+        Launch({"EVERY": every}, warps, stages)
+        for every, warps, stages in ((1, 4, 2), (1, 4, 1), (1, 4, 3), (2, 4, 2), (4, 4, 2))
+    ],
+    "joint_outputs": [
+        Launch({"BK": size}, 4, stages) for size, stages in ((32, 1), (64, 1), (32, 2), (64, 2))
+    ],
+    "joint_queries_transfer": [Launch({"BK": 64}, 4, stages) for stages in (1, 2)],
+    "joint_queries_full": [
+        Launch({"BK": size}, 4, stages) for size, stages in ((32, 1), (64, 1), (32, 2), (64, 2))
+    ],
+    "joint_keys": [Launch({}, 4, stages) for stages in (1, 2)],
+    "joint_values": [
+        Launch({"BI": size}, 4, stages) for size, stages in ((32, 1), (64, 1), (32, 2), (64, 2))
+    ],
+    "joint_inputs": [
+        Launch({"BI": size}, 4, stages) for size, stages in ((32, 1), (64, 1), (32, 2), (64, 2))
+    ],
+}
 
 CANDIDATES["selected_ranks"] = [
     Launch({"rows": 128, "columns": 32}, 4, 2),
@@ -112,15 +133,132 @@ for name, settings in CANDIDATES.items():
     TABLE.setdefault(name, settings[:1])
 
 
-def launch(kernel: str, device: torch.device) -> Launch:
-    """The settings of ``kernel`` on ``device``."""
-    rows = TABLE[kernel]
+# Decode. HEADS: query heads of a program; BN: keys of the window at once; BO: tokens outside it at once; BK: channels
+# of a feature map's weight at once; BV: channels of values that a fold adds at once.
+def _step(heads: int, keys: int, channels: int, warps: int, values: int = 64) -> Launch:
+    return Launch({"HEADS": heads, "BN": keys, "BO": 16, "BK": channels, "BV": values}, warps, 1)
+
+
+CANDIDATES["joint_step"] = [
+    _step(1, 64, 32, 4, 32),
+    _step(1, 64, 32, 4),
+    _step(1, 64, 64, 4),
+    _step(1, 64, 64, 8),
+    _step(2, 64, 64, 8),
+    _step(4, 64, 64, 8),
+]
+CANDIDATES["joint_step_few"] = [
+    _step(1, 64, 128, 8),
+    _step(1, 128, 128, 8),
+    _step(1, 64, 64, 8),
+    _step(1, 64, 64, 4),
+]
+
+
+# SPLITS: programs that share the columns of a key/value head's values.
+def _fading(splits: int, values: int, warps: int, **blocks: int) -> Launch:
+    return Launch({"SPLITS": splits, "BV": values, "BN": 64} | blocks, warps, 1)
+
+
+CANDIDATES["liger_step"] = [_fading(4, 32, 4), _fading(2, 64, 4), _fading(8, 16, 4), _fading(1, 64, 8)]
+CANDIDATES["liger_step_few"] = [_fading(8, 16, 4), _fading(4, 32, 4), _fading(4, 32, 8), _fading(2, 64, 8)]
+
+
+def _lawcat(channels: int, values: int, warps: int) -> Launch:
+    return Launch({"BK": channels, "BV": values, "BN": 64}, warps, 1)
+
+
+CANDIDATES["lawcat_step"] = [_lawcat(64, 64, 4), _lawcat(64, 128, 8), _lawcat(64, 32, 4), _lawcat(64, 64, 8)]
+CANDIDATES["lawcat_step_few"] = [_lawcat(64, 64, 8), _lawcat(128, 128, 8), _lawcat(64, 64, 4)]
+
+
+# BS: slots of a kept set that are ranked and moved at once.
+def _kept(keys: int, slots: int, warps: int) -> Launch:
+    return Launch({"BN": keys, "BS": slots}, warps, 1)
+
+
+CANDIDATES["salient_step"] = [_kept(64, 32, 4), _kept(128, 32, 8), _kept(64, 32, 8), _kept(32, 32, 4)]
+CANDIDATES["salient_step_few"] = [_kept(128, 32, 8), _kept(64, 32, 4), _kept(64, 64, 8)]
+
+
+def _routed(keys: int, slots: int, channels: int, values: int, warps: int) -> Launch:
+    return Launch({"BN": keys, "BS": slots, "BK": channels, "BV": values}, warps, 1)
+
+
+CANDIDATES["still_step"] = [
+    _routed(64, 32, 64, 64, 8),
+    _routed(64, 32, 32, 32, 8),
+    _routed(32, 32, 64, 64, 8),
+]
+CANDIDATES["still_step_few"] = [_routed(128, 32, 64, 64, 8), _routed(64, 32, 64, 64, 8)]
+for _name in (
+    "still_step",
+    "still_step_few",
+    "salient_step",
+    "salient_step_few",
+    "joint_step",
+    "joint_step_few",
+    "liger_step",
+    "liger_step_few",
+    "lawcat_step",
+    "lawcat_step_few",
+):
+    TABLE[_name] = CANDIDATES[_name][:1]
+
+
+def launch(
+    kernel: str,
+    device: torch.device,
+    *,
+    K: int | None = None,
+    V: int | None = None,
+    F: int | None = None,
+    dtype: torch.dtype | None = None,
+) -> Launch:
+    """The settings of ``kernel`` on ``device``, at widths and for inputs of a type where they are given."""
+    from .tuned import chosen  # here, because it reads the tables of this file
+
+    if (found := chosen(kernel, device, K, V, F, dtype)) is not None:
+        return found
+    rows, factor = TABLE[kernel], 1 if dtype is None else dtype.itemsize / 2
     room = shared_memory(device)
-    return next((row for row in rows if row.shared <= room), rows[-1])
+    return next((row for row in rows if row.shared * factor <= room), rows[-1])
 
 
+@functools.cache
 def shared_memory(device: torch.device) -> int:
     """Bytes of shared memory that one program may take; without a GPU, a data-centre card's."""
     if device.type != "cuda":
         return 227 * 1024
     return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+
+
+# Gated linear attention: C and CS, tokens of a tile and of a segment, are those of the states' row for all kernels.
+CANDIDATES |= {
+    "gated_scan": [Launch({"BN": 512}, 4, 1), Launch({"BN": 256}, 2, 1), Launch({"BN": 1024}, 4, 1)],
+    "gated_liger_states": [Launch({"C": 64, "CS": size}, 8, 1) for size in (256, 128, 512)],
+    "gated_liger_outputs": [
+        Launch({"HEADS": heads, "BK": 64}, warps, 1) for heads, warps in ((1, 4), (1, 8), (2, 8), (4, 8))
+    ],
+    "gated_liger_outputs_strong": [Launch({"BK": 32}, 8, 1)],
+    "gated_window_queries": [
+        Launch({"BT": 64, "BK": size}, 4, stages) for size, stages in ((64, 1), (32, 1), (64, 2), (32, 2))
+    ],
+    "gated_window_keys": [
+        Launch({"BT": 32, "BK": 64}, 4, 1),
+        Launch({"BT": 32, "BK": 64}, 4, 2),
+        Launch({"BT": 64, "BK": 128}, 8, 1),
+        Launch({"BT": 32, "BK": 128}, 8, 1),
+    ],
+    "gated_liger_back_states": [Launch({}, 8, 1), Launch({}, 8, 2)],
+    **{
+        f"gated_liger_{kernel}{strong}": [Launch({}, 8, 1)]
+        for kernel in ("queries", "keys", "values")
+        for strong in ("", "_strong")
+    },
+    "gated_liger_gates": [Launch({}, 8, 1), Launch({}, 4, 1)],
+    "gated_lawcat_states": [Launch({"C": 64, "CS": size}, 8, 1) for size in (256, 128, 512)],
+    "gated_lawcat_outputs": [Launch({}, 4, 1), Launch({}, 8, 1)],
+    "gated_lawcat_outputs_strong": [Launch({}, 8, 1)],
+}
+TABLE.update({kernel: [rows[0]] for kernel, rows in CANDIDATES.items() if kernel.startswith("gated")})

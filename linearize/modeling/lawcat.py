@@ -34,7 +34,14 @@ from torch.nn.functional import avg_pool1d, linear, logsigmoid, pad, rms_norm
 from .errors import ConversionError
 from .feature_maps import FEATURE_MAPS, check_map, width_of
 from .mixer import Geometry, Method, MethodConfig, Mixer, MixerInput, check_window
-from .ops import gated_attention, gated_decode, joined_attention, joined_decode
+from .ops import (
+    convolved_attention,
+    gated_attention,
+    gated_decode,
+    joined_attention,
+    joined_decode,
+    lawcat_step,
+)
 from .ring import at_columns, attend_through, new_columns, resize, unroll, write
 from .tiles import accumulator
 
@@ -210,14 +217,22 @@ class LawcatMixer(Mixer):
             self.norm.fill_(1.0)
 
     def forward(self, x: MixerInput, state: LawcatState | None = None) -> tuple[Tensor, LawcatState | None]:
+        if x.in_place and state is not None:
+            y = self._step_in_place(x, state)
+            if y is not None:
+                return y, state
         config, fresh = self.config, state is None
         q, k = (x.q, x.k) if config.rope else (x.q_plain, x.k_plain)
         assert q is not None and k is not None
         state = self._start(x) if state is None else self._grow(state, x.pending)
         total = state.seen + (x.q.shape[1] if x.lengths is None else x.lengths)
         limit = (total - x.pending).clamp_min(0).maximum(state.folded)
-        log_decay = self._log_decay(x)
-        y, kv = self._sums(x, q, k, log_decay, state, limit, fresh)
+        log_decay = None if fresh and self._plain and not state.log_decay.shape[1] else self._log_decay(x)
+        if fresh and self._plain:
+            y, kv = self._whole(x, q, k, limit if x.use_cache else None)
+        else:
+            assert log_decay is not None
+            y, kv = self._sums(x, q, k, log_decay, state, limit, fresh)
         if config.window is not None:
             y = self._join(x, y, None if fresh else state)
         if not config.normalize:
@@ -225,11 +240,89 @@ class LawcatMixer(Mixer):
         y = y.to(x.v.dtype)
         if not x.use_cache:
             return y, None
-        new = {"tail_q": q, "tail_k": k, "k": x.k, "v": x.v, "log_decay": log_decay}
+        new = {"tail_q": q, "tail_k": k, "k": x.k, "v": x.v}
+        if log_decay is not None:
+            new["log_decay"] = log_decay
         rings = {name: write(getattr(state, name), t, state.seen, total) for name, t in new.items()}
         return y, state._replace(**rings, kv=kv, seen=total, folded=limit)
 
+    def _step_in_place(self, x: MixerInput, state: LawcatState) -> Tensor | None:
+        """y by one kernel that also writes the state, after the gate's projections; None where no kernel takes it."""
+        config, convolved = self.config, self._convolved
+        read = (x.q, x.k) if config.rope else (x.q_plain, x.k_plain)
+        assert read[0] is not None and read[1] is not None
+        against = None
+        for unusual, words in (
+            (config.kv_shared, "heads share a state"),
+            (not config.normalize, "its output is normed and not divided"),
+            (config.window_exclude, "the window's tokens enter the sums later"),
+            ("v" in convolved, "values are convolved"),
+        ):
+            against = words if unusual and against is None else against
+        map_q = self.map_k if config.tie_qk_map else self.map_q
+        extra = {"np_map": "reflect", "t2r": "bias"}.get(config.feature_map)
+        name = "taps_k" if config.conv_tied else "taps_q"
+        return lawcat_step(
+            x.q,
+            x.k,
+            x.v,
+            state.tail_q,
+            state.tail_k,
+            state.k,
+            state.v,
+            state.kv,
+            state.seen,
+            state.folded,
+            against=against,
+            read=read,
+            log_decay=self._log_decay(x),
+            taps=(
+                getattr(self, name) if "q" in convolved else None,
+                self.taps_k if "k" in convolved else None,
+            ),
+            maps=(map_q.weight, self.map_k.weight),
+            extras=None if extra is None else (getattr(map_q, extra), getattr(self.map_k, extra)),
+            feature_map=config.feature_map,
+            scale=x.scale,
+            window=config.window,
+            window_logit=None if config.window is None else self.window_logit,
+            softcap=x.softcap,
+            eps=config.eps,
+        )
+
+    def with_room(self, state: LawcatState) -> LawcatState:
+        """A slot more in the tails: the oldest input is read by others when a program writes the newest."""
+        tails = {name: getattr(state, name) for name in ("tail_q", "tail_k") if getattr(state, name).shape[1]}
+        return state._replace(**{n: resize(t, state.seen, t.shape[1] + 1) for n, t in tails.items()})
+
     # The sums.
+
+    @property
+    def _plain(self) -> bool:
+        """Whether the layer is what ``convolved_attention`` computes."""
+        config = self.config
+        unusual = config.window is not None or config.kv_shared or config.clamp_log_decay is not None
+        usual = config.normalize and config.feature_map == "hedgehog" and "v" not in self._convolved
+        return usual and not unusual
+
+    def _whole(
+        self, x: MixerInput, q: Tensor, k: Tensor, stop: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        config = self.config
+        tied = "taps_k" if config.conv_tied else "taps_q"
+        return convolved_attention(
+            q,
+            k,
+            x.v,
+            self._logits(x),
+            getattr(self, tied) if "q" in self._convolved else None,
+            self.taps_k if "k" in self._convolved else None,
+            (self.map_k if config.tie_qk_map else self.map_q).weight,
+            self.map_k.weight,
+            steps=config.gate_normalizer,
+            eps=config.eps,
+            stop=stop,
+        )
 
     def _sums(
         self,
@@ -326,14 +419,18 @@ class LawcatMixer(Mixer):
         rows = q.unflatten(2, (self.state_heads, -1)).transpose(2, 3)  # [B, T, R, G, K]
         return self.map_k(rows.flatten(1, 2)).unflatten(1, rows.shape[1:3]).transpose(2, 3).flatten(2, 3)
 
-    def _log_decay(self, x: MixerInput) -> Tensor:
-        """log a [B, T, G, F], at most 0."""
+    def _logits(self, x: MixerInput) -> Tensor:
+        """Of the gate, [B, T, G, F]."""
         logits, dtype = x.hidden, accumulator(x.hidden)
         if self.gate_down is not None:
             logits = linear(logits.to(dtype), self.gate_down.weight.to(dtype))
         logits = linear(logits.to(dtype), self.gate_up.weight.to(dtype), self.gate_up.bias.to(dtype))
-        logits, bound = logits.unflatten(-1, (self.geometry.kv_heads, -1)), self.config.clamp_log_decay
-        log_decay = logsigmoid(logits) / self.config.gate_normalizer
+        return logits.unflatten(-1, (self.geometry.kv_heads, -1))
+
+    def _log_decay(self, x: MixerInput) -> Tensor:
+        """log a [B, T, G, F], at most 0."""
+        bound = self.config.clamp_log_decay
+        log_decay = logsigmoid(self._logits(x)) / self.config.gate_normalizer
         return log_decay if bound is None else log_decay.clamp_min(bound)
 
     def _per_state_head(self, x: Tensor) -> Tensor:

@@ -30,7 +30,15 @@ from torch.nn.functional import logsigmoid
 
 from .errors import ConversionError
 from .mixer import Geometry, Method, MethodConfig, Mixer, MixerInput, check_window
-from .ops import gated_attention, gated_decode, window_attention, window_decode
+from .ops import (
+    Averaged,
+    averaged_attention,
+    gated_attention,
+    gated_decode,
+    liger_step,
+    window_attention,
+    window_decode,
+)
 from .ring import at_columns, attend_through, new_columns, resize, unroll, write
 from .tiles import accumulator
 
@@ -192,24 +200,75 @@ class LigerMixer(Mixer):
             self.log_temperature.fill_(math.log(config.key_temperature))
 
     def forward(self, x: MixerInput, state: LigerState | None = None) -> tuple[Tensor, LigerState | None]:
+        if x.in_place and state is not None:
+            y = self._step_in_place(x, state)
+            if y is not None:
+                return y, state
         fresh = state is None
         state = self._start(x) if state is None else self._grow(state, x.pending)
         total = state.seen + (x.q.shape[1] if x.lengths is None else x.lengths)
         limit = (total - x.pending).clamp_min(0).maximum(state.folded)
         branches, new = [], {"k": x.k, "v": x.v}
-        if self.config.has_window:
-            branches.append(self._window(x, None if fresh else state))
-        if self.config.has_recurrence:
+        whole = fresh and x.softcap is None and self._plain
+        if self.config.has_recurrence and (x.pending or not whole):
             log_decay = self._log_decay(x)
             key = self._key(x, log_decay)
             new |= {"key": key, "log_decay": log_decay}
-            o, state = self._recur(x, key, log_decay, state, limit, fresh)
-            branches.append(o)
-        y = self._mix(branches).to(x.v.dtype)
+        if whole:
+            assert x.q_plain is not None and x.k_plain is not None
+            stop = limit if x.use_cache else None
+            y, kv = averaged_attention(x.q, x.k, x.v, x.q_plain, x.k_plain, self._terms(x), stop=stop)
+            state = state if kv is None else state._replace(kv=kv)
+        else:
+            if self.config.has_window:
+                branches.append(self._window(x, None if fresh else state))
+            if self.config.has_recurrence:
+                o, state = self._recur(x, new["key"], new["log_decay"], state, limit, fresh)
+                branches.append(o)
+            y = self._mix(branches).to(x.v.dtype)
         if not x.use_cache:
             return y, None
         rings = {name: write(getattr(state, name), t, state.seen, total) for name, t in new.items()}
         return y, state._replace(**rings, seen=total, folded=limit)
+
+    def _step_in_place(self, x: MixerInput, state: LigerState) -> Tensor | None:
+        """y by one kernel that also writes the state; None where no kernel takes it."""
+        config = self.config
+        assert x.q_plain is not None and x.k_plain is not None
+        against = "gsa has two recurrences" if config.variant == "gsa" else None
+        if config.gate_source != "k":
+            against = f"its gate comes from {config.gate_source}"
+        return liger_step(
+            x.q,
+            x.k,
+            x.v,
+            state.k,
+            state.v,
+            state.kv,
+            state.seen,
+            state.folded,
+            against=against,
+            read=(x.q, x.k) if config.rope_on_recurrent else (x.q_plain, x.k_plain),
+            gate=x.k_plain,
+            scale=x.scale,
+            window=config.window if config.has_window else None,
+            softcap=x.softcap,
+            recurrence=config.has_recurrence,
+            hgrn=config.variant == "hgrn2",
+            raw=self._reads_raw,
+            normalize_eps=NORMALIZER_EPS if config.normalize else None,
+            gate_bias=self.gate_bias if config.train_gate_bias else config.gate_bias,
+            log_temperature=self.log_temperature if config.train_key_temperature else None,
+            temperature=config.key_temperature,
+            log_mix=self.log_mix if config.train_mix is not None else None,
+            mix=(config.mix_window, config.mix_recurrent),
+            steps=self._gate_steps,
+            floor=config.hgrn2_lower_bound,
+        )
+
+    @property
+    def _gate_steps(self) -> float:
+        return self.config.gate_normalizer or (1.0 if self.config.variant == "hgrn2" else 16.0)
 
     def _mix(self, branches: list[Tensor]) -> Tensor:
         config = self.config
@@ -227,6 +286,30 @@ class LigerMixer(Mixer):
         exact = accumulator(*branches)
         parts = [weight * y.to(exact) for weight, y in zip(weights, branches, strict=True)]
         return parts[0] + parts[1] if len(parts) == 2 else parts[0]
+
+    # Both at once.
+
+    @property
+    def _plain(self) -> bool:
+        """Whether the layer is what ``averaged_attention`` computes: nothing learnable, gates from keys."""
+        config = self.config
+        learnable = config.train_mix or config.train_gate_bias or config.train_key_temperature
+        usual = config.variant != "gsa" and config.gate_source == "k" and config.feature_map == "softmax"
+        extra = config.hgrn2_lower_bound or config.rope_on_recurrent or config.normalize
+        return usual and config.has_recurrence and not learnable and not extra
+
+    def _terms(self, x: MixerInput) -> Averaged:
+        config = self.config
+        return Averaged(
+            x.scale,
+            config.window if config.has_window else 0,
+            config.variant == "hgrn2",
+            self._gate_steps,
+            config.gate_bias,
+            config.key_temperature,
+            config.mix_window,
+            config.mix_recurrent,
+        )
 
     # The window.
 
@@ -284,8 +367,7 @@ class LigerMixer(Mixer):
         if source.shape[-1] != self.width:
             source = source.unflatten(-1, (self.width, -1)).mean(-1)
         bias = self.gate_bias if config.train_gate_bias else config.gate_bias
-        steps = config.gate_normalizer or (1.0 if config.variant == "hgrn2" else 16.0)
-        log_decay = logsigmoid(source + bias) / steps
+        log_decay = logsigmoid(source + bias) / self._gate_steps
         if config.hgrn2_lower_bound:
             floor = torch.full_like(log_decay, math.log(config.hgrn2_lower_bound))
             log_decay = torch.logaddexp(floor, log_decay + math.log1p(-config.hgrn2_lower_bound))

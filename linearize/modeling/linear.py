@@ -17,10 +17,14 @@ import torch
 from torch import Tensor
 
 from .errors import ConversionError
-from .feature_maps import FEATURE_MAPS, check_map, width_of
+from .feature_maps import FEATURE_MAPS, FeatureMap, check_map, width_of
 from .mixer import Geometry, Method, MethodConfig, Mixer, MixerInput
-from .ops import fold, joint_attention, joint_decode
+from .ops import fold, joint_decode, joint_step, mapped_attention, mapped_error
 from .ring import final, resize, span, take, unroll, write
+
+FOLD_EVERY = 16
+"""Tokens outside the window that steps in place collect before they sum them: meanwhile the sums, most of what a step
+reads, are not written. 16 is the narrowest operand of a matrix instruction, and each costs its map at every step."""
 
 
 @dataclass(frozen=True)
@@ -93,8 +97,16 @@ class LinearMixer(Mixer):
             self.map_k.reset_parameters()
 
     def forward(self, x: MixerInput, state: Any = None) -> tuple[Tensor, Any]:
+        if x.teacher is not None and self._is_plain:
+            maps = (self.map_q, self._key_map)
+            terms = dict(teacher=x.teacher, lengths=x.lengths, **self._terms(x))
+            return mapped_error(x.q, x.k, x.v, *maps, *self._factors(), **terms), None
         if state is None and not x.use_cache:
             return self._many(x, x.q, x.k, x.v)
+        if x.in_place:
+            y = self._step_in_place(x, state)
+            if y is not None:
+                return y, state
         started = self._start(x) if state is None else self._grow(state, x.pending)
         total = started.seen + (x.q.shape[1] if x.lengths is None else x.lengths)
         limit = final(total, self.window, self.window_kind, x.pending).maximum(started.folded)
@@ -117,9 +129,19 @@ class LinearMixer(Mixer):
         limit: Tensor | None = None,
     ) -> tuple[Tensor, Any]:
         """y of columns from position ``state.folded`` on, and the state with those before ``limit`` summed."""
-        phi_k, sums = self._map_k(k), None if state is None else (state.kv, state.z)
-        y = joint_attention(q, k, v, self.map_q(q), phi_k, *self._factors(), state=sums, **self._terms(x))
-        return y, state if limit is None else self._fold(state, phi_k, v, limit)
+        y, sums = mapped_attention(
+            q,
+            k,
+            v,
+            self.map_q,
+            self._key_map,
+            *self._factors(),
+            state=None if state is None else (state.kv, state.z),
+            stop=None if limit is None else limit - state.folded,
+            pending=x.pending,
+            **self._terms(x),
+        )
+        return y, state if sums is None else state._replace(kv=sums[0], z=sums[1])
 
     def _chunk(self, x: MixerInput, state: Any, limit: Tensor) -> tuple[Tensor, Any]:
         """Several tokens: columns ``folded, ...`` stand on the window's grid, as the parallel form needs."""
@@ -132,7 +154,7 @@ class LinearMixer(Mixer):
     def _step(self, x: MixerInput, state: Any, limit: Tensor) -> tuple[Tensor, Any]:
         """One token a row: sum what leaves the window, then meet the slots that are left and the state."""
         k, v = self._columns(x, state)
-        leaving = int((limit - state.folded).max())
+        leaving = self._leaving if x.in_place else int((limit - state.folded).max())
         if leaving:
             state = self._fold(state, self._map_k(k[:, :leaving]), v[:, :leaving], limit)
         outside = k.shape[1] - 1 > span(self.window, self.window_kind)
@@ -148,6 +170,42 @@ class LinearMixer(Mixer):
             **self._terms(x),
         )
         return y, state
+
+    def _step_in_place(self, x: MixerInput, state: Any) -> Tensor | None:
+        """y by one kernel that also writes the state; None where no kernel takes it."""
+        config, map_k = self.config, self.map_q if self.config.tie_qk_map else self.map_k
+        extra = {"np_map": "reflect", "t2r": "bias"}.get(config.feature_map)
+        return joint_step(
+            x.q,
+            x.k,
+            x.v,
+            state.k,
+            state.v,
+            state.seen,
+            state.folded,
+            scale=x.scale,
+            window=self.window,
+            window_kind=self.window_kind,
+            softcap=x.softcap,
+            sums=(state.kv, state.z),
+            maps=(self.map_q.weight, map_k.weight),
+            extras=None if extra is None else (getattr(self.map_q, extra), getattr(map_k, extra)),
+            feature_map=config.feature_map,
+            fold_every=FOLD_EVERY,
+            **self._logit(),
+        )
+
+    def _logit(self) -> dict[str, Any]:
+        """What :meth:`_factors` are made of, for the kernel that makes them itself."""
+        return {}
+
+    @property
+    def _leaving(self) -> int:
+        """Most tokens that one step in place sums."""
+        return self.window if self.window is not None and self.window_kind == "terraced" else FOLD_EVERY
+
+    def with_room(self, state: Any) -> Any:
+        return self._grow(state, FOLD_EVERY)
 
     def _columns(self, x: MixerInput, state: Any) -> list[Tensor]:
         """k and v from position ``state.folded`` on."""
@@ -167,8 +225,17 @@ class LinearMixer(Mixer):
         kv, z = fold(state.kv, state.z, phi_k, v, keep)
         return state._replace(kv=kv, z=z)
 
+    @property
+    def _is_plain(self) -> bool:
+        """Whether y is nothing but ``mapped_attention``."""
+        return True
+
+    @property
+    def _key_map(self) -> FeatureMap:
+        return self.map_q if self.config.tie_qk_map else self.map_k
+
     def _map_k(self, k: Tensor) -> Tensor:
-        return (self.map_q if self.config.tie_qk_map else self.map_k)(k)
+        return self._key_map(k)
 
     def _factors(self) -> tuple[Tensor, Tensor | None]:
         """Weights [H] of window and sums; without a window neither applies."""

@@ -20,7 +20,7 @@ and how it departs from the paper.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -110,11 +110,21 @@ class LolcatsMixer(LinearMixer):
         g = self.window_logit.sigmoid()
         return g, 1 - g if self.config.affine_factors else None
 
+    def _logit(self) -> dict[str, Any]:
+        return {"window_logit": self.window_logit, "affine": self.config.affine_factors}
+
     def _start(self, x: MixerInput) -> LolcatsState:
         k, v, kv, z, *counters = super()._start(x)
         shape = (len(x.k), self.config.sparse_cache or 0, self.state_heads)
         kept_k, kept_v = (t.new_zeros(*shape, t.shape[-1]) for t in (x.k, x.v))
         return LolcatsState(k, v, kv, z, kept_k, kept_v, *counters)
+
+    @property
+    def _is_plain(self) -> bool:
+        return not self.config.sparse_cache
+
+    def why_not_in_place(self) -> str | None:
+        return "a sparse cache is ranked by the host" if self.config.sparse_cache else None
 
     # With a sparse cache: the same columns, and another road for what leaves the window.
 

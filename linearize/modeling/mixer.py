@@ -66,12 +66,18 @@ class MixerInput(NamedTuple):
     """Whether the caller keeps the returned state; without it a mixer may return None for the state."""
     pending: int = 0
     """Newest tokens that a state must be able to forget again by lowering its ``seen`` counter."""
+    in_place: bool = False
+    """Whether the state may be overwritten: a decode step of one real token a row, whose state keeps its tensors and
+    their sizes and which never waits for the device. Where a mixer returns other tensors, the caller copies them."""
     transfer: bool = False
     """Stage 1, on the teacher's own inputs: a mixer with a loss of its own returns a :class:`Fit` in place of y."""
+    teacher: Tensor | None = None
+    """[B, T, H, V], in stage 1 the output of the layer's softmax: a mixer may form its error against it, a
+    :class:`Fit`, where that is faster than handing y out."""
 
 
 class Fit(NamedTuple):
-    """A mixer's own transfer loss, where matching its layer's output is not what it learns from."""
+    """A mixer's own transfer loss: another than matching its layer's output, or that one already formed."""
 
     error: Tensor
     """Scalar, a mean over the real tokens."""
@@ -105,6 +111,14 @@ class Mixer(nn.Module):
         """Bytes that each further token adds to a row's state, on average; 0 where the state is bounded. ``itemsize``
         is that of the model's dtype."""
         return 0.0
+
+    def why_not_in_place(self) -> str | None:
+        """Why no step of this mixer can be one of ``MixerInput.in_place``, in words; None where all can."""
+        return None
+
+    def with_room(self, state: Any) -> Any:
+        """The state as steps in place want it: the same tokens, with the room to put off what is costly."""
+        return state
 
     def forward(self, x: MixerInput, state: Any = None) -> tuple[Tensor | Fit, Any]:
         raise NotImplementedError

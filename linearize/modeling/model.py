@@ -14,6 +14,7 @@ This file and its siblings are copied beside the weights, so that plain transfor
 import functools
 import re
 import sys
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -30,6 +31,7 @@ from transformers.conversion_mapping import (
 from .attention import MODE, NAME, attach, base_attention, detach
 from .cache import cache_layer
 from .errors import CheckpointError
+from .graph import StepGraph, why_no_graph
 from .mixer import Geometry, Method, MethodConfig, Mixer
 
 FORMAT = 1
@@ -96,6 +98,25 @@ class LinearModel(PreTrainedModel if TYPE_CHECKING else object):
                 if generation_config.is_assistant:
                     layer.activate_past_recording()
         return result
+
+    def _valid_auto_compile_criteria(self, model_kwargs: dict, generation_config: Any) -> bool:
+        """Whether ``generate`` steps by :meth:`get_compiled_call`: with a static cache on one GPU."""
+        if not self._steps_by_graph():
+            return super()._valid_auto_compile_criteria(model_kwargs, generation_config)
+        if generation_config.disable_compile:
+            return False
+        reason = why_no_graph(self, model_kwargs.get("past_key_values"))
+        asked = generation_config.cache_implementation == "static" and self.device.type == "cuda"
+        if reason is not None and asked:
+            warnings.warn(f"decoding without a CUDA graph, because {reason}", RuntimeWarning, stacklevel=2)
+        return reason is None
+
+    def get_compiled_call(self, compile_config: Any) -> Any:
+        """Steps from a CUDA graph in place of compiled ones, where layers run mixers."""
+        return StepGraph(self) if self._steps_by_graph() else super().get_compiled_call(compile_config)
+
+    def _steps_by_graph(self) -> bool:
+        return MODE.get().name == "linear" and bool(self.mixers())
 
     @staticmethod
     def create_masks_for_generate(*args: Any, attention_mask: Any = None, **request: Any) -> Any:

@@ -1,26 +1,47 @@
 """The only door to compute: a mixer calls an operation here and never asks which version runs.
 
-Each operation has a plain torch reference of the same signature, in ``reference.py``, ``gated.py``, ``selection.py``,
-``routing.py`` or ``lola.py``, in the forms of many queries (chunked) and few (recurrent). Some have a Triton kernel
-besides, which ``backend`` chooses where it can run.
+Each operation has a plain torch reference of the same signature, in ``reference.py``, ``mapped.py``, ``gated.py``,
+``selection.py``, ``routing.py`` or ``lola.py``, in two forms: many queries (chunked) and few (recurrent). Some have
+Triton kernels beside it, ``triton_*.py``: every call asks ``backend.py`` whether they can run, and ``ran()`` says what
+did and why. Their modules are imported where they are called, since Triton is optional.
+
+A step in place is one launch where a kernel takes it: its functions (``..._step``) return None where none does, and the
+mixer's own step, which is the reference, runs instead.
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import routing, selection
-from .backend import refusal, use_kernel
+from .backend import ran, reference_only, refusal, use_kernel
+from .convolved import convolved_chunked
 from .feature_maps import FeatureMap, Hedgehog, NormPreserved, NormPreservedPlain
-from .gated import gated_chunked, gated_recurrent, joined_chunked, joined_recurrent
+from .gated import (
+    Averaged,
+    averaged_chunked,
+    gated_chunked,
+    gated_recurrent,
+    joined_chunked,
+    joined_recurrent,
+)
 from .lola import Sparse, hand_over_all, sparse_chunked, sparse_recurrent
+from .mapped import mapped_chunked, mapped_error_chunked, mapped_refusal
+from .mixer import Fit
 from .reference import fold, joint_chunked, joint_recurrent, window_chunked, window_recurrent
 from .routing import Past, route, routed_chunked, routed_recurrent, self_saliency_of
-from .selection import Kept, kept_recurrent, merge_kept
+from .routing import self_saliency as self_saliency_chunked
+from .selection import Kept, kept_chunked, kept_recurrent, merge_kept
+from .selection import future_attention as future_attention_chunked
+from .tiles import State
 
 __all__ = [
+    "Averaged",
     "Kept",
     "Past",
     "Sparse",
+    "averaged_attention",
+    "convolved_attention",
     "fold",
     "future_attention",
     "gated_attention",
@@ -29,20 +50,30 @@ __all__ = [
     "joined_decode",
     "joint_attention",
     "joint_decode",
+    "joint_step",
     "kept_attention",
     "kept_decode",
+    "lawcat_step",
+    "liger_step",
+    "mapped_attention",
+    "mapped_error",
     "merge_kept",
+    "ran",
+    "reference_only",
     "route",
     "routed_attention",
     "routed_decode",
     "routed_prefill",
+    "salient_step",
     "self_saliency",
     "self_saliency_of",
     "sparse_attention",
     "sparse_decode",
     "sparse_hand_over",
+    "still_step",
     "window_attention",
     "window_decode",
+    "window_step",
 ]
 
 joint_attention = joint_chunked
@@ -59,6 +90,47 @@ routed_decode = routed_recurrent
 sparse_attention = sparse_chunked
 sparse_decode = sparse_recurrent
 sparse_hand_over = hand_over_all
+
+
+def mapped_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    map_q: FeatureMap,
+    map_k: FeatureMap,
+    *factors: Tensor | None,
+    softcap: float | None = None,
+    state: State | None = None,
+    pending: int = 0,
+    **terms: Any,
+) -> tuple[Tensor, State | None]:
+    """``mapped_chunked``; with ``pending`` tokens held back, linear keys lie behind ``stop``."""
+    held = "tokens that may be taken back are not fused" if pending else None
+    if use_kernel(
+        "mapped_attention", refusal(q, k, v), held, mapped_refusal(k, v, map_q, map_k, softcap, state)
+    ):
+        from .triton_mapped import mapped_kernel
+
+        return mapped_kernel(q, k, v, map_q, map_k, *factors, state=state, **terms)
+    return mapped_chunked(q, k, v, map_q, map_k, *factors, softcap=softcap, state=state, **terms)
+
+
+def mapped_error(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    map_q: FeatureMap,
+    map_k: FeatureMap,
+    *factors: Tensor | None,
+    softcap: float | None = None,
+    **terms: Any,
+) -> Fit:
+    """``mapped_error_chunked``: what a transfer minimises."""
+    if use_kernel("mapped_error", refusal(q, k, v), mapped_refusal(k, v, map_q, map_k, softcap, None)):
+        from .triton_mapped import mapped_error_kernel
+
+        return mapped_error_kernel(q, k, v, map_q, map_k, *factors, **terms)
+    return mapped_error_chunked(q, k, v, map_q, map_k, *factors, softcap=softcap, **terms)
 
 
 def _unlike(*tensors: Tensor) -> str | None:
@@ -97,9 +169,7 @@ def kept_attention(
         from .triton_selected_kept import kept_attention as kernel
 
         return kernel(q, k, v, score, scale=scale, chunk=chunk, size=size)
-    return selection.kept_chunked(
-        q, k, v, score, scale=scale, chunk=chunk, size=size, softcap=softcap, kept=kept
-    )
+    return kept_chunked(q, k, v, score, scale=scale, chunk=chunk, size=size, softcap=softcap, kept=kept)
 
 
 def future_attention(
@@ -122,7 +192,7 @@ def future_attention(
         from .triton_selected_future import future_attention as kernel
 
         return kernel(q, k, scale=scale, chunk=chunk, lengths=lengths)
-    return selection.future_attention(q, k, scale=scale, chunk=chunk, softcap=softcap, lengths=lengths)
+    return future_attention_chunked(q, k, scale=scale, chunk=chunk, softcap=softcap, lengths=lengths)
 
 
 def self_saliency(q: Tensor, k: Tensor, *, scale: float, window: int, softcap: float | None = None) -> Tensor:
@@ -137,7 +207,134 @@ def self_saliency(q: Tensor, k: Tensor, *, scale: float, window: int, softcap: f
         from .triton_selected_future import self_saliency as kernel
 
         return kernel(q, k, scale=scale, window=window)
-    return routing.self_saliency(q, k, scale=scale, window=window, softcap=softcap)
+    return self_saliency_chunked(q, k, scale=scale, window=window, softcap=softcap)
+
+
+def joint_step(q: Tensor, k: Tensor, v: Tensor, *state: Tensor, **terms: Any) -> Tensor | None:
+    """y [B, 1, H, V] of a window joined with sums; ``triton_decode.joint_step`` says what it takes and writes."""
+    tied = terms["sums"][1].shape[1] != q.shape[2]
+    if not use_kernel("joint_step", refusal(q, k, v), _few_heads(q, k) if tied else None):
+        return None
+    from .triton_decode import joint_step as step
+
+    return step(q, k, v, *state, **terms)
+
+
+def liger_step(
+    q: Tensor, k: Tensor, v: Tensor, *state: Tensor, against: str | None, **terms: Any
+) -> Tensor | None:
+    """y [B, 1, H, V] of a fading recurrence beside a window; ``against``: why the kernel cannot, if it cannot."""
+    if not use_kernel("liger_step", refusal(q, k, v), against, _few_heads(q, k)):
+        return None
+    from .triton_decode_liger import liger_step as step
+
+    return step(q, k, v, *state, **terms)
+
+
+def lawcat_step(
+    q: Tensor, k: Tensor, v: Tensor, *state: Tensor, against: str | None, **terms: Any
+) -> Tensor | None:
+    """y [B, 1, H, V] of normalised fading sums after a convolution; ``against`` as in :func:`liger_step`."""
+    if not use_kernel("lawcat_step", refusal(q, k, v), against):
+        return None
+    from .triton_decode_lawcat import lawcat_step as step
+
+    return step(q, k, v, *state, **terms)
+
+
+def salient_step(q: Tensor, k: Tensor, v: Tensor, *state: Tensor, **terms: Any) -> Tensor | None:
+    """y [B, 1, H, V] against a kept set and the local span, which hands its oldest chunk over when it is due."""
+    if not use_kernel("salient_step", refusal(q, k, v), _few_heads(q, k)):
+        return None
+    from .triton_decode_salient import salient_step as step
+
+    return step(q, k, v, *state, **terms)
+
+
+def still_step(
+    q: Tensor, k: Tensor, v: Tensor, *state: Tensor, against: str | None, **terms: Any
+) -> Tensor | None:
+    """y [B, 1, H, V] against picked tokens, the local span and the sums of all others; ``against`` as in
+    :func:`liger_step`."""
+    if not use_kernel("still_step", refusal(q, k, v), against):
+        return None
+    from .triton_decode_still import still_step as step
+
+    return step(q, k, v, *state, **terms)
+
+
+def _few_heads(q: Tensor, k: Tensor) -> str | None:
+    """A tile of 16 rows holds the query heads of a group."""
+    return "more than 16 query heads share a key/value head" if q.shape[2] > 16 * k.shape[2] else None
+
+
+def window_step(q: Tensor, k: Tensor, v: Tensor, *state: Tensor, **terms: Any) -> Tensor | None:
+    """y [B, 1, H, V] of a window and its sinks; the same kernel without sums."""
+    if not use_kernel("window_step", refusal(q, k, v)):
+        return None
+    from .triton_decode import joint_step as step
+
+    return step(q, k, v, *state, **terms)
+
+
+def averaged_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_plain: Tensor,
+    k_plain: Tensor,
+    terms: Averaged,
+    *,
+    stop: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """``gated.averaged_chunked``: a softmax window and a recurrence gated by the keys, averaged."""
+    inputs = (q, k, v, q_plain, k_plain)
+    if not use_kernel(
+        "averaged_attention", refusal(*inputs), _uneven(*inputs), _through_state(stop, *inputs)
+    ):
+        return averaged_chunked(*inputs, terms, stop=stop)
+    from .triton_gated_liger_backward import averaged_kernel
+
+    return averaged_kernel(*inputs, terms, stop=stop)
+
+
+def convolved_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    logits: Tensor,
+    taps_q: Tensor | None,
+    taps_k: Tensor | None,
+    map_q: Tensor,
+    map_k: Tensor,
+    *,
+    stop: Tensor | None = None,
+    **terms: float,
+) -> tuple[Tensor, Tensor | None]:
+    """``convolved.convolved_chunked``: LAWCAT's layer without a window, from raw inputs."""
+    parts = (taps_q, taps_k, map_q, map_k)
+    learned = [x for x in (q, k, v, logits, *parts) if x is not None and x.requires_grad]
+    needed = "its gradients have no kernel" if learned and torch.is_grad_enabled() else None
+    if not use_kernel("convolved_attention", refusal(q, k, v, logits), _uneven(q, k, v), needed):
+        return convolved_chunked(q, k, v, logits, *parts, stop=stop, **terms)
+    from .triton_gated_lawcat import convolved_kernel
+
+    return convolved_kernel(q, k, v, logits, *parts, stop=stop, **terms)
+
+
+def _uneven(*tensors: Tensor) -> str | None:
+    """Why kernels do not take heads of such widths, or such dtypes together."""
+    widest = max(x.shape[-1] for x in tensors)
+    if widest > 128:
+        return f"heads of {widest} channels are wider than 128"
+    if len({x.dtype for x in tensors}) > 1:
+        return "the inputs have several dtypes"
+    return None if all(x.numel() for x in tensors) else "there is nothing to compute"
+
+
+def _through_state(stop: Tensor | None, *tensors: Tensor) -> str | None:
+    needed = stop is not None and torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+    return "a gradient may flow through the state" if needed else None
 
 
 MOST_UNBOUNDED = 1024

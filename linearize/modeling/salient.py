@@ -30,7 +30,7 @@ from torch.nn.functional import avg_pool1d, gelu
 
 from .errors import ConversionError
 from .mixer import Fit, Geometry, Method, MethodConfig, Mixer, MixerInput
-from .ops import Kept, future_attention, kept_attention, kept_decode, merge_kept
+from .ops import Kept, future_attention, kept_attention, kept_decode, merge_kept, salient_step
 from .ring import at_columns, final, new_columns, resize, span, step_positions, take, unroll, write
 from .selection import rounded
 
@@ -131,6 +131,11 @@ class SalientMixer(Mixer):
         started = self._start(x) if state is None else self._grow(state, x.pending)
         score, inputs = self._score(x, started.tail, started.seen)
         total = started.seen + (x.q.shape[1] if x.lengths is None else x.lengths)
+        if x.in_place:
+            tail = started.tail if inputs is None else write(started.tail, inputs, started.seen, total)
+            y = self._step_in_place(x, started, score)
+            if y is not None:
+                return y, started._replace(tail=tail)
         limit = final(total, self.config.chunk, "terraced", x.pending).maximum(started.folded)
         fresh = (x.k, x.v, score)
         if state is None:
@@ -142,13 +147,29 @@ class SalientMixer(Mixer):
                 unroll(old, new, started.seen, started.folded)
                 for old, new in zip(started.rings, fresh, strict=True)
             ]
-            kept = self._hand_over(started, columns, limit)
+            kept = self._hand_over(started, columns, limit, x.in_place)
             y = self._step(x, started, columns, kept) if step else self._chunk(x, started, columns)
         k, v, score = (
             write(old, new, started.seen, total) for old, new in zip(started.rings, fresh, strict=True)
         )
         tail = started.tail if inputs is None else write(started.tail, inputs, started.seen, total)
         return y, SalientState(k, v, score, *kept, tail, total, limit)
+
+    def _step_in_place(self, x: MixerInput, state: SalientState, score: Tensor) -> Tensor | None:
+        """y by one kernel that also writes the state, after the score; None where no kernel takes it."""
+        return salient_step(
+            x.q,
+            x.k,
+            x.v,
+            *state.rings,
+            *state.kept,
+            state.seen,
+            state.folded,
+            score=score,
+            scale=x.scale,
+            chunk=self.config.chunk,
+            softcap=x.softcap,
+        )
 
     def _chunk(self, x: MixerInput, state: SalientState, columns: Sequence[Tensor]) -> Tensor:
         """Several tokens: columns ``folded, ...`` stand on the chunk grid, as the parallel form needs."""
@@ -189,9 +210,13 @@ class SalientMixer(Mixer):
             kept=kept,
         )
 
-    def _hand_over(self, state: SalientState, columns: Sequence[Tensor], limit: Tensor) -> Kept:
+    def _hand_over(
+        self, state: SalientState, columns: Sequence[Tensor], limit: Tensor, in_place: bool = False
+    ) -> Kept:
         """The kept tokens with columns ``folded .. limit - 1`` ranked among them; column 0 is position ``folded``."""
-        kept, leaving = state.kept, int((limit - state.folded).max())
+        # A step in place does not wait for the device to say how many leave: a chunk at most.
+        kept = state.kept
+        leaving = self.config.chunk if in_place else int((limit - state.folded).max())
         if leaving <= 0:
             return kept
         k, v, score = (column[:, :leaving] for column in columns)

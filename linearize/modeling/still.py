@@ -40,6 +40,7 @@ from .ops import (
     routed_prefill,
     self_saliency,
     self_saliency_of,
+    still_step,
 )
 from .ring import at_columns, final, new_columns, resize, span, step_positions, unroll, write
 from .selection import rounded
@@ -192,6 +193,10 @@ class StillMixer(Mixer):
     def forward(self, x: MixerInput, state: StillState | None = None) -> tuple[Tensor, StillState | None]:
         if state is None and not x.use_cache:
             return self._prefill(x, self._score(x))[0], None
+        if x.in_place and state is not None:
+            y = self._step_in_place(x, state)
+            if y is not None:
+                return y, state
         started = self._start(x) if state is None else self._grow(state, x.pending)
         total = started.seen + (x.q.shape[1] if x.lengths is None else x.lengths)
         limit = final(total, self.config.chunk, "terraced", x.pending).maximum(started.folded)
@@ -207,12 +212,44 @@ class StillMixer(Mixer):
             score = (self._score_step if step else self._score_chunk)(x, started, k)
             fresh = (x.k, x.v, score)
             columns = (k, v, unroll(started.score, score, started.seen, started.folded))
-            older = self._hand_over(started, columns, limit)
+            older = self._hand_over(started, columns, limit, in_place=x.in_place)
             y = self._step(x, started, columns, older) if step else self._chunk(x, started, columns)
         k, v, score = (
             write(old, new, started.seen, total) for old, new in zip(started.rings, fresh, strict=True)
         )
         return y, StillState(k, v, score, *older.kept, older.kv, older.z, total, limit)
+
+    def _step_in_place(self, x: MixerInput, state: StillState) -> Tensor | None:
+        """y by one kernel that also writes the state, after the gate's projection; None where no kernel takes it."""
+        config, against = self.config, None
+        if config.share_selection:
+            against = "the heads of a group select together"
+        elif not (config.budget and config.salient_per_chunk):
+            against = "nothing is kept"
+        extra = {"np_map": "reflect", "t2r": "bias"}.get(config.feature_map)
+        extras = None if extra is None else (getattr(self.map_q, extra), getattr(self.map_k, extra))
+        return still_step(
+            x.q,
+            x.k,
+            x.v,
+            *state,
+            against=against,
+            score=None if config.score == "self_saliency" else self._ranks(x, None, state.seen),
+            gate=self._gate(x),
+            maps=(self.map_q.weight, self.map_k.weight),
+            extras=extras,
+            feature_map=config.feature_map,
+            scale=x.scale,
+            chunk=config.chunk,
+            picks=config.salient_per_chunk,
+            keep_first=config.keep_first,
+            eps=config.eps_den,
+            softcap=x.softcap,
+        )
+
+    def with_room(self, state: StillState) -> StillState:
+        """A slot more: the token that the newest one would replace may be leaving, and other heads read it."""
+        return self._grow(state, 1)
 
     def _chunk(self, x: MixerInput, state: StillState, columns: Sequence[Tensor]) -> Tensor:
         """Several tokens: columns ``folded, ...`` stand on the chunk grid, as the parallel form needs."""
@@ -304,11 +341,13 @@ class StillMixer(Mixer):
         columns: Sequence[Tensor],
         limit: Tensor,
         sums: tuple[Tensor, Tensor] | None = None,
+        in_place: bool = False,
     ) -> Older:
         """What has left the local span once columns ``folded .. limit - 1`` have; column 0 is position ``folded``.
         ``sums``: the linear ones, where they are known."""
         config, leaving = self.config, limit - state.folded
-        count = int(leaving.max())
+        # A step in place does not wait for the device to say how many leave: a chunk at most.
+        count = config.chunk if in_place else int(leaving.max())
         if count <= 0:
             return Older(state.kept, state.kv, state.z)
         k, v, score = (column[:, :count] for column in columns)
@@ -371,6 +410,9 @@ class StillMixer(Mixer):
             return None
         logits = self.output_gate(x.hidden.to(self.output_gate.weight.dtype)) + self.config.gate_bias
         return logits.sigmoid().unflatten(-1, (self.geometry.heads, -1))
+
+    def why_not_in_place(self) -> str | None:
+        return "STILL without a budget grows with the text" if self.config.budget is None else None
 
     def growth(self, itemsize: int) -> float:
         config, shape = self.config, self.geometry

@@ -32,6 +32,7 @@ from .triton_common import (
     load_matrix,
     load_rows,
     load_transposed,
+    softmax_of,
     store_rows,
 )
 
@@ -43,27 +44,31 @@ PROGRAMS = 528  # enough to fill a large GPU twice over (132 multiprocessors, tw
 def joint_states(
     x, w, val, den, e, S, Z, total_S, total_Z, stop,
     xb, xt, xh, vb, vt, vh, T, stored, run,
-    D: tl.constexpr, V: tl.constexpr, F: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BT: tl.constexpr,
+    D: tl.constexpr, V: tl.constexpr, F: tl.constexpr, FP: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
+    BT: tl.constexpr,
     GROUP: tl.constexpr, EVERY: tl.constexpr, REVERSE: tl.constexpr, HAS_STOP: tl.constexpr,
     TOTALS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """S [B, H, stored, 2F, V] and Z [B, H, stored, 2F] before every EVERY-th tile of a run of ``run`` tiles; after it and
-    to the run's end with REVERSE, where x is q, val dy. Totals of the run: [B, H, runs, 2F, V] fp32."""
-    h, part, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    heads, runs = tl.num_programs(0), tl.num_programs(1)
+    """S [B, H, stored, 2F, V] and Z [B, H, stored, 2F] before every EVERY-th tile of a run of ``run`` tiles; after it
+    and to the run's end with REVERSE, where x is q, val dy. Totals of the run: [B, H, runs, 2F, V] fp32.
+
+    A program makes one half of the features: both halves' sums would not fit into registers.
+    """
+    half, part, b = tl.program_id(0) % 2, tl.program_id(1), tl.program_id(2)
+    h, heads, runs = tl.program_id(0) // 2, tl.num_programs(0) // 2, tl.num_programs(1)
     x += tl.cast(b, tl.int64) * xb + tl.cast(h // GROUP, tl.int64) * xh
     val += tl.cast(b, tl.int64) * vb + tl.cast(h // GROUP, tl.int64) * vh
     row = (tl.cast(b, tl.int64) * heads + h) * T
     out = (tl.cast(b, tl.int64) * heads + h) * stored
-    w = load_transposed(w + h * D * F, D, F, BD, F)
-    f, channel, token = tl.arange(0, F), tl.arange(0, BV), tl.arange(0, BT)
+    w = load_transposed(w + h * D * F, D, F, BD, FP)
+    sign = 1.0 - 2.0 * half
+    f, channel, token = tl.arange(0, FP), tl.arange(0, BV), tl.arange(0, BT)
     end = T
     if HAS_STOP:
         end = tl.load(stop + b).to(tl.int32)
-    plus, minus = tl.zeros([F, BV], tl.float32), tl.zeros([F, BV], tl.float32)
-    z_plus, z_minus = tl.zeros([F], tl.float32), tl.zeros([F], tl.float32)
-    place = f[:, None] * V + channel[None, :]
-    inside = (f >= 0)[:, None] & (channel < V)[None, :]
+    acc, z = tl.zeros([FP, BV], tl.float32), tl.zeros([FP], tl.float32)
+    place = half * F * V + f[:, None] * V + channel[None, :]
+    inside = (f < F)[:, None] & (channel < V)[None, :]
     first = part * run
     last = tl.minimum(first + run, (T + BT - 1) // BT)
     for i in range(first, last):
@@ -72,39 +77,28 @@ def joint_states(
             n = first + last - 1 - i
         elif n % EVERY == 0:
             at = out + n // EVERY
-            tl.store(S + at * 2 * F * V + place, plus.to(S.dtype.element_ty), mask=inside)
-            tl.store(S + at * 2 * F * V + F * V + place, minus.to(S.dtype.element_ty), mask=inside)
-            tl.store(Z + at * 2 * F + f, z_plus)
-            tl.store(Z + at * 2 * F + F + f, z_minus)
+            tl.store(S + at * 2 * F * V + place, acc.to(S.dtype.element_ty), mask=inside)
+            tl.store(Z + at * 2 * F + half * F + f, z, mask=f < F)
         xT = load_columns(x, n * BT, xt, end, D, BD, BT)
         values = load_rows(val, n * BT, vt, end, V, BV, BT)
         live = n * BT + token < end
-        p, m = hedgehog_columns(tl.dot(w, xT, input_precision=PRECISION))
+        phi = softmax_of(sign * tl.dot(w, xT, input_precision=PRECISION), 0, F)
         if REVERSE:
             weight = tl.load(e + row + n * BT + token, mask=live, other=0.0)
-            inverse = 1.0 / tl.load(den + row + n * BT + token, mask=live, other=1.0)
-            z_plus += tl.sum(p * weight[None, :], 1)
-            z_minus += tl.sum(m * weight[None, :], 1)
-            p, m = p * inverse[None, :], m * inverse[None, :]
+            z += tl.sum(phi * weight[None, :], 1)
+            phi *= (1.0 / tl.load(den + row + n * BT + token, mask=live, other=1.0))[None, :]
         else:
-            p, m = tl.where(live[None, :], p, 0.0), tl.where(live[None, :], m, 0.0)
-            z_plus += tl.sum(p, 1)
-            z_minus += tl.sum(m, 1)
-        plus += tl.dot(p.to(values.dtype), values, input_precision=PRECISION)
-        minus += tl.dot(m.to(values.dtype), values, input_precision=PRECISION)
-        if REVERSE:
-            if n % EVERY == 0:
-                at = out + n // EVERY
-                tl.store(S + at * 2 * F * V + place, plus.to(S.dtype.element_ty), mask=inside)
-                tl.store(S + at * 2 * F * V + F * V + place, minus.to(S.dtype.element_ty), mask=inside)
-                tl.store(Z + at * 2 * F + f, z_plus)
-                tl.store(Z + at * 2 * F + F + f, z_minus)
+            phi = tl.where(live[None, :], phi, 0.0)
+            z += tl.sum(phi, 1)
+        acc = tl.dot(phi.to(values.dtype), values, acc, input_precision=PRECISION)
+        if REVERSE and n % EVERY == 0:
+            at = out + n // EVERY
+            tl.store(S + at * 2 * F * V + place, acc.to(S.dtype.element_ty), mask=inside)
+            tl.store(Z + at * 2 * F + half * F + f, z, mask=f < F)
     if TOTALS:
         at = (tl.cast(b, tl.int64) * heads + h) * runs + part
-        tl.store(total_S + at * 2 * F * V + place, plus, mask=inside)
-        tl.store(total_S + at * 2 * F * V + F * V + place, minus, mask=inside)
-        tl.store(total_Z + at * 2 * F + f, z_plus)
-        tl.store(total_Z + at * 2 * F + F + f, z_minus)
+        tl.store(total_S + at * 2 * F * V + place, acc, mask=inside)
+        tl.store(total_Z + at * 2 * F + half * F + f, z, mask=f < F)
 
 
 @triton.jit(do_not_specialize=["runs"])
@@ -128,27 +122,36 @@ def joint_scan(
 
 @triton.jit
 def add_sums(
-    acc, mass, rows_plus, rows_minus, S, at, z,
-    F: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr,
+    acc, plus, minus, S, at,
+    F: tl.constexpr, FP: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """acc [tokens, BV] and mass [tokens] with the sums number ``at`` read by features [tokens, F]."""
-    f = tl.arange(0, F)
-    plus = load_matrix(S + at * 2 * F * V, F, V, F, BV)
-    acc = tl.dot(rows_plus.to(plus.dtype), plus, acc, input_precision=PRECISION)
-    minus = load_matrix(S + at * 2 * F * V + F * V, F, V, F, BV)
-    acc = tl.dot(rows_minus.to(minus.dtype), minus, acc, input_precision=PRECISION)
-    mass += tl.sum(rows_plus * tl.load(z + at * 2 * F + f)[None, :], 1)
-    return acc, mass + tl.sum(rows_minus * tl.load(z + at * 2 * F + F + f)[None, :], 1)
+    """acc [tokens, BV] with the sums number ``at`` read by features [tokens, F]."""
+    acc = tl.dot(plus, load_matrix(S + at * 2 * F * V, F, V, FP, BV), acc, input_precision=PRECISION)
+    rest = load_matrix(S + at * 2 * F * V + F * V, F, V, FP, BV)
+    return tl.dot(minus, rest, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def from_z(plus, minus, Z, at, base_Z, base, HAS_BASE: tl.constexpr, F: tl.constexpr, FP: tl.constexpr):
+    """phi z [tokens] of features [tokens, F]."""
+    f = tl.arange(0, FP)
+    z_plus = tl.load(Z + at * 2 * F + f, mask=f < F, other=0.0)
+    z_minus = tl.load(Z + at * 2 * F + F + f, mask=f < F, other=0.0)
+    if HAS_BASE:
+        z_plus += tl.load(base_Z + base * 2 * F + f, mask=f < F, other=0.0)
+        z_minus += tl.load(base_Z + base * 2 * F + F + f, mask=f < F, other=0.0)
+    return tl.sum(plus * z_plus[None, :], 1) + tl.sum(minus * z_minus[None, :], 1)
 
 
 @triton.jit(do_not_specialize=["T", "stored", "run", "runs"])
 def joint_outputs(
     q, k, v, w_q, w_k, g, beta, S, Z, base_S, base_Z, teacher, lengths, y, den, peak, e, loss,
     qb, qt, qh, kb, kt, kh, vb, vt, vh, tb, tt, th, T, stored, run, runs, scale,
-    D: tl.constexpr, V: tl.constexpr, F: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BT: tl.constexpr,
+    D: tl.constexpr, V: tl.constexpr, F: tl.constexpr, FP: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
+    BT: tl.constexpr,
     GROUP: tl.constexpr, EVERY: tl.constexpr, W: tl.constexpr, TERRACED: tl.constexpr, HAS_BASE: tl.constexpr,
     HAS_BETA: tl.constexpr, SAVE: tl.constexpr, TRANSFER: tl.constexpr, HAS_LENGTHS: tl.constexpr,
-    PRECISION: tl.constexpr,
+    BK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """y [B, T, H, V] of one tile of one head; SAVE: also den and peak [B, H, T], the row's window maximum in log2.
 
@@ -161,52 +164,86 @@ def joint_outputs(
     q += b64 * qb + tl.cast(h, tl.int64) * qh
     k += b64 * kb + group * kh
     v += b64 * vb + group * vh
-    token = tl.arange(0, BT)
+    token, near = tl.arange(0, BT), tl.arange(0, BK)
     i0 = n * BT
     query = i0 + token
     rows = load_rows(q, i0, qt, T, D, BD, BT)
-    acc, mass = tl.zeros([BT, BV], tl.float32), tl.zeros([BT], tl.float32)
-    top = tl.full([BT], float("-inf"), tl.float32)
-    if (
-        W > 0
-    ):  # the window first: its maximum rescales what was summed before, and the linear terms must not be
-        top = tl.full([BT], -1e30, tl.float32)
-        for j0 in range(first_in_window(i0, W, TERRACED) // BT * BT, i0 + BT, BT):
-            kT = load_columns(k, j0, kt, T, D, BD, BT)
-            values = load_rows(v, j0, vt, T, V, BV, BT)
-            seen = in_window(query[:, None], (j0 + token)[None, :], W, TERRACED)
-            scores = tl.where(seen, tl.dot(rows, kT, input_precision=PRECISION) * (scale * LOG2E), -1e30)
-            higher = tl.maximum(top, tl.max(scores, 1))
-            p = tl.where(seen, tl.exp2(scores - higher[:, None]), 0.0)
-            shrink = tl.exp2(top - higher)
-            mass = mass * shrink + tl.sum(p, 1)
-            acc = acc * shrink[:, None] + tl.dot(p.to(values.dtype), values, input_precision=PRECISION)
-            top = higher
-        factor = tl.load(g + h)
-        acc, mass = acc * factor, mass * factor
-    w = load_matrix(w_q + h * D * F, D, F, BD, F)
-    plus, minus = hedgehog_rows(tl.dot(rows, w, input_precision=PRECISION))
-    if HAS_BETA:
-        plus, minus = plus * tl.load(beta + h), minus * tl.load(beta + h)
+    w = load_matrix(w_q + h * D * F, D, F, BD, FP)
     edge = tl.minimum(first_in_window(i0, W, TERRACED), i0) // BT // EVERY  # the sums of whole linear tiles
     at = (b64 * heads + h) * stored + edge
-    acc, mass = add_sums(acc, mass, plus, minus, S, at, Z, F, V, BV, PRECISION)
-    if HAS_BASE:
-        at = (b64 * heads + h) * runs + edge * EVERY // run
-        acc, mass = add_sums(acc, mass, plus, minus, base_S, at, base_Z, F, V, BV, PRECISION)
-    # What lies between those tiles and the windows of the last rows.
-    newest = first_in_window(tl.minimum(i0 + BT, T) - 1, W, TERRACED)
-    wT = load_transposed(w_k + h * D * F, D, F, BD, F)
-    for j0 in range(edge * EVERY * BT, newest, BT):
-        kT = load_columns(k, j0, kt, T, D, BD, BT)
-        values = load_rows(v, j0, vt, T, V, BV, BT)
-        key_plus, key_minus = hedgehog_columns(tl.dot(wT, kT, input_precision=PRECISION))
-        a = tl.dot(plus.to(rows.dtype), key_plus.to(rows.dtype), input_precision=PRECISION)
-        a += tl.dot(minus.to(rows.dtype), key_minus.to(rows.dtype), input_precision=PRECISION)
-        key = (j0 + token)[None, :]
-        a = tl.where((key <= query[:, None]) & (key < first_in_window(query, W, TERRACED)[:, None]), a, 0.0)
-        mass += tl.sum(a, 1)
-        acc += tl.dot(a.to(values.dtype), values, input_precision=PRECISION)
+    base = (b64 * heads + h) * runs + edge * EVERY // run
+    acc, mass = tl.zeros([BT, BV], tl.float32), tl.zeros([BT], tl.float32)
+    top = tl.full([BT], float("-inf"), tl.float32)
+    if W == BT and EVERY == 1:
+        # All that is near are two tiles, where each key has one weight, of the window or linear. Sums start last: the
+        # weights of both tiles, rounded, take fewer registers than they do.
+        last_kT, kT = load_columns(k, i0 - BT, kt, T, D, BD, BT), load_columns(k, i0, kt, T, D, BD, BT)
+        gap = token[:, None] - token[None, :]
+        seen = (gap < BT if TERRACED else gap < 0) & (i0 > 0)
+        last = tl.where(seen, tl.dot(rows, last_kT, input_precision=PRECISION) * (scale * LOG2E), -1e30)
+        own = tl.where(gap >= 0, tl.dot(rows, kT, input_precision=PRECISION) * (scale * LOG2E), -1e30)
+        top = tl.maximum(tl.max(last, 1), tl.max(own, 1))
+        factor = tl.load(g + h)
+        own, last = factor * tl.exp2(own - top[:, None]), factor * tl.exp2(last - top[:, None])
+        mass += tl.sum(own, 1) + tl.sum(last, 1)
+        own, last = own.to(rows.dtype), last.to(rows.dtype)
+        plus, minus = hedgehog_rows(tl.dot(rows, w, input_precision=PRECISION), F)
+        if HAS_BETA:
+            plus, minus = plus * tl.load(beta + h), minus * tl.load(beta + h)
+        mass += from_z(plus, minus, Z, at, base_Z, base, HAS_BASE, F, FP)
+        plus, minus = plus.to(rows.dtype), minus.to(rows.dtype)
+        if not TERRACED:
+            wT = load_transposed(w_k + h * D * F, D, F, BD, FP)
+            key_plus, key_minus = hedgehog_columns(tl.dot(wT, last_kT, input_precision=PRECISION), F)
+            a = tl.dot(plus, key_plus.to(rows.dtype), input_precision=PRECISION)
+            a = tl.dot(minus, key_minus.to(rows.dtype), a, input_precision=PRECISION)
+            a = tl.where((gap >= 0) & (i0 > 0), a, 0.0)
+            mass += tl.sum(a, 1)
+            last = tl.where(gap < 0, last, a.to(rows.dtype))
+        acc = tl.dot(own, load_rows(v, i0, vt, T, V, BV, BT), acc, input_precision=PRECISION)
+        acc = tl.dot(last, load_rows(v, i0 - BT, vt, T, V, BV, BT), acc, input_precision=PRECISION)
+        acc = add_sums(acc, plus, minus, S, at, F, FP, V, BV, PRECISION)
+        if HAS_BASE:
+            acc = add_sums(acc, plus, minus, base_S, base, F, FP, V, BV, PRECISION)
+    else:
+        if W > 0:  # first: its maximum rescales what was summed before, and the linear terms must not be
+            top = tl.full([BT], -1e30, tl.float32)
+            for j0 in range(first_in_window(i0, W, TERRACED) // BK * BK, tl.minimum(i0 + BT, T), BK):
+                kT = load_columns(k, j0, kt, T, D, BD, BK)
+                values = load_rows(v, j0, vt, T, V, BV, BK)
+                seen = in_window(query[:, None], (j0 + near)[None, :], W, TERRACED)
+                scores = tl.where(seen, tl.dot(rows, kT, input_precision=PRECISION) * (scale * LOG2E), -1e30)
+                higher = tl.maximum(top, tl.max(scores, 1))
+                p = tl.where(seen, tl.exp2(scores - higher[:, None]), 0.0)
+                shrink = tl.exp2(top - higher)
+                mass = mass * shrink + tl.sum(p, 1)
+                acc = acc * shrink[:, None] + tl.dot(p.to(values.dtype), values, input_precision=PRECISION)
+                top = higher
+            factor = tl.load(g + h)
+            acc, mass = acc * factor, mass * factor
+        plus, minus = hedgehog_rows(tl.dot(rows, w, input_precision=PRECISION), F)
+        if HAS_BETA:
+            plus, minus = plus * tl.load(beta + h), minus * tl.load(beta + h)
+        mass += from_z(plus, minus, Z, at, base_Z, base, HAS_BASE, F, FP)
+        plus, minus = plus.to(rows.dtype), minus.to(rows.dtype)
+        acc = add_sums(acc, plus, minus, S, at, F, FP, V, BV, PRECISION)
+        if HAS_BASE:
+            acc = add_sums(acc, plus, minus, base_S, base, F, FP, V, BV, PRECISION)
+        # What lies between those tiles and the windows of the last rows.
+        newest = first_in_window(tl.minimum(i0 + BT, T) - 1, W, TERRACED)
+        wT = load_transposed(w_k + h * D * F, D, F, BD, FP)
+        for j0 in range(edge * EVERY * BT, newest, BK):
+            kT = load_columns(k, j0, kt, T, D, BD, BK)
+            values = load_rows(v, j0, vt, T, V, BV, BK)
+            key_plus, key_minus = hedgehog_columns(tl.dot(wT, kT, input_precision=PRECISION), F)
+            a = tl.dot(plus, key_plus.to(rows.dtype), input_precision=PRECISION)
+            a = tl.dot(minus, key_minus.to(rows.dtype), a, input_precision=PRECISION)
+            key = (j0 + near)[None, :]
+            a = tl.where(
+                (key <= query[:, None]) & (key < first_in_window(query, W, TERRACED)[:, None]), a, 0.0
+            )
+            mass += tl.sum(a, 1)
+            acc += tl.dot(a.to(values.dtype), values, input_precision=PRECISION)
     if W == 0:
         mass += 1e-12
     result = acc / mass[:, None]
@@ -274,10 +311,17 @@ def widths(x: Tensor, v: Tensor, w: Tensor) -> dict[str, Any]:
         "D": key,
         "V": value,
         "F": w.shape[-1],
+        "FP": features_padded(x, w),
         "BD": max(16, triton.next_power_of_2(key)),
         "BV": max(16, triton.next_power_of_2(value)),
         "PRECISION": precision_of(x),
     }
+
+
+def features_padded(x: Tensor, w: Tensor) -> int:
+    """Channels of half a map as programs hold them. Beside heads of 128 no fewer than a matrix instruction's 64 rows:
+    Triton 3.6 was seen to compile fewer wrongly there."""
+    return 64 if x.shape[-1] > 64 else max(16, triton.next_power_of_2(w.shape[-1]))
 
 
 def last_contiguous(x: Tensor) -> Tensor:
@@ -310,7 +354,7 @@ def joint_sums(
     heads, half, dim = len(w), w.shape[-1], val.shape[-1]
     every = setting.blocks["EVERY"]
     tiles = triton.cdiv(time, BT)
-    runs = max(1, min(triton.cdiv(PROGRAMS, batch * heads), triton.cdiv(tiles, 8)))
+    runs = max(1, min(triton.cdiv(PROGRAMS, 2 * batch * heads), triton.cdiv(tiles, 8)))
     run = triton.cdiv(triton.cdiv(tiles, runs), every) * every
     runs, stored = triton.cdiv(tiles, run), triton.cdiv(tiles, every)
     exact: dict[str, Any] = {"dtype": torch.float32, "device": x.device}
@@ -320,7 +364,7 @@ def joint_sums(
     total_S = torch.empty(batch, heads, runs, 2 * half, dim, **exact) if totals else S
     total_Z = torch.empty(batch, heads, runs, 2 * half, **exact) if totals else Z
     den, e = reverse or (Z, Z)
-    joint_states[(heads, runs, batch)](
+    joint_states[(2 * heads, runs, batch)](
         x, w, val, den, e, S, Z, total_S, total_Z, Z if stop is None else stop,
         *strides(x), *strides(val), time, stored, run,
         **shape, BT=BT, GROUP=heads // x.shape[2], EVERY=every, REVERSE=reverse is not None,
@@ -372,8 +416,8 @@ def joint_forward(
     lengths: Tensor | None = None,
     settings: dict[str, Launch] | None = None,
 ) -> Forward:
-    """The forward pass; q [B, T, H, K], k [B, T, G, K], v [B, T, G, V], maps [H, K, f] in the dtype of q, g and beta [H]
-    fp32, teacher [B, T, H, V], lengths and stop [B]."""
+    """The forward pass; q [B, T, H, K], k [B, T, G, K], v [B, T, G, V], maps [H, K, f] in the dtype of q, g and beta
+    [H] fp32, teacher [B, T, H, V], lengths and stop [B]."""
     settings = settings or {}
     setting = settings.get("joint_outputs") or launch("joint_outputs", q.device)
     sums = joint_sums(k, w_k, v, state=state, stop=stop, final=final, setting=settings.get("joint_states"))
@@ -395,6 +439,6 @@ def joint_forward(
         time, sums.S.shape[2], sums.run, 1 if sums.base_S is None else sums.base_S.shape[2], scale,
         **widths(q, v, w_q), BT=BT, GROUP=heads // k.shape[2], EVERY=sums.every, W=window or 0, TERRACED=terraced,
         HAS_BASE=sums.base_S is not None, HAS_BETA=beta is not None and bool(window), SAVE=save, TRANSFER=transfer,
-        HAS_LENGTHS=lengths is not None, num_warps=setting.warps, num_stages=setting.stages,
+        HAS_LENGTHS=lengths is not None, **setting.options,
     )  # fmt: skip
     return Forward(y, den, peak, e, None if loss is None else loss.sum(1), sums)

@@ -7,13 +7,14 @@ With den_i the normaliser, u_i = dy_i / den_i, e_i = (dy_i . y_i) / den_i, the c
     ds_ij = p_ij G_ij - c_i [j = j*_i]                      dv_j = sum_window p_ij u_i + b R^T phi_k_j
 
 S, z sum over older keys (the forward's), R, r over later queries (``joint_sums`` in reverse); j*_i is the key that
-attains the row's window maximum, the first of equals. The second form of c_i, and so the gradients of the factors, needs
-nothing of the window: a transfer, where q, k and v are frozen, never forms a score.
+attains the row's window maximum, the first of equals. The second form of c_i, and so the gradients of the factors,
+needs nothing of the window: a transfer, where q, k and v are frozen, never forms a score.
 
     joint_delta     e
     joint_queries   a tile of queries: the logits' gradient dx_q of its map, c, j*; with INPUTS dq
     joint_keys      a tile of keys of one query head: dx_k, likewise
-    joint_inputs    a tile of keys, all query heads of its group in turn: dk, dv
+    joint_values    a tile of keys, all query heads of its group in turn: dv
+    joint_inputs    likewise dk, from dx_k and the window
     joint_maps      dW_h = sum_t x_t dx_t^T, in parts that torch adds
 """
 
@@ -39,7 +40,7 @@ from .triton_common import (
     load_transposed,
     store_rows,
 )
-from .triton_joint import BT, Forward, joint_sums, last_contiguous, precision_of, strides, widths
+from .triton_joint import BT, Forward, add_sums, joint_sums, last_contiguous, precision_of, strides, widths
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -47,7 +48,7 @@ def joint_delta(
     dy, y, den, e, gb, gt, gh, T, V: tl.constexpr, BV: tl.constexpr, BT: tl.constexpr
 ):  # fmt: skip
     """e [B, H, T] of dy and y [B, T, H, V], y contiguous."""
-    h, n, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    h, n = tl.program_id(0), tl.program_id(1)
     heads, b64 = tl.num_programs(0), tl.cast(tl.program_id(2), tl.int64)
     one = load_rows(dy + b64 * gb + tl.cast(h, tl.int64) * gh, n * BT, gt, T, V, BV, BT)
     other = load_rows(y + (b64 * T * heads + h) * V, n * BT, heads * V, T, V, BV, BT)
@@ -60,25 +61,26 @@ def joint_delta(
 @triton.jit
 def sums_gradient(
     d_plus, d_minus, x, weight, S, at, z,
-    F: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr,
+    F: tl.constexpr, FP: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The features' gradients [tokens, F] with x S^T - weight z of the sums number ``at``; x [tokens, BV]."""
-    f = tl.arange(0, F)
-    plus = load_transposed(S + at * 2 * F * V, F, V, F, BV)
+    f = tl.arange(0, FP)
+    plus = load_transposed(S + at * 2 * F * V, F, V, FP, BV)
     d_plus = tl.dot(x, plus, d_plus, input_precision=PRECISION)
-    minus = load_transposed(S + at * 2 * F * V + F * V, F, V, F, BV)
+    minus = load_transposed(S + at * 2 * F * V + F * V, F, V, FP, BV)
     d_minus = tl.dot(x, minus, d_minus, input_precision=PRECISION)
-    d_plus -= weight[:, None] * tl.load(z + at * 2 * F + f)[None, :]
-    return d_plus, d_minus - weight[:, None] * tl.load(z + at * 2 * F + F + f)[None, :]
+    d_plus -= weight[:, None] * tl.load(z + at * 2 * F + f, mask=f < F, other=0.0)[None, :]
+    return d_plus, d_minus - weight[:, None] * tl.load(z + at * 2 * F + F + f, mask=f < F, other=0.0)[None, :]
 
 
 @triton.jit(do_not_specialize=["T", "stored", "run", "runs"])
 def joint_queries(
     q, k, v, dy, w_q, w_k, g, beta, S, Z, base_S, base_Z, den, peak, e, dx, dq, c, best,
     qb, qt, qh, kb, kt, kh, vb, vt, vh, gb, gt, gh, T, stored, run, runs, scale,
-    D: tl.constexpr, V: tl.constexpr, F: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BT: tl.constexpr,
+    D: tl.constexpr, V: tl.constexpr, F: tl.constexpr, FP: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
+    BT: tl.constexpr,
     GROUP: tl.constexpr, EVERY: tl.constexpr, W: tl.constexpr, TERRACED: tl.constexpr, HAS_BASE: tl.constexpr,
-    HAS_BETA: tl.constexpr, MAPS: tl.constexpr, INPUTS: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_BETA: tl.constexpr, MAPS: tl.constexpr, INPUTS: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dx [B, T, H, F] where MAPS, dq [B, T, H, K] and best [B, H, T] where INPUTS, and c [B, H, T]."""
     h, n, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -98,13 +100,15 @@ def joint_queries(
     u = (u.to(tl.float32) * inverse[:, None]).to(u.dtype)
     rows = load_rows(q, i0, qt, T, D, BD, BT)
 
-    d_plus, d_minus = tl.zeros([BT, F], tl.float32), tl.zeros([BT, F], tl.float32)
+    d_plus, d_minus = tl.zeros([BT, FP], tl.float32), tl.zeros([BT, FP], tl.float32)
     edge = tl.minimum(first_in_window(i0, W, TERRACED), i0) // BT // EVERY
     at = (b64 * heads + h) * stored + edge
-    d_plus, d_minus = sums_gradient(d_plus, d_minus, u, weight, S, at, Z, F, V, BV, PRECISION)
+    d_plus, d_minus = sums_gradient(d_plus, d_minus, u, weight, S, at, Z, F, FP, V, BV, PRECISION)
     if HAS_BASE:
         at = (b64 * heads + h) * runs + edge * EVERY // run
-        d_plus, d_minus = sums_gradient(d_plus, d_minus, u, weight, base_S, at, base_Z, F, V, BV, PRECISION)
+        d_plus, d_minus = sums_gradient(
+            d_plus, d_minus, u, weight, base_S, at, base_Z, F, FP, V, BV, PRECISION
+        )
     newest = first_in_window(tl.minimum(i0 + BT, T) - 1, W, TERRACED)
     for j0 in range(edge * EVERY * BT, newest, BT):
         vT = load_columns(v, j0, vt, T, V, BV, BT)
@@ -113,20 +117,20 @@ def joint_queries(
         linear = (key <= query[:, None]) & (key < first_in_window(query, W, TERRACED)[:, None])
         cotangent = tl.where(linear, cotangent, 0.0).to(u.dtype)
         keys = load_rows(k, j0, kt, T, D, BD, BT)
-        w = load_matrix(w_k + h * D * F, D, F, BD, F)
-        key_plus, key_minus = hedgehog_rows(tl.dot(keys, w, input_precision=PRECISION))
+        w = load_matrix(w_k + h * D * F, D, F, BD, FP)
+        key_plus, key_minus = hedgehog_rows(tl.dot(keys, w, input_precision=PRECISION), F)
         d_plus = tl.dot(cotangent, key_plus.to(u.dtype), d_plus, input_precision=PRECISION)
         d_minus = tl.dot(cotangent, key_minus.to(u.dtype), d_minus, input_precision=PRECISION)
     if HAS_BETA:
         d_plus, d_minus = d_plus * tl.load(beta + h), d_minus * tl.load(beta + h)
     plus, minus = hedgehog_rows(
-        tl.dot(rows, load_matrix(w_q + h * D * F, D, F, BD, F), input_precision=PRECISION)
+        tl.dot(rows, load_matrix(w_q + h * D * F, D, F, BD, FP), input_precision=PRECISION), F
     )
     share = -tl.sum(plus * d_plus + minus * d_minus, 1)
     tl.store(c + line, share, mask=query < T)
     gradient = hedgehog_gradient(plus, minus, d_plus, d_minus).to(u.dtype)
     if MAPS:
-        store_rows(dx + (b64 * T * heads + h) * F, gradient, i0, heads * F, T, F, F, BT)
+        store_rows(dx + (b64 * T * heads + h) * F, gradient, i0, heads * F, T, F, FP, BT)
     if INPUTS:
         acc = tl.zeros([BT, BD], tl.float32)
         if W > 0:
@@ -134,25 +138,25 @@ def joint_queries(
             where = tl.zeros([BT], tl.int32)
             factor = tl.load(g + h)
             top = tl.load(peak + line, mask=query < T, other=0.0)
-            for j0 in range(first_in_window(i0, W, TERRACED) // BT * BT, i0 + BT, BT):
-                kT = load_columns(k, j0, kt, T, D, BD, BT)
-                seen = in_window(query[:, None], (j0 + token)[None, :], W, TERRACED)
+            for j0 in range(first_in_window(i0, W, TERRACED) // BK * BK, tl.minimum(i0 + BT, T), BK):
+                kT = load_columns(k, j0, kt, T, D, BD, BK)
+                seen = in_window(query[:, None], (j0 + tl.arange(0, BK))[None, :], W, TERRACED)
                 scores = tl.dot(rows, kT, input_precision=PRECISION) * (scale * LOG2E)
                 scores = tl.where(seen, scores, -1e30)
                 largest, place = tl.max(scores, 1, return_indices=True)
                 where = tl.where(largest > found, j0 + place, where)
                 found = tl.maximum(found, largest)
                 p = tl.where(seen, factor * tl.exp2(scores - top[:, None]), 0.0)
-                vT = load_columns(v, j0, vt, T, V, BV, BT)
+                vT = load_columns(v, j0, vt, T, V, BV, BK)
                 ds = p * (tl.dot(u, vT, input_precision=PRECISION) - weight[:, None])
-                keys = load_rows(k, j0, kt, T, D, BD, BT)
+                keys = load_rows(k, j0, kt, T, D, BD, BK)
                 acc = tl.dot(ds.to(u.dtype), keys, acc, input_precision=PRECISION)
             tl.store(best + line, where, mask=query < T)
             column = tl.arange(0, BD)
             place = k + tl.cast(where, tl.int64)[:, None] * kt + column[None, :]
             peaks = tl.load(place, mask=(query < T)[:, None] & (column < D)[None, :], other=0.0)
             acc = (acc - share[:, None] * peaks.to(tl.float32)) * scale
-        wT = load_transposed(w_q + h * D * F, D, F, BD, F)
+        wT = load_transposed(w_q + h * D * F, D, F, BD, FP)
         acc = tl.dot(gradient, wT, acc, input_precision=PRECISION)
         store_rows(dq + (b64 * T * heads + h) * D, acc, i0, heads * D, T, D, BD, BT)
 
@@ -161,7 +165,8 @@ def joint_queries(
 def joint_keys(
     q, k, v, dy, w_q, w_k, beta, R, Z, base_R, base_Z, den, e, dx,
     qb, qt, qh, kb, kt, kh, vb, vt, vh, gb, gt, gh, T, stored, run, runs,
-    D: tl.constexpr, V: tl.constexpr, F: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BT: tl.constexpr,
+    D: tl.constexpr, V: tl.constexpr, F: tl.constexpr, FP: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
+    BT: tl.constexpr,
     GROUP: tl.constexpr, EVERY: tl.constexpr, W: tl.constexpr, TERRACED: tl.constexpr, HAS_BASE: tl.constexpr,
     HAS_BETA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -175,12 +180,12 @@ def joint_keys(
     q += b64 * qb + tl.cast(h, tl.int64) * qh
     dy += b64 * gb + tl.cast(h, tl.int64) * gh
     line = (b64 * heads + h) * T
-    d_plus, d_minus = tl.zeros([BT, F], tl.float32), tl.zeros([BT, F], tl.float32)
+    d_plus, d_minus = tl.zeros([BT, FP], tl.float32), tl.zeros([BT, FP], tl.float32)
     edge = first_stored(j0, T, BT, EVERY, W, TERRACED)
     if edge < stored:
         ones = tl.full([BT], 1.0, tl.float32)
         at = (b64 * heads + h) * stored + edge
-        d_plus, d_minus = sums_gradient(d_plus, d_minus, values, ones, R, at, Z, F, V, BV, PRECISION)
+        d_plus, d_minus = sums_gradient(d_plus, d_minus, values, ones, R, at, Z, F, FP, V, BV, PRECISION)
         if HAS_BASE:
             at = (b64 * heads + h) * runs + edge * EVERY // run
             d_plus, d_minus = sums_gradient(
@@ -198,17 +203,17 @@ def joint_keys(
             uT.dtype
         )
         rows = load_rows(q, i0, qt, T, D, BD, BT)
-        w = load_matrix(w_q + h * D * F, D, F, BD, F)
-        query_plus, query_minus = hedgehog_rows(tl.dot(rows, w, input_precision=PRECISION))
+        w = load_matrix(w_q + h * D * F, D, F, BD, FP)
+        query_plus, query_minus = hedgehog_rows(tl.dot(rows, w, input_precision=PRECISION), F)
         d_plus = tl.dot(cotangent, query_plus.to(uT.dtype), d_plus, input_precision=PRECISION)
         d_minus = tl.dot(cotangent, query_minus.to(uT.dtype), d_minus, input_precision=PRECISION)
     if HAS_BETA:
         d_plus, d_minus = d_plus * tl.load(beta + h), d_minus * tl.load(beta + h)
     keys = load_rows(k + b64 * kb + group * kh, j0, kt, T, D, BD, BT)
-    w = load_matrix(w_k + h * D * F, D, F, BD, F)
-    plus, minus = hedgehog_rows(tl.dot(keys, w, input_precision=PRECISION))
+    w = load_matrix(w_k + h * D * F, D, F, BD, FP)
+    plus, minus = hedgehog_rows(tl.dot(keys, w, input_precision=PRECISION), F)
     gradient = hedgehog_gradient(plus, minus, d_plus, d_minus)
-    store_rows(dx + (b64 * T * heads + h) * F, gradient, j0, heads * F, T, F, F, BT)
+    store_rows(dx + (b64 * T * heads + h) * F, gradient, j0, heads * F, T, F, FP, BT)
 
 
 @triton.jit
@@ -225,109 +230,138 @@ def is_linear(query, key, T, W: tl.constexpr, TERRACED: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["T", "stored", "run", "runs"])
-def joint_inputs(
-    q, k, v, dy, w_q, w_k, g, beta, R, base_R, den, peak, e, c, best, dx, dk, dv,
-    qb, qt, qh, kb, kt, kh, vb, vt, vh, gb, gt, gh, T, stored, run, runs, scale,
-    D: tl.constexpr, V: tl.constexpr, F: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BT: tl.constexpr,
+def joint_values(
+    q, k, dy, w_q, w_k, g, beta, R, base_R, den, peak, dv,
+    qb, qt, qh, kb, kt, kh, gb, gt, gh, T, stored, run, runs, scale,
+    D: tl.constexpr, V: tl.constexpr, F: tl.constexpr, FP: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
+    BT: tl.constexpr,
     GROUP: tl.constexpr, EVERY: tl.constexpr, W: tl.constexpr, TERRACED: tl.constexpr, HAS_BASE: tl.constexpr,
-    HAS_BETA: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_BETA: tl.constexpr, BI: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dk [B, T, G, K] and dv [B, T, G, V] of one tile of keys, summed over the query heads of its group, from dx."""
+    """dv [B, T, G, V] of one tile of keys, summed over the query heads of its group."""
     group, n, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     groups = tl.num_programs(0)
     heads, b64, group64 = groups * GROUP, tl.cast(b, tl.int64), tl.cast(group, tl.int64)
-    token = tl.arange(0, BT)
+    token = tl.arange(0, BI)
     j0 = n * BT
-    key = j0 + token
+    key = j0 + tl.arange(0, BT)
     k += b64 * kb + group64 * kh
-    v += b64 * vb + group64 * vh
-    d_keys, d_values = tl.zeros([BT, BD], tl.float32), tl.zeros([BT, BV], tl.float32)
+    acc = tl.zeros([BT, BV], tl.float32)
     edge = first_stored(j0, T, BT, EVERY, W, TERRACED)
     for r in range(GROUP):
         h = group * GROUP + r
         queries = q + b64 * qb + tl.cast(h, tl.int64) * qh
         gradients = dy + b64 * gb + tl.cast(h, tl.int64) * gh
         line = (b64 * heads + h) * T
-        gradient = load_rows(dx + (b64 * T * heads + h) * F, j0, heads * F, T, F, F, BT)
-        wT = load_transposed(w_k + h * D * F, D, F, BD, F)
-        d_keys = tl.dot(gradient, wT, d_keys, input_precision=PRECISION)
         keys = load_rows(k, j0, kt, T, D, BD, BT)
-        plus, minus = hedgehog_rows(
-            tl.dot(keys, load_matrix(w_k + h * D * F, D, F, BD, F), input_precision=PRECISION)
-        )
+        w = load_matrix(w_k + h * D * F, D, F, BD, FP)
+        plus, minus = hedgehog_rows(tl.dot(keys, w, input_precision=PRECISION), F)
         if HAS_BETA:
             plus, minus = plus * tl.load(beta + h), minus * tl.load(beta + h)
         plus, minus = plus.to(keys.dtype), minus.to(keys.dtype)
         if edge < stored:
-            at = R + ((b64 * heads + h) * stored + edge) * 2 * F * V
-            d_values = tl.dot(plus, load_matrix(at, F, V, F, BV), d_values, input_precision=PRECISION)
-            d_values = tl.dot(
-                minus, load_matrix(at + F * V, F, V, F, BV), d_values, input_precision=PRECISION
-            )
+            at = (b64 * heads + h) * stored + edge
+            acc = add_sums(acc, plus, minus, R, at, F, FP, V, BV, PRECISION)
             if HAS_BASE:
-                at = base_R + ((b64 * heads + h) * runs + edge * EVERY // run) * 2 * F * V
-                d_values = tl.dot(plus, load_matrix(at, F, V, F, BV), d_values, input_precision=PRECISION)
-                d_values = tl.dot(
-                    minus, load_matrix(at + F * V, F, V, F, BV), d_values, input_precision=PRECISION
-                )
-        for i0 in range(first_outside(j0, W, TERRACED) // BT * BT, tl.minimum(edge * EVERY * BT, T), BT):
+                at = (b64 * heads + h) * runs + edge * EVERY // run
+                acc = add_sums(acc, plus, minus, base_R, at, F, FP, V, BV, PRECISION)
+        wT = load_transposed(w_q + h * D * F, D, F, BD, FP)
+        for i0 in range(first_outside(j0, W, TERRACED) // BT * BT, tl.minimum(edge * EVERY * BT, T), BI):
             query = i0 + token
             inverse = 1.0 / tl.load(den + line + query, mask=query < T, other=1.0)
-            columns = load_columns(queries, i0, qt, T, D, BD, BT)
-            wT = load_transposed(w_q + h * D * F, D, F, BD, F)
-            query_plus, query_minus = hedgehog_columns(tl.dot(wT, columns, input_precision=PRECISION))
-            a = tl.dot(plus, query_plus.to(plus.dtype), input_precision=PRECISION)
-            a = tl.dot(minus, query_minus.to(minus.dtype), a, input_precision=PRECISION)
+            columns = load_columns(queries, i0, qt, T, D, BD, BI)
+            query_plus, query_minus = hedgehog_columns(tl.dot(wT, columns, input_precision=PRECISION), F)
+            a = tl.dot(plus, query_plus.to(keys.dtype), input_precision=PRECISION)
+            a = tl.dot(minus, query_minus.to(keys.dtype), a, input_precision=PRECISION)
             linear = is_linear(query[None, :], key[:, None], T, W, TERRACED)
             a = tl.where(linear, a * inverse[None, :], 0.0)
-            rows = load_rows(gradients, i0, gt, T, V, BV, BT)
-            d_values = tl.dot(a.to(rows.dtype), rows, d_values, input_precision=PRECISION)
+            rows = load_rows(gradients, i0, gt, T, V, BV, BI)
+            acc = tl.dot(a.to(rows.dtype), rows, acc, input_precision=PRECISION)
         if W > 0:
             factor = tl.load(g + h)
-            for i0 in range(j0, tl.minimum(first_outside(tl.minimum(j0 + BT, T) - 1, W, TERRACED), T), BT):
+            for i0 in range(j0, tl.minimum(first_outside(tl.minimum(j0 + BT, T) - 1, W, TERRACED), T), BI):
                 query = i0 + token
                 real = query < T
-                inverse = 1.0 / tl.load(den + line + query, mask=real, other=1.0)
+                inverse = factor / tl.load(den + line + query, mask=real, other=1.0)
                 top = tl.load(peak + line + query, mask=real, other=0.0)
                 seen = in_window(query[None, :], key[:, None], W, TERRACED) & real[None, :]
-                columns = load_columns(queries, i0, qt, T, D, BD, BT)
+                columns = load_columns(queries, i0, qt, T, D, BD, BI)
+                scores = tl.dot(keys, columns, input_precision=PRECISION) * (scale * LOG2E)
+                p = tl.where(seen, inverse[None, :] * tl.exp2(scores - top[None, :]), 0.0)
+                rows = load_rows(gradients, i0, gt, T, V, BV, BI)
+                acc = tl.dot(p.to(rows.dtype), rows, acc, input_precision=PRECISION)
+    store_rows(dv + (b64 * T * groups + group) * V, acc, j0, groups * V, T, V, BV, BT)
+
+
+@triton.jit(do_not_specialize=["T"])
+def joint_inputs(
+    q, k, v, dy, w_k, g, den, peak, e, c, best, dx, dk,
+    qb, qt, qh, kb, kt, kh, vb, vt, vh, gb, gt, gh, T, scale,
+    D: tl.constexpr, V: tl.constexpr, F: tl.constexpr, FP: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
+    BT: tl.constexpr,
+    GROUP: tl.constexpr, W: tl.constexpr, TERRACED: tl.constexpr, BI: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dk [B, T, G, K] of one tile of keys, summed over the query heads of its group, from dx and the window."""
+    group, n, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    groups = tl.num_programs(0)
+    heads, b64, group64 = groups * GROUP, tl.cast(b, tl.int64), tl.cast(group, tl.int64)
+    token = tl.arange(0, BI)
+    j0 = n * BT
+    key = j0 + tl.arange(0, BT)
+    k += b64 * kb + group64 * kh
+    v += b64 * vb + group64 * vh
+    acc = tl.zeros([BT, BD], tl.float32)
+    for r in range(GROUP):
+        h = group * GROUP + r
+        queries = q + b64 * qb + tl.cast(h, tl.int64) * qh
+        gradients = dy + b64 * gb + tl.cast(h, tl.int64) * gh
+        line = (b64 * heads + h) * T
+        gradient = load_rows(dx + (b64 * T * heads + h) * F, j0, heads * F, T, F, FP, BT)
+        wT = load_transposed(w_k + h * D * F, D, F, BD, FP)
+        acc = tl.dot(gradient, wT, acc, input_precision=PRECISION)
+        if W > 0:
+            factor = tl.load(g + h)
+            for i0 in range(j0, tl.minimum(first_outside(tl.minimum(j0 + BT, T) - 1, W, TERRACED), T), BI):
+                query = i0 + token
+                real = query < T
+                top = tl.load(peak + line + query, mask=real, other=0.0)
+                seen = in_window(query[None, :], key[:, None], W, TERRACED) & real[None, :]
                 keys = load_rows(k, j0, kt, T, D, BD, BT)
+                columns = load_columns(queries, i0, qt, T, D, BD, BI)
                 scores = tl.dot(keys, columns, input_precision=PRECISION) * (scale * LOG2E)
                 p = tl.where(seen, factor * tl.exp2(scores - top[None, :]), 0.0)
-                rows = load_rows(gradients, i0, gt, T, V, BV, BT)
-                p_over = (p * inverse[None, :]).to(rows.dtype)
-                d_values = tl.dot(p_over, rows, d_values, input_precision=PRECISION)
                 values = load_rows(v, j0, vt, T, V, BV, BT)
-                columns = load_columns(gradients, i0, gt, T, V, BV, BT)
-                cotangent = tl.dot(values, columns, input_precision=PRECISION) * inverse[None, :]
+                columns = load_columns(gradients, i0, gt, T, V, BV, BI)
+                inverse = 1.0 / tl.load(den + line + query, mask=real, other=1.0)
                 weight = tl.load(e + line + query, mask=real, other=0.0)
-                ds = p * (cotangent - weight[None, :])
+                ds = p * (
+                    tl.dot(values, columns, input_precision=PRECISION) * inverse[None, :] - weight[None, :]
+                )
                 share = tl.load(c + line + query, mask=real, other=0.0)
                 where = tl.load(best + line + query, mask=real, other=-1)
                 ds -= tl.where(where[None, :] == key[:, None], share[None, :], 0.0)
-                rows = load_rows(queries, i0, qt, T, D, BD, BT)
-                d_keys = tl.dot((ds * scale).to(rows.dtype), rows, d_keys, input_precision=PRECISION)
-    store_rows(dk + (b64 * T * groups + group) * D, d_keys, j0, groups * D, T, D, BD, BT)
-    store_rows(dv + (b64 * T * groups + group) * V, d_values, j0, groups * V, T, V, BV, BT)
+                rows = load_rows(queries, i0, qt, T, D, BD, BI)
+                acc = tl.dot((ds * scale).to(rows.dtype), rows, acc, input_precision=PRECISION)
+    store_rows(dk + (b64 * T * groups + group) * D, acc, j0, groups * D, T, D, BD, BT)
 
 
 @triton.jit(do_not_specialize=["T", "run"])
 def joint_maps(
     x, dx, part, xb, xt, xh, T, run,
-    D: tl.constexpr, F: tl.constexpr, BD: tl.constexpr, BT: tl.constexpr, GROUP: tl.constexpr,
+    D: tl.constexpr, F: tl.constexpr, FP: tl.constexpr, BD: tl.constexpr, BT: tl.constexpr, GROUP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """part [B, parts, H, K, F] fp32: sums of x dx^T over ``run`` tiles."""
-    h, p, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    h, p = tl.program_id(0), tl.program_id(1)
     heads, parts, b64 = tl.num_programs(0), tl.num_programs(1), tl.cast(tl.program_id(2), tl.int64)
     x += b64 * xb + tl.cast(h // GROUP, tl.int64) * xh
     dx += (b64 * T * heads + h) * F
-    acc = tl.zeros([BD, F], tl.float32)
+    acc = tl.zeros([BD, FP], tl.float32)
     for n in range(p * run, tl.minimum((p + 1) * run, (T + BT - 1) // BT)):
         columns = load_columns(x, n * BT, xt, T, D, BD, BT)
-        gradient = load_rows(dx, n * BT, heads * F, T, F, F, BT)
+        gradient = load_rows(dx, n * BT, heads * F, T, F, FP, BT)
         acc = tl.dot(columns, gradient, acc, input_precision=PRECISION)
-    row, column = tl.arange(0, BD), tl.arange(0, F)
+    row, column = tl.arange(0, BD), tl.arange(0, FP)
     at = part + ((b64 * parts + p) * heads + h) * D * F
     tl.store(at + row[:, None] * F + column[None, :], acc, mask=(row < D)[:, None] & (column < F)[None, :])
 
@@ -355,7 +389,8 @@ def map_gradient(x: Tensor, dx: Tensor) -> Tensor:
     part = torch.empty(batch, parts, heads, x.shape[-1], half, dtype=torch.float32, device=x.device)
     width = max(16, triton.next_power_of_2(x.shape[-1]))
     joint_maps[(heads, parts, batch)](
-        x, dx, part, *strides(x), time, run, D=x.shape[-1], F=half, BD=width, BT=BT, GROUP=heads // x.shape[2],
+        x, dx, part, *strides(x), time, run, D=x.shape[-1], F=half, FP=max(16, triton.next_power_of_2(half)), BD=width,
+        BT=BT, GROUP=heads // x.shape[2],
         PRECISION=precision_of(x), num_warps=setting.warps, num_stages=setting.stages,
     )  # fmt: skip
     return part.sum((0, 1))
@@ -381,8 +416,8 @@ def joint_backward(
 ) -> Gradients:
     """Gradients after ``joint_forward(..., save=True)``, of the maps, of q, k and v, or of both.
 
-    With a teacher ``dy`` is the forward's own y - teacher and ``done.e`` is set: the gradients are those of half the sum
-    of its squares.
+    With a teacher ``dy`` is the forward's own y - teacher and ``done.e`` is set: the gradients are those of half the
+    sum of its squares.
     """
     settings = settings or {}
     batch, time, heads = q.shape[:3]
@@ -418,7 +453,7 @@ def joint_backward(
     joint_queries[(heads, tiles, batch)](
         q, k, v, dy, w_q, w_k, g, b, sums.S, sums.Z, *_base(sums, g), done.den, done.peak, e, dx_q, dq, c, best,
         *steps, sums.S.shape[2], sums.run, _runs(sums), scale, **shape, **now, MAPS=maps, INPUTS=inputs,
-        num_warps=setting.warps, num_stages=setting.stages,
+        **setting.options,
     )  # fmt: skip
     setting = settings.get("joint_keys") or launch("joint_keys", q.device)
     joint_keys[(heads, tiles, batch)](
@@ -428,10 +463,16 @@ def joint_backward(
     on_inputs: tuple[Tensor | None, ...] = (None, None, None)
     if inputs:
         dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (k, v))
+        setting = settings.get("joint_values") or launch("joint_values", q.device)
+        joint_values[(groups, tiles, batch)](
+            q, k, dy, w_q, w_k, g, b, later.S, _base(later, g)[0], done.den, done.peak, dv,
+            *strides(q), *strides(k), *strides(dy), time, *places, scale, **shape, **then, **setting.options,
+        )  # fmt: skip
         setting = settings.get("joint_inputs") or launch("joint_inputs", q.device)
+        del shape["HAS_BETA"]
         joint_inputs[(groups, tiles, batch)](
-            q, k, v, dy, w_q, w_k, g, b, later.S, _base(later, g)[0], done.den, done.peak, e, c, best, dx_k, dk, dv,
-            *steps, *places, scale, **shape, **then, num_warps=setting.warps, num_stages=setting.stages,
+            q, k, v, dy, w_k, g, done.den, done.peak, e, c, best, dx_k, dk, *steps, scale, **shape,
+            **setting.options,
         )  # fmt: skip
         on_inputs = (dq, dk, dv)
     on_maps = (map_gradient(q, dx_q), map_gradient(k, dx_k)) if maps else (None, None)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .errors import ConversionError
 from .mixer import Geometry, Method, MethodConfig, Mixer, MixerInput, check_window
-from .ops import window_attention, window_decode
+from .ops import window_attention, window_decode, window_step
 from .ring import final, resize, span, take, unroll, write
 
 PIECE = 128
@@ -62,7 +62,9 @@ class WindowMixer(Mixer):
 
     def forward(self, x: MixerInput, state: WindowState | None = None) -> tuple[Tensor, WindowState | None]:
         config = self.config
-        y = None
+        y = self._step_in_place(x, state) if x.in_place else None
+        if y is not None:
+            return y, state
         if state is None:
             terms = dict(window=config.window, window_kind=config.window_kind, sinks=config.sinks)
             y = window_attention(x.q, x.k, x.v, scale=x.scale, softcap=x.softcap, **terms)
@@ -81,6 +83,24 @@ class WindowMixer(Mixer):
         limit = final(total, config.window, config.window_kind, x.pending).maximum(state.folded)
         k, v = (write(old, new, state.seen, total) for old, new in ((state.k, x.k), (state.v, x.v)))
         return y, WindowState(k, v, *sinks, total, limit)
+
+    def _step_in_place(self, x: MixerInput, state: Any) -> Tensor | None:
+        """y by one kernel that also writes the state; None where no kernel takes it."""
+        config = self.config
+        return window_step(
+            x.q,
+            x.k,
+            x.v,
+            state.k,
+            state.v,
+            state.seen,
+            state.folded,
+            scale=x.scale,
+            window=config.window,
+            window_kind=config.window_kind,
+            softcap=x.softcap,
+            sinks=(state.sink_k, state.sink_v) if config.sinks else None,
+        )
 
     def _continue(
         self, x: MixerInput, state: WindowState, sinks: tuple[Tensor, Tensor], total: Tensor

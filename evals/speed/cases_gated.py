@@ -1,0 +1,208 @@
+"""Liger and LAWCAT: gated recurrences whose gates and features are made in the kernel."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from case import Case
+from torch import Tensor
+
+from linearize.modeling import backend
+from linearize.modeling.gated import Averaged
+from linearize.modeling.launches import Launch
+from linearize.modeling.ops import averaged_attention, convolved_attention
+
+H, G, K, F = 32, 8, 128, 128
+GLA = Averaged(K**-0.5, 64, False, 16.0)
+HGRN2 = Averaged(K**-0.5, 64, True, 1.0)
+LAWCAT: dict[str, Any] = dict(steps=16.0, eps=1e-10)
+
+
+def liger_inputs(batch: int, length: int, heads: int = H, groups: int = G) -> list[Tensor]:
+    """q, k, v, and q, k before rotation."""
+    torch.manual_seed(0)
+    counts = (heads, groups, groups, heads, groups)
+    return [torch.randn(batch, length, n, K, device="cuda", dtype=torch.bfloat16) for n in counts]
+
+
+def lawcat_inputs(batch: int, length: int, heads: int = H, groups: int = G) -> list[Tensor]:
+    """q, k, v, the gate's logits, taps and maps."""
+    torch.manual_seed(0)
+    tensors = [
+        torch.randn(batch, length, n, K, device="cuda", dtype=torch.bfloat16) for n in (heads, groups, groups)
+    ]
+    logits = torch.randn(batch, length, groups, F, device="cuda")
+    taps = [torch.randn(heads, K, 4, device="cuda") / 2 for _ in range(2)]
+    weight = torch.randn(heads, K, F // 2, device="cuda") * K**-0.5
+    return [*tensors, logits, *taps, weight, weight]
+
+
+def liger(terms: Averaged) -> Callable[[int, int], Callable[[], Any]]:
+    def make(batch: int, length: int) -> Callable[[], Any]:
+        inputs = liger_inputs(batch, length)
+        return lambda: averaged_attention(*inputs, terms)[0]
+
+    return make
+
+
+def liger_training(terms: Averaged) -> Callable[[int, int], Callable[[], Any]]:
+    def make(batch: int, length: int) -> Callable[[], Any]:
+        inputs = [x.requires_grad_() for x in liger_inputs(batch, length)]
+        dy = torch.randn_like(inputs[0])
+        return lambda: torch.autograd.grad(averaged_attention(*inputs, terms)[0], inputs, dy)
+
+    return make
+
+
+def lawcat(batch: int, length: int) -> Callable[[], Any]:
+    inputs = lawcat_inputs(batch, length)
+
+    @torch.no_grad()
+    def run() -> Tensor:
+        return convolved_attention(*inputs, **LAWCAT)[0]
+
+    return run
+
+
+def close(one: Tensor, other: Tensor) -> None:
+    gap, size = (one.double() - other.double()).norm(), other.double().norm()
+    if not gap <= 1.5e-2 * size:
+        raise AssertionError(f"differs by {gap / size:.3g} of its norm, 0.015 is allowed")
+
+
+def check_liger(terms: Averaged) -> Callable[[], None]:
+    def run() -> None:
+        inputs = [x.requires_grad_() for x in liger_inputs(1, 700, 8, 2)]
+        dy = torch.randn_like(inputs[0])
+        exact = [x.detach().double().requires_grad_() for x in inputs]
+        y, _ = averaged_attention(*inputs, terms)
+        found = torch.autograd.grad(y, inputs, dy)
+        with backend.reference_only():
+            expected, _ = averaged_attention(*exact, terms)
+            wished = torch.autograd.grad(expected, exact, dy.double())
+        for one, other in zip((y, *found), (expected, *wished), strict=True):
+            close(one, other)
+
+    return run
+
+
+@torch.no_grad()
+def check_lawcat() -> None:
+    inputs = lawcat_inputs(1, 700, 8, 2)
+    with backend.reference_only():
+        expected, _ = convolved_attention(*(x.double() for x in inputs), **LAWCAT)
+    close(convolved_attention(*inputs, **LAWCAT)[0], expected)
+
+
+CASES = [
+    Case("gated", "Liger-GLA forward, window 64", liger(GLA), check_liger(GLA), 1.2),
+    Case("gated", "Liger-GLA forward+backward, window 64", liger_training(GLA), check_liger(GLA), 5.0),
+    Case("gated", "Liger-HGRN2 forward, window 64", liger(HGRN2), check_liger(HGRN2)),
+    Case("gated", "Liger-HGRN2 forward+backward, window 64", liger_training(HGRN2), check_liger(HGRN2)),
+    Case("gated", "LAWCAT forward", lawcat, check_lawcat, 1.4),
+]
+
+
+# Each kernel alone, with one launch setting.
+
+
+def _liger_parts(batch: int, length: int, setting: Launch | None = None) -> dict[str, Any]:
+    """What the kernels of a Liger layer hand to each other."""
+    from linearize.modeling import triton_gated_liger as made
+    from linearize.modeling import triton_gated_liger_backward as back
+    from linearize.modeling.triton_gated import scan
+
+    q, k, v, q_plain, k_plain = liger_inputs(batch, length)
+    shape = made.shape_of(q, k, v, setting)
+    sums, totals = made.segment_sums(k_plain, v, GLA, shape)
+    states = scan(sums, totals)
+    fine, strong = made.tile_states(k_plain, v, states, GLA, shape)
+    dy = torch.randn_like(q)
+    behind = back.back_tile_states(q_plain, k_plain, dy, totals, GLA, shape)
+    return locals()
+
+
+def sweep_liger(kernel: str) -> Callable[[Launch, int, int], Callable[[], Any]]:
+    def make(setting: Launch, batch: int, length: int) -> Callable[[], Any]:
+        from linearize.modeling import triton_gated_liger as made
+        from linearize.modeling import triton_gated_liger_backward as back
+        from linearize.modeling.triton_gated import scan
+        from linearize.modeling.triton_gated_window import window_keys, window_queries
+
+        p = _liger_parts(batch, length, setting if kernel == "states" else None)
+        q, k, v, q_plain, k_plain, dy = (p[name] for name in ("q", "k", "v", "q_plain", "k_plain", "dy"))
+        shape, states, strong = p["shape"], p["states"], p["strong"]
+        if kernel == "scan":
+            return lambda: scan(p["sums"], p["totals"], chosen=setting)
+        if kernel == "states":  # with the scan, which a longer segment makes shorter
+
+            def states_of() -> Any:
+                sums, totals = made.segment_sums(k_plain, v, GLA, shape, setting)
+                return made.tile_states(k_plain, v, scan(sums, totals), GLA, shape, setting)
+
+            return states_of
+        if kernel == "outputs":
+            return lambda: made.outputs(
+                q, k, v, q_plain, k_plain, p["fine"], strong, GLA, shape, chosen=setting
+            )
+        if kernel == "back_states":
+            return lambda: back.back_tile_states(q_plain, k_plain, dy, p["totals"], GLA, shape, setting)
+        if kernel == "queries":
+            return lambda: back.queries(q_plain, k_plain, v, dy, p["fine"], strong, GLA, shape, setting)
+        if kernel == "keys":
+            return lambda: back.keys(q_plain, k_plain, v, dy, p["behind"], strong, GLA, shape, setting)
+        if kernel == "values":
+            dv = torch.zeros_like(v)
+            return lambda: back.values(q_plain, k_plain, dy, p["behind"], strong, dv, GLA, shape, setting)
+        window: dict[str, Any] = dict(scale=GLA.scale, window=GLA.window, factor=GLA.mix_window)
+        if kernel == "window_queries":
+            return lambda: window_queries(q, k, v, dy, **window, chosen=setting)
+        if kernel == "window_keys":
+            _, lse, delta = window_queries(q, k, v, dy, **window)
+            return lambda: window_keys(q, k, v, dy, lse, delta, **window, chosen=setting)
+        dq, inner = back.queries(q_plain, k_plain, v, dy, p["fine"], strong, GLA, shape)
+        dphi = back.keys(q_plain, k_plain, v, dy, p["behind"], strong, GLA, shape)
+        return lambda: back.gates(
+            q_plain, k_plain, dq, inner, dphi, p["fine"], p["behind"], GLA, shape, setting
+        )
+
+    assert kernel in [
+        "scan",
+        "states",
+        "outputs",
+        "back_states",
+        "queries",
+        "keys",
+        "values",
+        "gates",
+        "window_queries",
+        "window_keys",
+    ]
+    return make
+
+
+def sweep_lawcat(kernel: str) -> Callable[[Launch, int, int], Callable[[], Any]]:
+    @torch.no_grad()
+    def make(setting: Launch, batch: int, length: int) -> Callable[[], Any]:
+        from linearize.modeling import triton_gated_lawcat as made
+
+        layer = made.layer_of(*lawcat_inputs(batch, length))
+        if kernel == "states":
+            return lambda: made.before_tiles(layer, LAWCAT["steps"], setting)
+        _, _, fine, fine_z, strong = made.before_tiles(layer, LAWCAT["steps"])
+        return lambda: made.outputs(layer, fine, fine_z, strong, **LAWCAT, chosen=setting)
+
+    return make
+
+
+SWEEPS = {
+    "gated_scan": sweep_liger("scan"),
+    **{
+        f"gated_liger_{kernel}": sweep_liger(kernel)
+        for kernel in ("states", "outputs", "back_states", "queries", "keys", "values", "gates")
+    },
+    "gated_window_queries": sweep_liger("window_queries"),
+    "gated_window_keys": sweep_liger("window_keys"),
+    "gated_lawcat_states": sweep_lawcat("states"),
+    "gated_lawcat_outputs": sweep_lawcat("outputs"),
+}

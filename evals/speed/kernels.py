@@ -1,0 +1,604 @@
+"""Times and memory of every kernel beside other attention on one GPU; one JSON line a case and length.
+
+    python evals/speed/kernels.py --output kernels.jsonl              everything: under three minutes on one H100
+    python evals/speed/kernels.py --quick --families joint            two lengths, and forward alone of the peers
+    python evals/speed/kernels.py --sweep all --families joint        every candidate launch of the family's kernels
+    python evals/speed/kernels.py --dry                               no GPU: imports every case and lists it
+    python evals/speed/kernels.py --table kernels.jsonl --plot kernels.svg kernels.jsonl
+
+A family is a file ``cases_<family>.py`` beside this one, and runs in a process of its own, so that a kernel that breaks
+the GPU's context loses its own rows only. All families start at once: each compiles into a new cache, which is its cold
+start, and runs its cases' checks. Then they are timed one after the other, the peers first. A case whose check is red
+is not timed; its row says why.
+"""
+
+import argparse
+import importlib
+import inspect
+import json
+import math
+import os
+import queue
+import re
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parents[1])]
+
+import measure  # noqa: E402
+from case import TOKENS, Case  # noqa: E402
+from measure import NotRun, in_k, markdown, one_line, short, significant  # noqa: E402
+
+from linearize.modeling.launches import CANDIDATES  # noqa: E402
+
+QUICK = (2048, 32768)
+SWEPT = ((1, 32768), (16, 2048))
+MARK = "\x1e"  # begins a line that is ours: libraries print, too
+PREPARE_SECONDS, MEASURE_SECONDS = 150, 240
+COLD = 15
+"""Seconds that a family may take from nothing compiled to its first results."""
+
+
+def main(words: list[str] | None = None) -> int:
+    args = arguments(words)
+    if args.worker:
+        return work(args)
+    if args.shard:
+        return compile_share(args)
+    if args.dry:
+        return dry(args)
+    if args.table or args.plot:
+        rows = measure.read_lines(args.table or [args.plot[1]])
+        if args.table:
+            print(table(rows))
+        if args.plot:
+            plot(measure.read_lines([args.plot[1]]), args.plot[0])
+        return 0
+    if args.device == "cuda" and not measure.gpu():
+        print("kernels.py: torch finds no GPU; --dry lists the cases", file=sys.stderr)
+        return 2
+    with tempfile.TemporaryDirectory(prefix="kernels-") as folder:
+        if not args.warm:
+            os.environ["TRITON_CACHE_DIR"] = str(Path(folder) / "triton")
+        return sweep(args) if args.sweep else run(args)
+
+
+def arguments(words: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    listed = {"type": lambda text: text.split(","), "metavar": "A,B"}
+    parser.add_argument("--families", **listed, help="those alone (and the peers, unless --no-peers)")
+    parser.add_argument("--no-peers", action="store_true", help="no ratios then")
+    parser.add_argument("--only", metavar="REGEX", default="", help="cases whose `group: name` it finds")
+    parser.add_argument(
+        "--skip", metavar="REGEX", default="flex_attention", help="cases left out; '' for none"
+    )
+    parser.add_argument("--lengths", type=lambda text: [int(n) for n in text.split(",")], metavar="T,T")
+    parser.add_argument("--quick", action="store_true", help="T = 2K and 32K, peers forward only, few calls")
+    parser.add_argument("--milliseconds", type=float, help="time spent on one point (default 100)")
+    parser.add_argument("--budget", type=float, default=300.0, help="seconds; points after them are not run")
+    parser.add_argument("--sweep", **listed, help="kernels, or `all`")
+    parser.add_argument("--jobs", type=int, default=8, help="processes that compile for --sweep")
+    parser.add_argument("--warm", action="store_true", help="keep Triton's usual cache: no cold start")
+    parser.add_argument("--output", type=Path, help="JSON lines; replaced")
+    parser.add_argument("--commit", help="commit of the code, where there is no git")
+    parser.add_argument("--dry", action="store_true", help="list the cases, without a GPU")
+    parser.add_argument("--table", type=Path, nargs="+", metavar="JSONL", help="print the table of rows")
+    parser.add_argument("--plot", type=Path, nargs=2, metavar=("IMAGE", "JSONL"), help="needs matplotlib")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: to try this script")
+    parser.add_argument("--cases", type=Path, default=HERE, help=argparse.SUPPRESS)
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    parser.add_argument("--shard", help=argparse.SUPPRESS)
+    args = parser.parse_args(words)
+    args.milliseconds = args.milliseconds or (30.0 if args.quick else 100.0)
+    return args
+
+
+# What there is to measure
+
+
+def families(args: argparse.Namespace) -> list[str]:
+    """Names of the case files, the peers first: the others' ratios are to them."""
+    found = sorted(path.stem.removeprefix("cases_") for path in args.cases.glob("cases_*.py"))
+    unknown = set(args.families or ()) - set(found)
+    if unknown:
+        raise SystemExit(f"--families: {unknown.pop()!r} is unknown; choose from {', '.join(found)}")
+    wanted = [name for name in found if args.families is None or name in args.families or name == "peers"]
+    if args.no_peers:
+        wanted = [name for name in wanted if name != "peers"]
+    return sorted(wanted, key=lambda name: (name != "peers", name))
+
+
+def module_of(args: argparse.Namespace, family: str) -> Any:
+    if str(args.cases) not in sys.path:
+        sys.path.insert(0, str(args.cases))
+    return importlib.import_module(f"cases_{family}")
+
+
+def cases_of(args: argparse.Namespace, family: str) -> list[Case]:
+    """The family's cases that were asked for."""
+    cases = [
+        case
+        for case in module_of(args, family).CASES
+        if re.search(args.only, f"{case.group}: {case.name}") or case.peer
+    ]
+    if args.skip:
+        cases = [case for case in cases if not re.search(args.skip, f"{case.group}: {case.name}")]
+    if args.quick:
+        cases = [case for case in cases if not (case.peer and ("flash" in case.name or backward(case.name)))]
+    return cases
+
+
+def backward(name: str) -> bool:
+    return "backward" in name
+
+
+def pass_of(name: str) -> str:
+    """Which of softmax's passes a case stands beside; a transfer has none of its own."""
+    return "forward+backward" if backward(name) else "transfer" if "transfer" in name else "forward"
+
+
+def lengths_of(args: argparse.Namespace, case: Case) -> list[int]:
+    wanted = args.lengths or (QUICK if args.quick else None)
+    return [length for length in case.lengths if wanted is None or length in wanted]
+
+
+def batch_of(case: Case, length: int) -> int:
+    return max(1, TOKENS // length) if case.batch is None else case.batch
+
+
+def dry(args: argparse.Namespace) -> int:
+    """Every case of every file, imported and listed."""
+    broken, rows = 0, []
+    for family in families(args):
+        try:
+            module = module_of(args, family)
+            for case in cases_of(args, family):
+                assert isinstance(case, Case) and callable(case.make), case
+                points = ", ".join(in_k(length) for length in lengths_of(args, case))
+                rows.append((family, case.group, case.name, points, case.target_ms or "", bool(case.check)))
+            sweeps = getattr(module, "SWEEPS", {})
+            rows.append((family, "sweeps", ", ".join(sweeps) or "none", "", "", ""))
+            if missing := sweeps.keys() - CANDIDATES.keys():
+                raise LookupError(f"SWEEPS names kernels without CANDIDATES: {', '.join(sorted(missing))}")
+        except Exception as error:
+            broken += 1
+            rows.append((family, "broken", one_line(error), "", "", ""))
+    print(markdown(("family", "group", "case", "lengths", "target, ms", "check"), rows))
+    return 1 if broken else 0
+
+
+# The run: one process a family
+
+
+class Worker:
+    """A family's process, and the lines that it says."""
+
+    def __init__(self, args: argparse.Namespace, family: str) -> None:
+        self.family = family
+        self.process = subprocess.Popen(
+            [*_self(args), "--worker", family],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            bufsize=1,
+        )
+        self.lines: queue.Queue[dict[str, Any] | None] = queue.Queue()
+        threading.Thread(target=self._listen, daemon=True).start()
+
+    def _listen(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            if line.startswith(MARK):
+                self.lines.put(json.loads(line[1:]))
+        self.lines.put(None)
+
+    def until(self, deadline: float) -> Iterator[dict[str, Any]]:
+        """What the process says until it says that it is done with this part; a last line if it breaks off."""
+        while True:
+            try:
+                line = self.lines.get(timeout=max(0.1, deadline - time.monotonic()))
+            except queue.Empty:
+                self.process.kill()
+                yield {"broken": "its time was up"}
+                return
+            if line is None:
+                yield {"broken": f"its process ended with code {self.process.wait()}"}
+                return
+            if "done" in line:
+                return
+            yield line
+
+    def go(self, seconds: float) -> None:
+        """Let it time, for so long."""
+        assert self.process.stdin is not None
+        try:
+            self.process.stdin.write(f"{seconds}\n")
+            self.process.stdin.flush()
+        except BrokenPipeError:
+            pass  # it ended; until() says so
+
+    def end(self) -> None:
+        if self.process.poll() is None:
+            try:
+                self.process.wait(timeout=20)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+
+
+def _self(args: argparse.Namespace) -> list[str]:
+    """The command of a process that measures as this one was asked to."""
+    words = [sys.executable, str(HERE / "kernels.py"), "--milliseconds", str(args.milliseconds)]
+    words += ["--only", args.only, "--skip", args.skip, "--cases", str(args.cases), "--device", args.device]
+    if args.quick:
+        words.append("--quick")
+    if args.lengths:
+        words += ["--lengths", ",".join(map(str, args.lengths))]
+    if args.sweep:
+        words += ["--sweep", ",".join(args.sweep)]
+    return words
+
+
+def run(args: argparse.Namespace) -> int:
+    """All families: prepared together, timed in turn."""
+    start = time.monotonic()
+    lines = measure.Lines(args.output, measure.provenance(args.commit))
+    workers = [Worker(args, family) for family in families(args)]
+    broken = {}
+    deadline = time.monotonic() + PREPARE_SECONDS
+    for worker in workers:
+        for line in worker.until(deadline):
+            if "broken" in line:
+                broken[worker.family] = line["broken"]
+            else:
+                lines.add({"kind": "cold start", "family": worker.family, **line})
+    print(f"prepared in {time.monotonic() - start:.0f} s", file=sys.stderr)
+    for worker in workers:
+        if worker.family not in broken:
+            worker.go(start + args.budget - time.monotonic())
+            for line in worker.until(time.monotonic() + MEASURE_SECONDS):
+                if "broken" in line:
+                    broken[worker.family] = line["broken"]
+                else:
+                    _tell(
+                        lines.add({"kind": "time", "family": worker.family, **with_ratio(line, lines.rows)})
+                    )
+        if worker.family in broken:
+            lines.add({"kind": "time", "family": worker.family, "not_run": broken[worker.family]})
+            print(f"{worker.family}: {broken[worker.family]}", file=sys.stderr)
+        worker.end()
+    print(table(lines.rows))
+    print(f"\n{time.monotonic() - start:.0f} s, compilation included", file=sys.stderr)
+    return 1 if broken or any("red" in row.get("not_run", "") for row in lines.rows) else 0
+
+
+def with_ratio(row: dict[str, Any], before: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """The row beside softmax of cuDNN of the same pass in the same run: at its own length, and a decode step of ours,
+    which takes as long at any, at every length too."""
+    if "ms" not in row:
+        return row
+    decode = row["pass"] == "decode"
+    time = "ms" if decode else "ms_32k"
+    ratios = {
+        other["T"]: significant(other[time] / row[time], 3)
+        for other in before
+        if "cuDNN" in other.get("name", "")
+        and "ms" in other
+        and other["pass"] == row["pass"]
+        and (not decode or other["B"] == row["B"])
+    }
+    if row["T"] in ratios:
+        row = {**row, "softmax_over_this": ratios[row["T"]]}
+    if decode and not row["peer"]:
+        row = {**row, "softmax_over_this_at": ratios}
+    return row
+
+
+def _tell(row: dict[str, Any]) -> None:
+    what = f"{row['group']}: {row['name']}, T={in_k(row['T'])}"
+    said = row.get("not_run") or f"{row['ms']} ms, x{row.get('softmax_over_this', '?')}"
+    print(f"{what}: {said}", file=sys.stderr, flush=True)
+
+
+# Inside a family's process
+
+
+def say(line: dict[str, Any]) -> None:
+    print(MARK + json.dumps(line), flush=True)
+
+
+def work(args: argparse.Namespace) -> int:
+    import torch
+
+    torch.zeros(1, device=args.device)  # its context is not a kernel's cold start
+    if args.sweep:
+        say({"done": True})
+        end = time.monotonic() + float(sys.stdin.readline())
+        for row in swept(args, end):
+            say(row)
+        say({"done": True})
+        return 0
+    cases = cases_of(args, args.worker)
+    firsts = [(case, first_call(case, lengths_of(args, case))) for case in cases if not case.peer]
+    for case, first in firsts:
+        say({"group": case.group, "name": case.name, **first})
+    if firsts:
+        total = sum(first.get("seconds", 0.0) for _, first in firsts)
+        say({"group": "all", "name": args.worker, "seconds": round(total, 2)})
+    found = {check: red(check) for check in dict.fromkeys(case.check for case in cases) if check is not None}
+    measure.clear()
+    say({"done": True})
+    if not (given := sys.stdin.readline()):
+        return 1
+    end = time.monotonic() + float(given)
+    for case in cases:
+        for length in lengths_of(args, case):
+            why_not = f"its check is red: {said}" if (said := found.get(case.check)) else None
+            why_not = why_not or ("the time was up" if time.monotonic() > end else None)
+            say(point(case, length, why_not, args.milliseconds))
+    say({"done": True})
+    return 0
+
+
+def first_call(case: Case, lengths: list[int]) -> dict[str, Any]:
+    """Seconds from nothing compiled to a result, of what the family's cases before it did not compile already."""
+    if not lengths:
+        return {"not_run": "no length was asked for"}
+    start = time.perf_counter()
+    try:
+        case.make(batch_of(case, lengths[0]), lengths[0])()
+        measure.wait()
+    except Exception as error:
+        return {"not_run": one_line(error)}
+    return {"seconds": round(time.perf_counter() - start, 2)}
+
+
+def red(check: Callable[[], None]) -> str | None:
+    """Why a check is red; None where it is green."""
+    try:
+        check()
+        measure.wait()
+    except Exception as error:
+        return one_line(error)
+    return None
+
+
+def point(case: Case, length: int, why_not: str | None, milliseconds: float) -> dict[str, Any]:
+    """One row."""
+    import torch
+
+    batch = batch_of(case, length)
+    decode = case.batch is not None
+    row: dict[str, Any] = {
+        "group": case.group,
+        "name": case.name,
+        "peer": case.peer,
+        "pass": "decode" if decode else pass_of(case.name),
+        "T": length,
+        "B": batch,
+    }
+    if why_not is not None:
+        return {**row, "not_run": why_not}
+    measure.clear()
+    try:
+        call = case.make(batch, length)
+        call()  # compiled for this length, where that makes a difference
+        row["peak_mib"] = measure.peak_mib(call)
+        timed = (measure.times_of_step if decode else measure.times)(call, milliseconds)
+    except NotRun as error:
+        return {**row, "not_run": str(error)}
+    except torch.cuda.OutOfMemoryError:
+        return {**row, "not_run": "out of memory"}
+    except Exception as error:
+        return {**row, "not_run": one_line(error)}
+    row |= timed.rounded()
+    if not decode:
+        row["ms_32k"] = significant(timed.median * TOKENS / (batch * length))
+    if case.target_ms is not None:
+        row["target_ms"] = case.target_ms
+        row["met"] = (row["ms"] if decode else row["ms_32k"]) <= case.target_ms
+    return row
+
+
+# Launch settings
+
+
+def sweep(args: argparse.Namespace) -> int:
+    """Every candidate of the kernels that were asked for: compiled by several processes, timed by one."""
+    start = time.monotonic()
+    lines = measure.Lines(args.output, measure.provenance(args.commit))
+    args.no_peers = True
+    wanted = families(args)
+    shards = [
+        subprocess.Popen(
+            [*_self(args), "--shard", f"{i}/{args.jobs}", "--families", ",".join(wanted)],
+            stdout=subprocess.DEVNULL,
+        )
+        for i in range(args.jobs)
+    ]
+    for shard in shards:
+        try:
+            shard.wait(timeout=PREPARE_SECONDS)
+        except subprocess.TimeoutExpired:
+            shard.kill()
+    print(f"compiled in {time.monotonic() - start:.0f} s", file=sys.stderr)
+    broken = 0
+    for family in wanted:
+        worker = Worker(args, family)
+        for part in range(2):
+            if part:
+                worker.go(start + args.budget - time.monotonic())
+            for line in worker.until(time.monotonic() + MEASURE_SECONDS):
+                broken += "broken" in line
+                lines.add({"kind": "sweep", "family": family, **line})
+        worker.end()
+    print(sweep_table(lines.rows))
+    return 1 if broken else 0
+
+
+def trials(
+    args: argparse.Namespace, family: str
+) -> Iterator[tuple[str, int, Any, tuple[int, int], Callable]]:
+    """Kernel, candidate's number, candidate, shape and what makes the call."""
+    for kernel, make in getattr(module_of(args, family), "SWEEPS", {}).items():
+        if args.sweep != ["all"] and kernel not in args.sweep:
+            continue
+        shaped = len(inspect.signature(make).parameters) >= 3
+        for shape in SWEPT if shaped else SWEPT[:1]:
+            for number, candidate in enumerate(CANDIDATES.get(kernel, ())):
+                yield kernel, number, candidate, shape, make
+
+
+def call_of(make: Callable, candidate: Any, shape: tuple[int, int]) -> Callable[[], Any]:
+    shaped = len(inspect.signature(make).parameters) >= 3
+    return make(candidate, *shape) if shaped else make(candidate)
+
+
+def compile_share(args: argparse.Namespace) -> int:
+    """Make every n-th trial once, so that its kernel is in the cache."""
+    mine, of = map(int, args.shard.split("/"))
+    every = [trial for family in families(args) for trial in trials(args, family)]
+    once = {(trial[0], trial[1]): trial for trial in reversed(every)}
+    for _, _, candidate, shape, make in list(once.values())[mine::of]:
+        try:
+            call_of(make, candidate, shape)()
+        except Exception:
+            continue  # the timing process meets it again, and says so
+        finally:
+            measure.clear()
+    return 0
+
+
+def swept(args: argparse.Namespace, end: float) -> Iterator[dict[str, Any]]:
+    for kernel, number, candidate, (batch, length), make in trials(args, args.worker):
+        row = {"kernel": kernel, "number": number, "launch": candidate._asdict(), "B": batch, "T": length}
+        measure.clear()
+        try:
+            if time.monotonic() > end:
+                raise NotRun("the time was up")
+            call = call_of(make, candidate, (batch, length))
+            call()
+            yield {**row, **measure.times(call, args.milliseconds).rounded()}
+        except Exception as error:
+            yield {**row, "not_run": one_line(error)}
+
+
+def sweep_table(rows: list[dict[str, Any]]) -> str:
+    """Milliseconds of every candidate, and the best of each kernel as a row for launches.py."""
+    rows = [row for row in rows if "kernel" in row]
+    cells, best = [], []
+    for kernel in dict.fromkeys(row["kernel"] for row in rows):
+        mine = [row for row in rows if row["kernel"] == kernel]
+        shapes = list(dict.fromkeys((row["B"], row["T"]) for row in mine))
+        least = {
+            s: min((r["ms"] for r in mine if (r["B"], r["T"]) == s and "ms" in r), default=math.nan)
+            for s in shapes
+        }
+        loss: dict[int, float] = {}
+        for number in dict.fromkeys(row["number"] for row in mine):
+            own = [row for row in mine if row["number"] == number]
+            if all("ms" in row for row in own):
+                ratios = [row["ms"] / least[row["B"], row["T"]] for row in own]
+                loss[number] = math.prod(ratios) ** (1 / len(ratios))
+            told = [f"B={r['B']} T={in_k(r['T'])}: {r.get('ms') or r['not_run']}" for r in own]
+            launch = own[0]["launch"]
+            settings = ", ".join(f"{name} {value}" for name, value in launch["blocks"].items())
+            settings = f"{settings}, warps {launch['warps']}, stages {launch['stages']}"
+            mark = f"x{loss[number]:.3f}" if number in loss else "-"
+            cells.append((kernel, number, settings, "; ".join(told), mark))
+        if loss:
+            launch = next(row["launch"] for row in mine if row["number"] == min(loss, key=loss.__getitem__))
+            values = f"{launch['blocks']}, {launch['warps']}, {launch['stages']}, {launch['shared']}"
+            best.append(f'    "{kernel}": [Launch({values})],')
+    head = ("kernel", "candidate", "settings", "ms", "against the best")
+    return "\n".join([markdown(head, cells), "", "The best of each:", *best])
+
+
+# What is shown
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Milliseconds for 32K tokens (microseconds of a decode step), a column a length; how many times as long cuDNN's
+    softmax takes; the peak memory of the longest. ``!`` marks what misses its target."""
+    timed = [row for row in rows if row.get("kind") == "time" and "name" in row]
+    lengths = sorted({row["T"] for row in timed})
+    parts = []
+    for decode in (False, True):
+        mine = [row for row in timed if (row["pass"] == "decode") == decode]
+        if not mine:
+            continue
+        cells = []
+        for group, name in dict.fromkeys((row["group"], row["name"]) for row in mine):
+            own = {row["T"]: row for row in mine if (row["group"], row["name"]) == (group, name)}
+            last = own[max(own)]
+            target = next((row["target_ms"] for row in own.values() if "target_ms" in row), None)
+            shown = [_cell(own.get(length), decode) for length in lengths]
+            at = last.get("softmax_over_this_at", {})
+            if len(own) == 1:  # one length stands for all
+                shown = [
+                    cell or _ratio(at.get(n, at.get(str(n)))) for cell, n in zip(shown, lengths, strict=True)
+                ]
+            target = "" if target is None else short(target * 1000 if decode else target)
+            cells.append((group, name, *shown, target, last.get("peak_mib", "")))
+        unit = "microseconds a step and layer" if decode else "ms for 32K tokens and one layer"
+        head = ("group", f"{unit}", *map(in_k, lengths), "target", "peak MiB, longest")
+        parts.append(markdown(head, cells))
+    cold = [row for row in rows if row.get("kind") == "cold start" and row["group"] == "all"]
+    if cold:
+        marked = [(r["name"], f"{r['seconds']}{' !' if r['seconds'] > COLD else ''}") for r in cold]
+        parts.append(markdown(("family", f"cold start, s (target {COLD})"), marked))
+    return "\n\n".join(parts)
+
+
+def _cell(row: dict[str, Any] | None, decode: bool) -> str:
+    if row is None:
+        return ""
+    if "not_run" in row:
+        return "not run: " + row["not_run"]
+    value = row["ms"] * 1000 if decode else row["ms_32k"]
+    beside = _ratio(row.get("softmax_over_this"))
+    miss = "" if row.get("met", True) else " !"
+    return f"{short(value)} {beside}".strip() + miss
+
+
+def _ratio(ratio: float | None) -> str:
+    return "" if ratio is None else f"(x{ratio:.2g})" if ratio < 10 else f"(x{ratio:.0f})"
+
+
+def plot(rows: list[dict[str, Any]], path: Path) -> None:
+    """A panel a pass: time over length, in doublings; others' lines are dashed."""
+    if (plt := measure.pyplot()) is None:
+        return
+    timed = [row for row in rows if row.get("kind") == "time" and "ms" in row]
+    passes = list(dict.fromkeys(row["pass"] for row in timed))
+    figure, panels = plt.subplots(1, len(passes), figsize=(7 * len(passes), 5.5), squeeze=False)
+    for axes, kind in zip(panels[0], passes, strict=True):
+        mine = [row for row in timed if row["pass"] == kind]
+        for name in dict.fromkeys(row["name"] for row in mine):
+            own = sorted((row for row in mine if row["name"] == name), key=lambda row: row["T"])
+            values = [row["ms"] * 1000 if kind == "decode" else row["ms_32k"] for row in own]
+            style = "--" if own[0]["peer"] else "-"
+            axes.plot([row["T"] for row in own], values, style, marker="o", markersize=3, label=name)
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log", base=2)
+        axes.set_title(f"{kind}, {mine[0]['device']}")
+        axes.set_xlabel("T")
+        axes.set_ylabel(
+            "microseconds a step and layer" if kind == "decode" else "ms for 32K tokens and one layer"
+        )
+        axes.legend(fontsize=6)
+        axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=150, bbox_inches="tight")
+    print(path)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

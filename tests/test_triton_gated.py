@@ -1,0 +1,104 @@
+"""Kernels of gated linear attention, interpreted: outputs, states and every gradient are the reference's."""
+
+import pytest
+import torch
+from tolerances import assert_near
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+from linearize.modeling.gated import Averaged, averaged_chunked
+from linearize.modeling.launches import TABLE
+from linearize.modeling.triton_gated import scan
+from linearize.modeling.triton_gated_liger import forward, shape_of
+from linearize.modeling.triton_gated_liger_backward import averaged_kernel, backward
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="kernels run on the GPU, in tests/gpu")
+
+
+@pytest.fixture(autouse=True)
+def poisoned(monkeypatch):
+    """Memory that is not written holds NaN, and tiles are small."""
+    empty, new_empty = torch.empty, Tensor.new_empty
+
+    def fill(x: Tensor) -> Tensor:
+        return x.fill_(float("nan")) if x.is_floating_point() else x.fill_(77)
+
+    monkeypatch.setattr(torch, "empty", lambda *size, **more: fill(empty(*size, **more)))
+    monkeypatch.setattr(Tensor, "new_empty", lambda self, *size, **more: fill(new_empty(self, *size, **more)))
+    for name in ("gated_liger_states",):
+        row = TABLE[name][0]
+        monkeypatch.setitem(TABLE, name, [row._replace(blocks={**row.blocks, "C": 32, "CS": 64})])
+
+
+def draw(batch, length, heads, groups, key_dim, value_dim, spread=1.0) -> list[Tensor]:
+    """[q, k, v, q_plain, k_plain] in fp64; raw keys, which make the gates, times ``spread``."""
+    generator = torch.Generator().manual_seed(length)
+    shapes = [(heads, key_dim), (groups, key_dim), (groups, value_dim), (heads, key_dim), (groups, key_dim)]
+    tensors = [
+        torch.randn(batch, length, *shape, generator=generator, dtype=torch.float64) for shape in shapes
+    ]
+    tensors[4] *= spread
+    return tensors
+
+
+GLA = Averaged(0.25, 20, False, 16.0, 0.3, 0.8, 0.4, 0.6)
+HGRN2 = Averaged(0.25, 20, True, 1.0, 0.1, 1.0, 0.5, 0.5)
+CASES = {
+    "odd": (2, 75, 4, 1, 16, 16, 1.0, GLA),
+    "groups of two, wide values": (1, 70, 4, 2, 16, 24, 1.0, GLA),
+    "no groups, odd widths": (1, 65, 2, 2, 24, 16, 1.0, GLA._replace(window=5)),
+    "groups of three": (1, 33, 3, 1, 16, 16, 1.0, HGRN2),
+    "one token": (1, 1, 2, 1, 16, 16, 1.0, GLA),
+    "below a tile": (1, 31, 2, 1, 16, 16, 1.0, GLA._replace(window=64)),
+    "a tile": (1, 32, 2, 1, 16, 16, 1.0, GLA),
+    "a segment": (1, 64, 2, 1, 16, 16, 1.0, GLA._replace(window=1)),
+    "no window": (1, 66, 2, 1, 16, 16, 1.0, GLA._replace(window=0)),
+    "strong gates": (1, 75, 2, 1, 16, 16, 40.0, GLA),
+    "fierce gates": (1, 75, 2, 1, 16, 16, 500.0, GLA),
+    "hgrn2, strong gates": (1, 75, 2, 1, 16, 16, 20.0, HGRN2),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_liger_is_the_reference_with_every_gradient(name):
+    *sizes, spread, terms = CASES[name]
+    inputs = [x.requires_grad_() for x in draw(*sizes, spread)]
+    used = inputs if terms.window else inputs[2:]
+    y, _ = averaged_chunked(*inputs, terms)
+    dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    expected = torch.autograd.grad(y, used, dy)
+    exact = [x.detach().float() for x in inputs]
+    made, _, states, totals = forward(*exact, terms)
+    assert_near(made, y, "kernel")
+    found = backward(*exact, states, totals, dy.float(), terms, shape_of(*exact[:3]))
+    for gradient, truth in zip(found[-len(used) :], expected, strict=True):
+        assert_near(gradient, truth, "kernel")
+
+
+@pytest.mark.parametrize("stop", [[0, 75], [1, 32], [64, 63], [75, 75]])
+@pytest.mark.parametrize("spread", [1.0, 500.0])
+def test_liger_state_holds_the_tokens_before_stop(stop, spread):
+    inputs = draw(2, 75, 2, 1, 16, 16, spread)
+    stop = torch.tensor(stop)
+    _, expected = averaged_chunked(*inputs, GLA, stop=stop)
+    _, state = averaged_kernel(*(x.float() for x in inputs), GLA, stop=stop)
+    assert_near(state, expected, "kernel")
+
+
+def test_liger_takes_strided_inputs():
+    inputs = [x.float() for x in draw(1, 40, 4, 2, 16, 16)]
+    strided = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in inputs]
+    strided[2] = inputs[2].transpose(-1, -2).contiguous().transpose(-1, -2)
+    assert torch.equal(averaged_kernel(*strided, GLA)[0], averaged_kernel(*inputs, GLA)[0])
+
+
+def test_scan_starts_from_a_state():
+    sums, totals = torch.randn(1, 2, 3, 16, 8), -torch.rand(1, 1, 3, 16)
+    start = torch.randn(1, 2, 16, 8)
+    states = scan(sums, totals, start=start)
+    expected = start
+    for n in range(3):
+        assert_near(states[:, :, n], expected, "kernel")
+        expected = expected * totals[:, :, n].exp()[..., None] + sums[:, :, n]
+    assert_near(states[:, :, 3], expected, "kernel")
