@@ -167,10 +167,11 @@ def reverse_pieces(
     most = max(1, PIECE_BYTES // (batch * heads * size * kind.itemsize * run)) * run
     exact: dict[str, Any] = dict(dtype=torch.float32, device=device)
     carry = torch.zeros(batch, heads, size, **exact), torch.zeros(batch, heads, 2 * features, **exact)
-    constants = {name: shape[name] for name in ("K", "V", "BK", "BV", "C")} | dict(
-        H=heads, F=features, NORM=norm
-    )
-    constants |= fitted(launch("selected_reverse", device), q, 1)
+    constants: dict[str, Any] = {
+        **{name: shape[name] for name in ("K", "V", "BK", "BV", "C")},
+        **dict(H=heads, F=features, NORM=norm),
+        **fitted(launch("selected_reverse", device), q, 1),
+    }
     scanning: dict[str, Any] = dict(REVERSE=True, block=1024)
     for start in reversed(range(0, count, most)):
         chunks = min(most, count - start)
