@@ -58,7 +58,7 @@ def salient(every=False):
         ]
         own = dict(**shape, C=64, SHARE=4, MAX=True) | dict(G=32, R=1)  # STILL's: every head selects
         rows += [
-            ("selected_kept_dq", backward.kept_dq_kernel, dict(**own, P=4, TAIL=0, heads=1)),
+            ("selected_routed_dq", backward.kept_dq_kernel, dict(**own, P=4, TAIL=0)),
             ("selected_kept_dkv", backward.kept_dkv_kernel, own),
             ("selected_local_dkv", backward.local_dkv_kernel, dict(**own, STEPS=9)),
         ]
@@ -67,9 +67,6 @@ def salient(every=False):
                 label = f"{name} {width} {setting.blocks} {setting.warps} {setting.stages}"
                 if constants.get("MAX"):
                     label += " with the maximum"
-                    setting = setting._replace(
-                        blocks={**setting.blocks, **({"heads": 1} if "P" in constants else {})}
-                    )
                 yield case(label, kernel, types, constants, setting)
     yield case(
         "entrants", backward.entrants_kernel, types, dict(C=64, block=1024),

@@ -68,6 +68,21 @@ def still(budget: int) -> Callable[[int, int], Callable[[], Any]]:
     return make
 
 
+def still_training(batch: int, length: int) -> Callable[[], Any]:
+    """Every gradient of the attention alone: q, k, v, maps and gate."""
+    q, k, v = (x.requires_grad_() for x in inputs(batch, length))
+    maps = [NormPreserved(H, K, 2 * K).cuda() for _ in range(2)]
+    gate = torch.rand_like(q).requires_grad_()
+    score, dy = scores(batch, length, H), torch.randn_like(q)
+    leaves = [q, k, v, gate, *(x for m in maps for x in m.parameters())]
+
+    def both() -> Any:
+        y, _ = routed_prefill(q, k, v, *maps, score, gate, scale=SCALE, chunk=CHUNK, picks=4, size=256)
+        return torch.autograd.grad(y, leaves, dy)
+
+    return both
+
+
 def future(batch: int, length: int) -> Callable[[], Any]:
     q, k, _ = inputs(batch, length)
     return lambda: future_attention(q, k, scale=SCALE, chunk=CHUNK)
@@ -127,6 +142,13 @@ CASES = [
     Case("selected", "Salient forward+backward, N = 256", salient(256, True), check_salient),
     Case("selected", "STILL forward, N = 256", still(256), check_still, 1.8),
     Case("selected", "STILL forward, N = 1024", still(1024), check_still, 3.0),
+    Case(
+        "selected",
+        "STILL forward+backward, N = 256",
+        still_training,
+        check_still,
+        lengths=(2048, 8192, 32768),
+    ),
     Case("selected", "future attention", future, check_scores, lengths=(2048, 8192, 32768)),
     Case("selected", "self-saliency", saliency, check_scores),
 ]
@@ -212,6 +234,25 @@ def sweep_routed(kernel: str) -> Callable[[Launch, int, int], Callable[[], Any]]
     return make
 
 
+def sweep_routed_backward(kernel: str) -> Callable[[Launch, int, int], Callable[[], Any]]:
+    def make(setting: Launch, batch: int, length: int) -> Callable[[], Any]:
+        from linearize.modeling import launches
+
+        rows, call = launches.TABLE, still_training(batch, length)
+
+        def both() -> Any:
+            kept = rows[kernel]
+            rows[kernel] = [setting]
+            try:
+                return call()
+            finally:
+                rows[kernel] = kept
+
+        return both
+
+    return make
+
+
 SWEEPS = {
     "selected_ranks": sweep_sets("selected_ranks"),
     "selected_replay": sweep_sets("selected_replay"),
@@ -221,5 +262,9 @@ SWEEPS = {
     },
     **{name: sweep_future(name) for name in ("selected_row_sums", "selected_column_max")},
     "selected_saliency": sweep_saliency,
+    **{
+        name: sweep_routed_backward(name)
+        for name in ("selected_routed_dq", "selected_reverse", "selected_features", "selected_values")
+    },
     **{name: sweep_routed(name) for name in ("selected_states", "selected_linear", "selected_outputs")},
 }

@@ -85,6 +85,11 @@ CANDIDATES["selected_kept_dq"] = [
     Launch({"heads": 1, "keys": 32}, 4, 2),
     Launch({"heads": 1, "keys": 64}, 8, 2),
 ]
+CANDIDATES["selected_routed_dq"] = [
+    Launch({"heads": 1, "keys": 32}, 4, 2),
+    Launch({"heads": 1, "keys": 32}, 4, 3),
+    Launch({"heads": 1, "keys": 64}, 8, 2),
+]
 CANDIDATES["selected_kept_dkv"] = [
     Launch({"tokens": 128, "queries": 32}, 8, 2),
     Launch({"tokens": 128, "queries": 64}, 8, 2),
@@ -122,7 +127,7 @@ CANDIDATES["selected_outputs"] = [
     Launch({"heads": 1, "keys": 32}, 4, 3),
 ]
 CANDIDATES["selected_reverse"] = [Launch({}, 8, 2), Launch({}, 8, 1)]
-CANDIDATES["selected_features"] = [Launch({}, 4, 2), Launch({}, 4, 1), Launch({}, 8, 2)]
+CANDIDATES["selected_features"] = [Launch({}, 8, 2), Launch({}, 8, 1), Launch({}, 8, 3)]
 CANDIDATES["selected_values"] = [Launch({}, 4, 2), Launch({}, 4, 1)]
 for name, settings in CANDIDATES.items():
     TABLE.setdefault(name, settings[:1])

@@ -201,7 +201,6 @@ def kept_dkv_kernel(
         to_k, to_v = entered_k + row * time * K, entered_v + row * time * V
         to = position
     if tl.max(there.to(tl.int32), 0) > 0:
-        enter = position // C + 2
         until = tl.load(leave + row * time + position, mask=there, other=0)
         k += b * k_b + g // SHARE * k_h
         v += b * v_b + g // SHARE * v_h
@@ -209,7 +208,7 @@ def kept_dkv_kernel(
         valued = rows_at(v, position, v_t, there, V, BV)
         dk = tl.zeros([tokens, BK], tl.float32)
         dv = tl.zeros([tokens, BV], tl.float32)
-        first = tl.maximum(first, tl.min(tl.where(there, enter, 2147483647), 0))
+        first = tl.maximum(first, tl.min(tl.where(there, position // C + 2, 2147483647), 0))
         stop = tl.minimum(stop, tl.max(until, 0))
         blocks: tl.constexpr = (C + queries - 1) // queries
         for step in range(0, (stop - first) * (R * blocks)):
@@ -222,7 +221,7 @@ def kept_dkv_kernel(
             place = (b * (G * R) + head) * time + t
             norm = tl.load(lse + place, mask=live, other=0.0)
             dot = tl.load(delta + place, mask=live, other=0.0)
-            visible = ((enter <= c) & (c < until))[:, None] & live[None, :]
+            visible = ((position < (c - 1) * C) & (c < until))[:, None] & live[None, :]
             p, ds = scored_columns(
                 rows, keyed, valued, grad, position, visible, norm, dot, stars, sums, place, live, scale, MAX
             )
@@ -324,7 +323,7 @@ def kept_backward(
         torch.empty_like(lse, dtype=kind) if maximum else lse for kind in (torch.int32, torch.float32)
     )
     dq = torch.empty(q.shape, dtype=q.dtype, device=device)
-    chosen = options("selected_kept_dq")
+    chosen = options("selected_routed_dq" if maximum else "selected_kept_dq")
     odd, chosen["TAIL"] = odd_slots(n, chosen["keys"])
     chosen["P"] = chunk if sets.left is None else sets.left.shape[3]
     grid = (shape["G"] * triton.cdiv(shape["R"], chosen["heads"]), count, batch)

@@ -167,10 +167,11 @@ def reverse_pieces(
     most = max(1, PIECE_BYTES // (batch * heads * size * kind.itemsize * run)) * run
     exact: dict[str, Any] = dict(dtype=torch.float32, device=device)
     carry = torch.zeros(batch, heads, size, **exact), torch.zeros(batch, heads, 2 * features, **exact)
-    constants = {name: shape[name] for name in ("K", "V", "BK", "BV", "C")} | dict(
-        H=heads, F=features, NORM=norm
-    )
-    constants |= fitted(launch("selected_reverse", device), q, 1)
+    constants: dict[str, Any] = {
+        **{name: shape[name] for name in ("K", "V", "BK", "BV", "C")},
+        **dict(H=heads, F=features, NORM=norm),
+        **fitted(launch("selected_reverse", device), q, 1),
+    }
     scanning: dict[str, Any] = dict(REVERSE=True, block=1024)
     for start in reversed(range(0, count, most)):
         chunks = min(most, count - start)
@@ -200,7 +201,8 @@ def through_map(x: Tensor, w: Tensor, db: Tensor, norm: bool) -> tuple[Tensor, T
             length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
             length = length.repeat_interleave(len(w) // x.shape[2], dim=2)
             b = b * (length / torch.linalg.vector_norm(b, dim=-1, keepdim=True).clamp_min(1e-12))
-    return torch.autograd.grad(b, (x, w), db.float())
+    dx, dw = torch.autograd.grad(b, (x, w), db.float())
+    return dx, dw
 
 
 def routed_backward(
@@ -230,9 +232,10 @@ def routed_backward(
     # Queries, from S and z.
     db_q = torch.empty(batch, time, heads, features, dtype=q.dtype, device=device)
     gated = None if gate is None else torch.empty_like(dy)
-    carry = tuple(
-        torch.zeros(batch, len(w_k), 2 * features, *more, dtype=torch.float32, device=device)
-        for more in ((shape["V"],), ())
+    exact: dict[str, Any] = dict(dtype=torch.float32, device=device)
+    carry = (
+        torch.zeros(batch, len(w_k), 2 * features, shape["V"], **exact),
+        torch.zeros(batch, len(w_k), 2 * features, **exact),
     )
     last = torch.full((batch,), count, device=device)
     linear = {name: shape[name] for name in ("G", "R", "K", "V", "BK", "BV", "C")} | options(
@@ -318,7 +321,9 @@ class RoutedAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        *given, y, top, den, index, leave, lists, left = ctx.saved_tensors
+        q, k, v, w_q, w_k, score, gate, y, top, den, index, leave, lists, left = ctx.saved_tensors
         sets = Sets(index, leave, lists, ctx.segment, left)
-        *found, dgate = routed_backward(*given, sets, y, top, den, gradients[0], **ctx.terms)
+        *found, dgate = routed_backward(
+            q, k, v, w_q, w_k, score, gate, sets, y, top, den, gradients[0], **ctx.terms
+        )
         return *found, None, dgate, *[None] * 7

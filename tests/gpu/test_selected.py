@@ -1,5 +1,7 @@
 """Kernels of kept and routed attention on a GPU, against the references in fp64."""
 
+import copy
+
 import pytest
 import torch
 from tolerances import assert_near
@@ -146,23 +148,34 @@ def test_future_attention_and_self_saliency(time, heads, groups, dtype):
     (1, 2, 1, 2, 128, "np_map", 8), (129, 4, 2, 4, 64, "np_map", 3), (500, 6, 2, 2, 64, "hedgehog", 16),
     (1000, 4, 1, 4, 128, "np_map", 16), (4097, 2, 1, 2, 128, "np_map_plain", 100),
 ])  # fmt: skip
-@torch.no_grad()
-def test_routed_attention(time, heads, groups, select, width, kind, size, dtype):
+def test_routed_attention_and_its_gradients(time, heads, groups, select, width, kind, size, dtype):
     torch.manual_seed(0)
     maps = [FEATURE_MAPS[kind](heads, width, 2 * width, "kaiming").cuda() for _ in range(2)]
-    score, gate = scores(1, time, select), random(1, time, heads, width).sigmoid()
+    score, gate = scores(1, time, select), random(1, time, heads, width).sigmoid().to(dtype)
     given, terms = (
         qkv(1, time, heads, groups, width, dtype),
         dict(scale=width**-0.5, chunk=64, picks=4, size=size),
     )
-    y, sums = routed_prefill(*given, *maps, score, gate, **terms)
+    dy = random(1, time, heads, width, dtype=dtype, seed=9)
+
+    def run(kind):
+        leaves = [x.detach().to(kind or x.dtype).requires_grad_() for x in (*given, gate)]
+        twins = [copy.deepcopy(x).to(kind or torch.float32) for x in maps]
+        y, sums = routed_prefill(*leaves[:3], *twins, score.to(kind or score.dtype), leaves[3], **terms)
+        weights = [x for m in twins for x in m.parameters()]
+        found = torch.autograd.grad(y, [*leaves, *weights], dy.to(y.dtype), materialize_grads=True)
+        return y.detach(), found, sums
+
+    y, found, sums = run(None)
     assert backend.ran()["routed_prefill"] == "triton" and sums is not None
     with backend.reference_only():
-        exact = [x.double() for x in given]
-        expected, _ = routed_prefill(
-            *exact, *(x.double() for x in maps), score.double(), gate.double(), **terms
-        )
+        expected, wanted, _ = run(torch.float64)
     assert_near(y, expected, "kernel", COARSE.get(dtype, dtype))
+    for one, other in zip(found, wanted, strict=True):
+        if (
+            other.norm() > 1e-6 * dy.norm()
+        ):  # nothing is linear in a short text, and nothing of it is zero exactly
+            assert_near(one, other, "norm", COARSE.get(dtype, dtype))
 
 
 @torch.no_grad()
