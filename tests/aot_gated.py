@@ -4,7 +4,11 @@ import triton.language as tl
 from aot import Case
 
 from linearize.modeling import triton_gated as shared
+from linearize.modeling import triton_gated_lawcat as lawcat
+from linearize.modeling import triton_gated_lawcat_backward as lawcat_back
 from linearize.modeling import triton_gated_liger as liger
+from linearize.modeling import triton_gated_liger_backward as back
+from linearize.modeling import triton_gated_window as window
 from linearize.modeling.launches import CANDIDATES, Launch
 
 FP32 = {"eps", "factor", "scale", "bias", "inverse", "sharpness", "mix_window", "mix_recurrent"}
@@ -22,6 +26,8 @@ STATES = {
     "sums_z",
     "states_z",
     "fine_z",
+    "before_z",
+    "e",
     "last_z",
     "den",
     "logits",
@@ -108,24 +114,46 @@ def typed(kernel, float_names=()) -> dict[str, str]:
     return pointers
 
 
-def liger_case(name: str, kernel, row: Launch, width: int, per_group: int = 4, **more) -> Case:
-    constants = liger_constants(width, per_group) | more
-    return case(f"{name} {width}/{per_group} {more or ''}", kernel, typed(kernel), constants, row)
-
-
-LIGER = {"gated_liger_states": liger.states_kernel, "gated_liger_outputs": liger.outputs_kernel}
-
-
 def cases(candidates: bool = False):
-    for name, kernel in LIGER.items():
-        rows = CANDIDATES[name]
-        for row in rows if candidates else rows[:1]:
-            for width, per_group in ((128, 4),) if candidates else ((128, 4), (64, 4)):
-                yield liger_case(name, kernel, row, width, per_group)
-    for mode in ("fine", "last"):
-        yield liger_case(
-            "gated_liger_states", liger.states_kernel, CANDIDATES["gated_liger_states"][0], 128, MODE=mode
-        )
-    for row in CANDIDATES["gated_scan"]:
-        constants = dict(SIZE=16384, V=128, F=128, HAS_START=False, REVERSED=False, SHARE=1)
-        yield case("gated_scan", shared.scan_kernel, typed(shared.scan_kernel), constants, row, matrix=False)
+    """Chosen settings; with ``candidates`` all of them, at the benchmark's shape alone."""
+    for name, kernel, constants, more in KERNELS:
+        for suffix, strong in (("", False), ("_strong", True)):
+            if name + suffix not in CANDIDATES:
+                continue
+            rows = CANDIDATES[name + suffix] if candidates else CANDIDATES[name + suffix][:1]
+            made = STRONG.get(name, kernel) if strong else kernel
+            for row in rows:
+                for width in (128,) if candidates else (128, 64):
+                    for extra in more:
+                        fixed = constants(width) | extra | {"STRONG": strong}
+                        label = f"{name}{suffix} {width} {extra or ''}"
+                        yield case(
+                            label, made, typed(made), fixed, row, matrix=not strong and name not in PLAIN
+                        )
+    for row in CANDIDATES["gated_scan"][: None if candidates else 1]:
+        fixed = dict(SIZE=16384, V=128, F=128, HAS_START=False, REVERSED=False, SHARE=1)
+        yield case("gated_scan", shared.scan_kernel, typed(shared.scan_kernel), fixed, row, matrix=False)
+
+
+WALKS = ({"MODE": "sums"}, {"MODE": "fine"})
+KERNELS = [
+    ("gated_liger_states", liger.states_kernel, liger_constants, (*WALKS, {"MODE": "last"})),
+    ("gated_liger_outputs", liger.outputs_kernel, liger_constants, ({}, {"HGRN2": True})),
+    ("gated_window_queries", window.window_queries_kernel, liger_constants, ({},)),
+    ("gated_window_keys", window.window_keys_kernel, liger_constants, ({},)),
+    ("gated_liger_back_states", back.back_states_kernel, liger_constants, WALKS),
+    ("gated_liger_queries", back.queries_kernel, liger_constants, ({},)),
+    ("gated_liger_keys", back.keys_kernel, liger_constants, ({},)),
+    ("gated_liger_values", back.values_kernel, liger_constants, ({},)),
+    ("gated_liger_gates", back.gates_kernel, liger_constants, ({}, {"HGRN2": True})),
+    ("gated_lawcat_states", lawcat.states_kernel, lawcat_constants, (*WALKS, {"MODE": "last"})),
+    ("gated_lawcat_outputs", lawcat.outputs_kernel, lawcat_constants, ({}, {"SAVE": True})),
+    ("gated_lawcat_back_states", lawcat_back.back_states_kernel, lawcat_constants, WALKS),
+    ("gated_lawcat_queries", lawcat_back.queries_kernel, lawcat_constants, ({},)),
+    ("gated_lawcat_keys", lawcat_back.keys_kernel, lawcat_constants, ({},)),
+    ("gated_lawcat_values", lawcat_back.values_kernel, lawcat_constants, ({},)),
+]
+STRONG = {"gated_liger_outputs": liger.strong_outputs_kernel}
+"""Kernels of strong tiles, where they are not the same kernel; their products are smaller than a warp group's."""
+PLAIN = ("gated_liger_gates",)
+"""Kernels without products."""

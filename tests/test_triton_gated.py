@@ -7,9 +7,11 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
+from linearize.modeling.convolved import convolved_chunked
 from linearize.modeling.gated import Averaged, averaged_chunked
 from linearize.modeling.launches import TABLE
 from linearize.modeling.triton_gated import scan
+from linearize.modeling.triton_gated_lawcat_backward import convolved_kernel
 from linearize.modeling.triton_gated_liger import forward, shape_of
 from linearize.modeling.triton_gated_liger_backward import averaged_kernel, backward
 
@@ -26,7 +28,7 @@ def poisoned(monkeypatch):
 
     monkeypatch.setattr(torch, "empty", lambda *size, **more: fill(empty(*size, **more)))
     monkeypatch.setattr(Tensor, "new_empty", lambda self, *size, **more: fill(new_empty(self, *size, **more)))
-    for name in ("gated_liger_states",):
+    for name in ("gated_liger_states", "gated_lawcat_states"):
         row = TABLE[name][0]
         monkeypatch.setitem(TABLE, name, [row._replace(blocks={**row.blocks, "C": 32, "CS": 64})])
 
@@ -102,3 +104,64 @@ def test_scan_starts_from_a_state():
         assert_near(states[:, :, n], expected, "kernel")
         expected = expected * totals[:, :, n].exp()[..., None] + sums[:, :, n]
     assert_near(states[:, :, 3], expected, "kernel")
+
+
+LAWCAT = {
+    "odd": (2, 75, 4, 1, 16, 16, 16, 1.0),
+    "narrow features, wide values": (1, 70, 4, 2, 16, 24, 8, 1.0),
+    "no groups, odd widths": (1, 65, 2, 2, 24, 16, 12, 1.0),
+    "one token": (1, 1, 3, 1, 16, 16, 16, 1.0),
+    "a tile": (1, 32, 2, 1, 16, 16, 16, 1.0),
+    "a segment": (1, 64, 2, 1, 16, 16, 16, 1.0),
+    "strong gates": (1, 75, 2, 1, 16, 16, 16, 60.0),
+}
+
+
+def draw_lawcat(batch, length, heads, groups, key_dim, value_dim, half, spread=1.0, taps="qk") -> list:
+    """[q, k, v, logits, taps of q, taps of k, map of q, map of k] in fp64."""
+    generator = torch.Generator().manual_seed(length)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    counts = (heads, key_dim), (groups, key_dim), (groups, value_dim), (groups, 2 * half)
+    inputs = [random(batch, length, *count) for count in counts]
+    inputs[3] *= spread
+    inputs += [random(heads, key_dim, 4) if name in taps else None for name in "qk"]
+    return [*inputs, *(random(heads, key_dim, half) / 2 for _ in range(2))]
+
+
+def rounded(inputs: list) -> list:
+    return [None if x is None else x.detach().float() for x in inputs]
+
+
+def check_lawcat(inputs: list) -> None:
+    """y, and every gradient."""
+    exact = [None if x is None else x.requires_grad_() for x in inputs]
+    some = [None if x is None else x.requires_grad_() for x in rounded(inputs)]
+    expected, _ = convolved_chunked(*exact, steps=16.0, eps=1e-10)
+    made, _ = convolved_kernel(*some, steps=16.0, eps=1e-10)
+    assert_near(made, expected, "kernel")
+    dy = torch.randn(made.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    wanted = torch.autograd.grad(expected, [x for x in exact if x is not None], dy)
+    found = torch.autograd.grad(made, [x for x in some if x is not None], dy.float())
+    for gradient, truth in zip(found, wanted, strict=True):
+        assert_near(gradient, truth, "kernel")
+
+
+@pytest.mark.parametrize("name", LAWCAT)
+def test_lawcat_is_the_reference_with_every_gradient(name):
+    check_lawcat(draw_lawcat(*LAWCAT[name]))
+
+
+@pytest.mark.parametrize("taps", ["", "q", "k"])
+def test_lawcat_convolves_what_has_taps(taps):
+    check_lawcat(draw_lawcat(1, 40, 2, 1, 16, 16, 16, taps=taps))
+
+
+@pytest.mark.parametrize("stop", [[0, 75], [1, 32], [64, 63]])
+def test_lawcat_state_holds_the_tokens_before_stop(stop):
+    inputs, stop = draw_lawcat(2, 75, 2, 1, 16, 16, 16), torch.tensor(stop)
+    _, expected = convolved_chunked(*inputs, steps=16.0, eps=1e-10, stop=stop)
+    _, state = convolved_kernel(*rounded(inputs), steps=16.0, eps=1e-10, stop=stop)
+    assert_near(state, expected, "kernel")

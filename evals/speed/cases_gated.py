@@ -131,7 +131,7 @@ def sweep_liger(kernel: str) -> Callable[[Launch, int, int], Callable[[], Any]]:
 
         p = _liger_parts(batch, length, setting if kernel == "states" else None)
         q, k, v, q_plain, k_plain, dy = (p[name] for name in ("q", "k", "v", "q_plain", "k_plain", "dy"))
-        shape, states, strong = p["shape"], p["states"], p["strong"]
+        shape, strong = p["shape"], p["strong"]
         if kernel == "scan":
             return lambda: scan(p["sums"], p["totals"], chosen=setting)
         if kernel == "states":  # with the scan, which a longer segment makes shorter

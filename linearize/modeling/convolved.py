@@ -2,8 +2,8 @@
 
     q^_t = sum_i taps_i q_{t-i}    phi = [softmax(q^ W); softmax(-q^ W)]    log a_t = logsigmoid(logits_t) / N
 
-Everything is per query head: taps [H, K, c], the current token's first, maps W [H, K, f], and the state; q [B, T, H, K],
-k [B, T, G, K], v [B, T, G, V] and logits [B, T, G, 2 f].
+Everything is per query head: taps [H, K, c], the current token's first, maps W [H, K, f], and the state; q
+[B, T, H, K], k [B, T, G, K], v [B, T, G, V] and logits [B, T, G, 2 f].
 """
 
 import torch

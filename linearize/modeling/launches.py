@@ -242,7 +242,7 @@ CANDIDATES |= {
     ],
     "gated_liger_outputs_strong": [Launch({"BK": 32}, 8, 1)],
     "gated_window_queries": [
-        Launch({"BT": 64, "BK": size}, 4, stages) for size, stages in ((64, 1), (32, 1), (64, 2), (32, 2))
+        Launch({"BT": 64, "BK": size}, 4, stages) for size, stages in ((32, 1), (32, 2), (64, 1), (64, 2))
     ],
     "gated_window_keys": [
         Launch({"BT": 32, "BK": 64}, 4, 1),
@@ -260,5 +260,11 @@ CANDIDATES |= {
     "gated_lawcat_states": [Launch({"C": 64, "CS": size}, 8, 1) for size in (256, 128, 512)],
     "gated_lawcat_outputs": [Launch({}, 4, 1), Launch({}, 8, 1)],
     "gated_lawcat_outputs_strong": [Launch({}, 8, 1)],
+    "gated_lawcat_back_states": [Launch({}, 8, 1)],
+    **{
+        f"gated_lawcat_{kernel}{strong}": [Launch({}, 8, 1)]
+        for kernel in ("queries", "keys", "values")
+        for strong in ("", "_strong")
+    },
 }
 TABLE.update({kernel: [rows[0]] for kernel, rows in CANDIDATES.items() if kernel.startswith("gated")})

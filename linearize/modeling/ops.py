@@ -98,7 +98,7 @@ def mapped_attention(
     v: Tensor,
     map_q: FeatureMap,
     map_k: FeatureMap,
-    *factors: Tensor | None,
+    *factors: Any,
     softcap: float | None = None,
     state: State | None = None,
     pending: int = 0,
@@ -121,7 +121,7 @@ def mapped_error(
     v: Tensor,
     map_q: FeatureMap,
     map_k: FeatureMap,
-    *factors: Tensor | None,
+    *factors: Any,
     softcap: float | None = None,
     **terms: Any,
 ) -> Fit:
@@ -313,11 +313,10 @@ def convolved_attention(
 ) -> tuple[Tensor, Tensor | None]:
     """``convolved.convolved_chunked``: LAWCAT's layer without a window, from raw inputs."""
     parts = (taps_q, taps_k, map_q, map_k)
-    learned = [x for x in (q, k, v, logits, *parts) if x is not None and x.requires_grad]
-    needed = "its gradients have no kernel" if learned and torch.is_grad_enabled() else None
-    if not use_kernel("convolved_attention", refusal(q, k, v, logits), _uneven(q, k, v), needed):
+    through = _through_state(stop, *(x for x in (q, k, v, logits, *parts) if x is not None))
+    if not use_kernel("convolved_attention", refusal(q, k, v, logits), _uneven(q, k, v), through):
         return convolved_chunked(q, k, v, logits, *parts, stop=stop, **terms)
-    from .triton_gated_lawcat import convolved_kernel
+    from .triton_gated_lawcat_backward import convolved_kernel
 
     return convolved_kernel(q, k, v, logits, *parts, stop=stop, **terms)
 

@@ -81,7 +81,7 @@ def softmax_of(a, AXIS: tl.constexpr, F: tl.constexpr):
     """softmax over the first F channels of a, on an axis that may be longer; one half of the map."""
     channel = tl.expand_dims(tl.arange(0, a.shape[AXIS]), 1 - AXIS)
     a *= LOG2E
-    if F < a.shape[AXIS]:
+    if a.shape[AXIS] > F:
         a = tl.where(channel < F, a, float("-inf"))
     p = tl.exp2(a - tl.expand_dims(tl.max(a, AXIS), AXIS))
     return p * tl.expand_dims(1.0 / tl.sum(p, AXIS), AXIS)

@@ -9,12 +9,12 @@ With L the running sum of the log decays inside a tile, exp(L_i - L_j) is split 
 
     score_ij = sum_f (phi_q_i exp(L_i))_f (phi_k_j exp(-L_j))_f
 
-is one product, whose first factor also reads the state, and whose rounding is that of any product, as long as exp(-L_j)
-stays inside the range of fp32 and bf16: where no channel forgets more than exp(-REACH) in a tile. Tiles with a stronger
-gate are left to other kernels, which walk through them by runs of 16 tokens with the state in registers. There no
-exponent is positive: pairs of a run are sorted by the largest power of two that has a multiple between them, one product
-for each, split there. (As a branch of the first kernels this would take registers from every tile.) What carries a gate
-is bf16 also where the inputs are fp16, whose exponents are too short.
+is one product, whose first factor also reads the state, and whose rounding is that of any product, as long as
+exp(-L_j) stays inside the range of fp32 and bf16: where no channel forgets more than exp(-REACH) in a tile. Tiles with
+a stronger gate are left to other kernels, which walk through them by runs of 16 tokens with the state in registers.
+There no exponent is positive: pairs of a run are sorted by the largest power of two that has a multiple between them,
+one product for each, split there. (As a branch of the first kernels this would take registers from every tile.) What
+carries a gate is bf16 also where the inputs are fp16, whose exponents are too short.
 """
 
 import torch

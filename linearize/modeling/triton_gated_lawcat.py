@@ -1,8 +1,9 @@
 """LAWCAT's layer without a window as kernels: convolution, Hedgehog map, gates and the divided sum in registers.
 
-``lawcat.py`` has the equations, ``gated.py`` the reference, ``triton_gated.py`` the road. Taps, maps and states belong to a
-query head, gates to a key/value head. Everything stands in two halves of f channels, softmax(a) and softmax(-a), and a
-tile is formed in the direction that its product wants, by rows (tokens first) or by columns, never transposed later.
+``lawcat.py`` has the equations, ``convolved.py`` the reference, ``triton_gated.py`` the road. Taps, maps and states
+belong to a query head, gates to a key/value head. Everything stands in two halves of f channels, softmax(a) and
+softmax(-a), and a tile is formed in the direction that its product wants, by rows (tokens first) or by columns, never
+transposed later.
 
     states      sums and log decays of segments, then states before tiles     grid (segment, head, row)
     outputs     a tile of C queries of one head                               grid (tile, head, row)
@@ -20,161 +21,21 @@ import triton.language as tl
 from torch import Tensor
 
 from .launches import Launch
-from .triton_common import load_columns, load_matrix, load_rows, load_transposed, store_rows
-from .triton_gated import LOG2E, REACH, blocks, gated_dtype, log_gate, padded, precision, scan, steps_of
-
-
-@triton.jit
-def convolved_rows(
-    x, taps, start, stride, stop, K: tl.constexpr, KP: tl.constexpr, TAPS: tl.constexpr, BT: tl.constexpr
-):
-    """[BT, KP] fp32: sum of TAPS inputs, the current token's tap first; the inputs themselves where TAPS is 0."""
-    if TAPS == 0:
-        return load_rows(x, start, stride, stop, K, KP, BT).to(tl.float32)
-    channel = tl.arange(0, KP)
-    found = tl.zeros([BT, KP], tl.float32)
-    for i in range(0, TAPS):
-        tap = tl.load(taps + channel * TAPS + i, mask=channel < K, other=0.0).to(tl.float32)
-        found += tap[None, :] * load_rows(x, start - i, stride, stop, K, KP, BT).to(tl.float32)
-    return found
-
-
-@triton.jit
-def convolved_columns(
-    x, taps, start, stride, stop, K: tl.constexpr, KP: tl.constexpr, TAPS: tl.constexpr, BT: tl.constexpr
-):
-    """``convolved_rows`` [KP, BT]."""
-    if TAPS == 0:
-        return load_columns(x, start, stride, stop, K, KP, BT).to(tl.float32)
-    channel = tl.arange(0, KP)
-    found = tl.zeros([KP, BT], tl.float32)
-    for i in range(0, TAPS):
-        tap = tl.load(taps + channel * TAPS + i, mask=channel < K, other=0.0).to(tl.float32)
-        found += tap[:, None] * load_columns(x, start - i, stride, stop, K, KP, BT).to(tl.float32)
-    return found
-
-
-@triton.jit
-def softmax_over(a, AXIS: tl.constexpr):
-    a = tl.exp2((a - tl.expand_dims(tl.max(a, AXIS), AXIS)) * LOG2E)
-    return a / tl.expand_dims(tl.sum(a, AXIS), AXIS)
-
-
-@triton.jit
-def halves(a, live, f: tl.constexpr, FP: tl.constexpr, AXIS: tl.constexpr):
-    """(softmax(a), softmax(-a)) over ``AXIS``, zero where not ``live``."""
-    if f < FP:
-        there = tl.expand_dims(tl.arange(0, FP) < f, 1 - AXIS)
-        plus = softmax_over(tl.where(there, a, float("-inf")), AXIS)
-        minus = softmax_over(tl.where(there, -a, float("-inf")), AXIS)
-    else:
-        plus, minus = softmax_over(a, AXIS), softmax_over(-a, AXIS)
-    return tl.where(live, plus, 0.0), tl.where(live, minus, 0.0)
-
-
-@triton.jit
-def features_by_rows(
-    x, taps, map, start, stride, stop,
-    K: tl.constexpr, KP: tl.constexpr, f: tl.constexpr, FP: tl.constexpr, TAPS: tl.constexpr, BT: tl.constexpr,
-    PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Both halves [BT, FP] fp32; map is W [K, f] in the dtype of products."""
-    weight = load_matrix(map, K, f, KP, FP)
-    inputs = convolved_rows(x, taps, start, stride, stop, K, KP, TAPS, BT).to(weight.dtype)
-    live = (start + tl.arange(0, BT) < stop)[:, None]
-    return halves(tl.dot(inputs, weight, input_precision=PRECISION), live, f, FP, 1)
-
-
-@triton.jit
-def features_by_columns(
-    x, taps, map, start, stride, stop,
-    K: tl.constexpr, KP: tl.constexpr, f: tl.constexpr, FP: tl.constexpr, TAPS: tl.constexpr, BT: tl.constexpr,
-    PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Both halves [FP, BT] fp32."""
-    weight = load_transposed(map, K, f, KP, FP)
-    inputs = convolved_columns(x, taps, start, stride, stop, K, KP, TAPS, BT).to(weight.dtype)
-    live = (start + tl.arange(0, BT) < stop)[None, :]
-    return halves(tl.dot(weight, inputs, input_precision=PRECISION), live, f, FP, 0)
-
-
-@triton.jit
-def gates_by_rows(x, start, stride, stop, inverse, f: tl.constexpr, FP: tl.constexpr, BT: tl.constexpr):
-    """Log decays [BT, FP] of one half's logits; zero where there is no token."""
-    live = (start + tl.arange(0, BT) < stop)[:, None] & (tl.arange(0, FP) < f)[None, :]
-    logits = load_rows(x, start, stride, stop, f, FP, BT).to(tl.float32)
-    return tl.where(live, log_gate(logits, 0.0, inverse), 0.0)
-
-
-@triton.jit
-def gates_by_columns(x, start, stride, stop, inverse, f: tl.constexpr, FP: tl.constexpr, BT: tl.constexpr):
-    live = (start + tl.arange(0, BT) < stop)[None, :] & (tl.arange(0, FP) < f)[:, None]
-    logits = load_columns(x, start, stride, stop, f, FP, BT).to(tl.float32)
-    return tl.where(live, log_gate(logits, 0.0, inverse), 0.0)
-
-
-@triton.jit
-def channels(x, f: tl.constexpr, FP: tl.constexpr):
-    channel = tl.arange(0, FP)
-    return tl.load(x + channel, mask=channel < f, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def both(f: tl.constexpr, FP: tl.constexpr):
-    """(where the channels of both halves are in memory, whether there is one) [2 FP], the halves one after the other."""
-    channel = tl.arange(0, 2 * FP)
-    return channel // FP * f + channel % FP, channel % FP < f
-
-
-@triton.jit
-def all_features_by_columns(
-    x, taps, map, start, stride, stop,
-    K: tl.constexpr, KP: tl.constexpr, f: tl.constexpr, FP: tl.constexpr, TAPS: tl.constexpr, BT: tl.constexpr,
-    PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Both halves of ``features_by_columns`` in one product [2 FP, BT], of W and -W."""
-    channel, key = tl.arange(0, 2 * FP), tl.arange(0, KP)
-    there = (channel % FP < f)[:, None]
-    weight = tl.load(
-        map + key[None, :] * f + (channel % FP)[:, None], mask=there & (key < K)[None, :], other=0.0
-    )
-    weight = tl.where((channel < FP)[:, None], weight, -weight)
-    inputs = convolved_columns(x, taps, start, stride, stop, K, KP, TAPS, BT).to(weight.dtype)
-    a = tl.dot(weight, inputs, input_precision=PRECISION)
-    if f < FP:
-        a = tl.where(there, a, float("-inf"))
-    a = tl.reshape(softmax_over(tl.reshape(a, (2, FP, BT)), 1), (2 * FP, BT))
-    return tl.where((start + tl.arange(0, BT) < stop)[None, :], a, 0.0)
-
-
-@triton.jit
-def all_gates_by_columns(
-    x, start, stride, stop, inverse, f: tl.constexpr, FP: tl.constexpr, BT: tl.constexpr
-):
-    """Log decays [2 FP, BT]."""
-    at, there = both(f, FP)
-    token = tl.arange(0, BT)
-    live = there[:, None] & (start + token < stop)[None, :]
-    base = x + tl.cast(start, tl.int64) * stride
-    logits = tl.load(base + at[:, None] + token[None, :] * stride, mask=live, other=0.0).to(tl.float32)
-    return tl.where(live, log_gate(logits, 0.0, inverse), 0.0)
-
-
-@triton.jit
-def load_both(x, f: tl.constexpr, FP: tl.constexpr, V: tl.constexpr, VP: tl.constexpr):
-    """[2 FP, VP] of a matrix [F, V]."""
-    at, there = both(f, FP)
-    value = tl.arange(0, VP)
-    mask = there[:, None] & (value < V)[None, :]
-    return tl.load(x + at[:, None] * V + value[None, :], mask=mask, other=0.0)
-
-
-@triton.jit
-def store_both(x, value, f: tl.constexpr, FP: tl.constexpr, V: tl.constexpr, VP: tl.constexpr):
-    at, there = both(f, FP)
-    column = tl.arange(0, VP)
-    mask = there[:, None] & (column < V)[None, :]
-    tl.store(x + at[:, None] * V + column[None, :], value.to(x.dtype.element_ty), mask=mask)
+from .triton_common import load_matrix, load_rows, store_rows
+from .triton_gated import REACH, blocks, gated_dtype, padded, precision, scan, steps_of
+from .triton_gated_maps import (
+    all_features_by_columns,
+    all_gates_by_columns,
+    both,
+    channels,
+    features_by_columns,
+    features_by_rows,
+    gates_by_columns,
+    gates_by_rows,
+    load_both,
+    pairwise_scores,
+    store_both,
+)
 
 
 @triton.jit(do_not_specialize=["time", "segments"])
@@ -241,21 +102,6 @@ def states_kernel(
         tl.store(last_z + row * F + at, z, mask=there)
 
 
-@triton.jit
-def pairwise_scores(phi_q, phi_k, running, C: tl.constexpr):
-    """Scores [C, C] of one half at any gate, one key after the other; zeros where the key is later."""
-    token = tl.arange(0, C)
-    scores = tl.zeros([C, C], tl.float32)
-    for j in range(0, C):
-        own = (token == j)[:, None]
-        key = tl.sum(tl.where(own, phi_k, 0.0), 0)
-        since = running - tl.sum(tl.where(own, running, 0.0), 0)[None, :]
-        column = tl.sum(phi_q * key[None, :] * tl.exp(tl.minimum(since, 0.0)), 1)
-        column = tl.where(token >= j, column, 0.0)
-        scores = tl.where((token == j)[None, :], column[:, None], scores)
-    return scores
-
-
 @triton.jit(do_not_specialize=["time"])
 def outputs_kernel(
     q, k, v, logits, taps_q, taps_k, map_q, map_k, fine, fine_z, strong, y, den,
@@ -295,13 +141,13 @@ def outputs_kernel(
         key_plus, key_minus = features_by_rows(
             k, taps_k, map_k, t, k_t, time, K, KP, f, FP, TAPS_K, C, PRECISION
         )
-        scores = pairwise_scores(plus, key_plus, running, C)
+        scores = pairwise_scores(plus, key_plus, running, C, False)
     plus = plus * tl.exp(running)
     weight = tl.sum(plus * channels(fine_z + tile * F, f, FP)[None, :], 1)
     plus = plus.to(DTYPE)
     running = tl.cumsum(gates_by_rows(logits + f, t, g_t, time, inverse, f, FP, C), 0)
     if STRONG:
-        scores += pairwise_scores(minus, key_minus, running, C)
+        scores += pairwise_scores(minus, key_minus, running, C, False)
     minus = minus * tl.exp(running)
     weight += tl.sum(minus * channels(fine_z + tile * F + f, f, FP)[None, :], 1)
     minus = minus.to(DTYPE)
@@ -323,7 +169,7 @@ def outputs_kernel(
 
 
 class Layer(NamedTuple):
-    """Inputs of a layer. Maps are W [heads, K, f] and taps [heads, K, c], heads H; an empty tensor is no convolution."""
+    """Inputs of a layer. Maps are W [H, K, f] and taps [H, K, c]; an empty tensor is no convolution."""
 
     q: Tensor
     k: Tensor
@@ -447,16 +293,6 @@ def outputs(
 
 def taps_of(taps: Tensor) -> int:
     return taps.shape[2] if taps.numel() else 0
-
-
-def convolved_kernel(
-    q: Tensor, k: Tensor, v: Tensor, logits: Tensor, taps_q: Tensor | None, taps_k: Tensor | None, map_q: Tensor,
-    map_k: Tensor, *, steps: float, eps: float, stop: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """``convolved.convolved_chunked``, without gradients."""
-    layer = layer_of(q, k, v, logits, taps_q, taps_k, map_q, map_k)
-    made, last = forward(layer, steps=steps, eps=eps, stop=stop)
-    return made.y, last
 
 
 def layer_of(

@@ -125,7 +125,7 @@ def window_rows(
     K: tl.constexpr, KP: tl.constexpr, V: tl.constexpr, VP: tl.constexpr, W: tl.constexpr, BT: tl.constexpr,
     BK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """factor * softmax of the window [BT, VP] fp32, over blocks of keys that end with the last query; zeros for W = 0."""
+    """factor * softmax of the window [BT, VP] fp32, by blocks of keys that end with the last query; zeros for W = 0."""
     BLOCKS: tl.constexpr = (W - 1 + BT + BK - 1) // BK
     rows = tl.zeros([BT, VP], tl.float32)
     if W > 0:
@@ -216,21 +216,21 @@ def strong_outputs_kernel(
     state = load_matrix(fine + tile * K * V, K, V, KP, VP).to(tl.float32)
     for i in range(0, C // RUN):
         t = n * C + i * RUN
-        rows = window_rows(
-            q, k, v, t, q_t, k_t, v_t, time, scale, mix_window, K, KP, V, VP, W, RUN, BK, PRECISION
-        )
         log_decay = key_gates(k_plain, t, kp_t, time, bias, inverse, K, KP, RUN)
         phi_k = key_features(k_plain, t, kp_t, time, bias, inverse, sharpness, K, KP, RUN, HGRN2)
         phi_q = query_features(q_plain, t, qp_t, time, K, KP, RUN) * mix_recurrent
         reading = (phi_q * tl.exp(tl.cumsum(log_decay, 0))).to(DTYPE)
-        rows = tl.dot(reading, state.to(DTYPE), rows, input_precision=PRECISION)
-        scores = run_scores(phi_q, phi_k, log_decay, KP, DTYPE, PRECISION, False)
+        rows = tl.dot(reading, state.to(DTYPE), input_precision=PRECISION)
         values = load_rows(v, t, v_t, time, V, VP, RUN).to(DTYPE)
-        rows = tl.dot(scores.to(DTYPE), values, rows, input_precision=PRECISION)
-        store_rows(y + b * time * (G * R * V) + h * V, rows, t, G * R * V, time, V, VP, RUN)
         late = (phi_k * tl.exp(tl.cumsum(log_decay, 0, reverse=True) - log_decay)).to(DTYPE)
         state = state * tl.exp(tl.sum(log_decay, 0))[:, None]
         state = tl.dot(tl.trans(late), values, state, input_precision=PRECISION)
+        scores = run_scores(phi_q, phi_k, log_decay, KP, DTYPE, PRECISION, False)
+        rows = tl.dot(scores.to(DTYPE), values, rows, input_precision=PRECISION)
+        rows += window_rows(
+            q, k, v, t, q_t, k_t, v_t, time, scale, mix_window, K, KP, V, VP, W, RUN, BK, PRECISION
+        )
+        store_rows(y + b * time * (G * R * V) + h * V, rows, t, G * R * V, time, V, VP, RUN)
 
 
 class Shape(NamedTuple):

@@ -122,10 +122,10 @@ def queries_kernel(
         pairs = tl.where(earlier(BT, False), pairs, 0.0)
         if STRONG:
             found = tl.dot(wanted, state.to(DTYPE), input_precision=PRECISION) * reach
-            found += run_gradient(pairs, phi_k, log_decay, KP, DTYPE, PRECISION, False)
             late = (phi_k * tl.exp(tl.cumsum(log_decay, 0, reverse=True) - log_decay)).to(DTYPE)
             state = state * tl.exp(tl.sum(log_decay, 0))[None, :]
             state = tl.dot(tl.trans(values), late, state, input_precision=PRECISION)
+            found += run_gradient(pairs, phi_k, log_decay, KP, DTYPE, PRECISION, False)
         else:
             state = load_matrix(fine + tile * K * V, K, V, KP, VP)
             found = tl.dot(wanted, tl.trans(state), input_precision=PRECISION)
@@ -324,7 +324,8 @@ def back_tile_states(
         back_states_kernel[(shape.segments, shape.groups, shape.batch)](
             q_plain, k_plain, dy, sums, states, fine, *steps_of(q_plain), *steps_of(k_plain),
             shape.time, shape.segments, *gate_of(terms)[:2], G=shape.groups, R=shape.per_group, **shape.widths,
-            C=shape.tile, CS=shape.segment, MODE=mode, DTYPE=gated_dtype(dy.dtype)[0], PRECISION=precision(dy.dtype), **options,
+            C=shape.tile, CS=shape.segment, MODE=mode, DTYPE=gated_dtype(dy.dtype)[0],
+            PRECISION=precision(dy.dtype), **options,
         )  # fmt: skip
         if mode == "sums":
             states = scan(sums, totals, reverse=True)
@@ -343,7 +344,8 @@ def queries(
         queries_kernel[(shape.tiles, shape.heads, shape.batch)](
             q_plain, k_plain, v, dy, before, strong, dq, inner, *steps_of(q_plain), *steps_of(k_plain), *steps_of(v),
             shape.time, *gate_of(terms), terms.mix_recurrent, G=shape.groups, R=shape.per_group, **shape.widths,
-            HGRN2=terms.hgrn2, C=shape.tile, DTYPE=gated_dtype(v.dtype)[0], PRECISION=precision(v.dtype), STRONG=is_strong,
+            HGRN2=terms.hgrn2, C=shape.tile, DTYPE=gated_dtype(v.dtype)[0], PRECISION=precision(v.dtype),
+            STRONG=is_strong,
             **options,
         )  # fmt: skip
     return dq, inner
@@ -360,7 +362,8 @@ def keys(
         keys_kernel[(shape.tiles, shape.groups, shape.batch)](
             q_plain, k_plain, v, dy, behind, strong, dphi, *steps_of(q_plain), *steps_of(k_plain), *steps_of(v),
             shape.time, *gate_of(terms)[:2], terms.mix_recurrent, G=shape.groups, R=shape.per_group, **shape.widths,
-            C=shape.tile, DTYPE=gated_dtype(v.dtype)[0], PRECISION=precision(v.dtype), STRONG=is_strong, **options,
+            C=shape.tile, DTYPE=gated_dtype(v.dtype)[0], PRECISION=precision(v.dtype),
+            STRONG=is_strong, **options,
         )  # fmt: skip
     return dphi
 
@@ -375,7 +378,8 @@ def values(
         values_kernel[(shape.tiles, shape.groups, shape.batch)](
             q_plain, k_plain, dy, behind, strong, dv, *steps_of(q_plain), *steps_of(k_plain),
             shape.time, *gate_of(terms), terms.mix_recurrent, G=shape.groups, R=shape.per_group, **shape.widths,
-            HGRN2=terms.hgrn2, C=shape.tile, DTYPE=gated_dtype(dy.dtype)[0], PRECISION=precision(dy.dtype), STRONG=is_strong,
+            HGRN2=terms.hgrn2, C=shape.tile, DTYPE=gated_dtype(dy.dtype)[0], PRECISION=precision(dy.dtype),
+            STRONG=is_strong,
             ADD=terms.window > 0, **options,
         )  # fmt: skip
 

@@ -6,8 +6,9 @@ from tolerances import assert_near
 from torch import Tensor
 
 from linearize.modeling import backend
+from linearize.modeling.convolved import convolved_chunked
 from linearize.modeling.gated import Averaged, averaged_chunked
-from linearize.modeling.ops import averaged_attention
+from linearize.modeling.ops import averaged_attention, convolved_attention
 
 pytestmark = [
     pytest.mark.gpu,
@@ -97,3 +98,53 @@ def test_twice_is_the_same_and_long_is_finite():
     for one, two in zip(*runs, strict=True):
         assert torch.isfinite(one).all()
         assert torch.equal(one, two)
+
+
+def draw_lawcat(batch, length, heads, groups, width, dtype, spread=1.0) -> list[Tensor]:
+    """[q, k, v, logits, taps, taps, map, map]: the first three rounded to ``dtype``, all in fp64."""
+    generator = torch.Generator(device="cuda").manual_seed(length + heads)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, device="cuda")
+
+    inputs = [random(batch, length, count, width).to(dtype) for count in (heads, groups, groups)]
+    logits = spread * random(batch, length, groups, width)
+    taps = [random(heads, width, 4) / 2 for _ in range(2)]
+    weights = [(random(heads, width, width // 2) * width**-0.5).to(dtype) for _ in range(2)]
+    return [x.double() for x in (*inputs, logits, *taps, *weights)]
+
+
+def check_lawcat(inputs: list[Tensor], dtype: torch.dtype) -> None:
+    expected, _ = convolved_chunked(*inputs, steps=16.0, eps=1e-10)
+    some = [x.to(dtype) for x in inputs[:3]]
+    with torch.no_grad():
+        y, _ = convolved_attention(*some, *(x.float() for x in inputs[3:]), steps=16.0, eps=1e-10)
+    assert backend.ran()["convolved_attention"] == "triton"
+    near(y, expected, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("length", "heads", "groups"), [(1, 4, 4), (63, 4, 2), (65, 3, 1), (1000, 8, 1)])
+def test_lawcat(length, heads, groups, dtype):
+    check_lawcat(draw_lawcat(2, length, heads, groups, 128, dtype), dtype)
+
+
+@pytest.mark.parametrize("width", [64, 80])
+def test_lawcat_widths(width):
+    check_lawcat(draw_lawcat(1, 4097, 4, 2, width, torch.bfloat16), torch.bfloat16)
+
+
+def test_lawcat_strong_gates():
+    check_lawcat(draw_lawcat(1, 200, 4, 1, 128, torch.bfloat16, 60.0), torch.bfloat16)
+
+
+def test_lawcat_state():
+    inputs = draw_lawcat(2, 700, 4, 1, 128, torch.bfloat16)
+    stop = torch.tensor([700, 333], device="cuda")
+    _, expected = convolved_chunked(*inputs, steps=16.0, eps=1e-10, stop=stop)
+    some = [x.bfloat16() for x in inputs[:3]]
+    with torch.no_grad():
+        _, state = convolved_attention(
+            *some, *(x.float() for x in inputs[3:]), steps=16.0, eps=1e-10, stop=stop
+        )
+    near(state, expected, torch.bfloat16)
