@@ -64,6 +64,12 @@ def lawcat(batch: int, length: int) -> Callable[[], Any]:
     return run
 
 
+def lawcat_training(batch: int, length: int) -> Callable[[], Any]:
+    inputs = [x.requires_grad_() for x in lawcat_inputs(batch, length)[:7]]
+    dy = torch.randn_like(inputs[0])
+    return lambda: torch.autograd.grad(convolved_attention(*inputs, inputs[6], **LAWCAT)[0], inputs, dy)
+
+
 def close(one: Tensor, other: Tensor) -> None:
     gap, size = (one.double() - other.double()).norm(), other.double().norm()
     if not gap <= 1.5e-2 * size:
@@ -86,12 +92,17 @@ def check_liger(terms: Averaged) -> Callable[[], None]:
     return run
 
 
-@torch.no_grad()
 def check_lawcat() -> None:
-    inputs = lawcat_inputs(1, 700, 8, 2)
+    inputs = [x.requires_grad_() for x in lawcat_inputs(1, 700, 8, 2)[:7]]
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    dy = torch.randn_like(inputs[0])
+    y, _ = convolved_attention(*inputs, inputs[6], **LAWCAT)
+    found = torch.autograd.grad(y, inputs, dy)
     with backend.reference_only():
-        expected, _ = convolved_attention(*(x.double() for x in inputs), **LAWCAT)
-    close(convolved_attention(*inputs, **LAWCAT)[0], expected)
+        expected, _ = convolved_attention(*exact, exact[6], **LAWCAT)
+        wished = torch.autograd.grad(expected, exact, dy.double())
+    for one, other in zip((y, *found), (expected, *wished), strict=True):
+        close(one, other)
 
 
 CASES = [
@@ -100,6 +111,7 @@ CASES = [
     Case("gated", "Liger-HGRN2 forward, window 64", liger(HGRN2), check_liger(HGRN2)),
     Case("gated", "Liger-HGRN2 forward+backward, window 64", liger_training(HGRN2), check_liger(HGRN2)),
     Case("gated", "LAWCAT forward", lawcat, check_lawcat, 1.4),
+    Case("gated", "LAWCAT forward+backward", lawcat_training, check_lawcat),
 ]
 
 
@@ -185,12 +197,28 @@ def sweep_lawcat(kernel: str) -> Callable[[Launch, int, int], Callable[[], Any]]
     @torch.no_grad()
     def make(setting: Launch, batch: int, length: int) -> Callable[[], Any]:
         from linearize.modeling import triton_gated_lawcat as made
+        from linearize.modeling import triton_gated_lawcat_backward as back
 
-        layer = made.layer_of(*lawcat_inputs(batch, length))
+        layer, steps = made.layer_of(*lawcat_inputs(batch, length)), LAWCAT["steps"]
         if kernel == "states":
-            return lambda: made.before_tiles(layer, LAWCAT["steps"], setting)
-        _, _, fine, fine_z, strong = made.before_tiles(layer, LAWCAT["steps"])
-        return lambda: made.outputs(layer, fine, fine_z, strong, **LAWCAT, chosen=setting)
+            return lambda: made.before_tiles(layer, steps, setting)
+        done, _ = made.forward(layer, **LAWCAT, save=True)
+        assert done.den is not None
+        before = made.tile_states(layer, done.states, done.states_z, steps)
+        if kernel == "outputs":
+            return lambda: made.outputs(layer, *before, **LAWCAT, chosen=setting)
+        dy = torch.randn_like(done.y)
+        e = (dy.float() * done.y).sum(dim=-1) / done.den
+        given, strong = (dy, done.den, e), before[2]
+        if kernel == "back_states":
+            return lambda: back.back_tile_states(layer, *given, done.totals, steps, setting)
+        if kernel == "queries":
+            return lambda: back.queries(layer, *given, *before, steps, setting)
+        behind = back.back_tile_states(layer, *given, done.totals, steps)
+        if kernel == "values":
+            return lambda: back.values(layer, dy, done.den, behind[0], strong, steps, setting)
+        _, change = back.queries(layer, *given, *before, steps)
+        return lambda: back.keys(layer, *given, *behind, *before, change, steps, setting)
 
     return make
 
@@ -203,6 +231,8 @@ SWEEPS = {
     },
     "gated_window_queries": sweep_liger("window_queries"),
     "gated_window_keys": sweep_liger("window_keys"),
-    "gated_lawcat_states": sweep_lawcat("states"),
-    "gated_lawcat_outputs": sweep_lawcat("outputs"),
+    **{
+        f"gated_lawcat_{kernel}": sweep_lawcat(kernel)
+        for kernel in ("states", "outputs", "back_states", "queries", "keys", "values")
+    },
 }

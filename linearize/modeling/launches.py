@@ -263,8 +263,10 @@ CANDIDATES |= {
     "gated_lawcat_back_states": [Launch({}, 8, 1)],
     **{
         f"gated_lawcat_{kernel}{strong}": [Launch({}, 8, 1)]
-        for kernel in ("queries", "keys", "values")
+        for kernel in ("queries", "keys")
         for strong in ("", "_strong")
     },
+    "gated_lawcat_values": [Launch({}, 4, 1), Launch({}, 8, 1)],
+    "gated_lawcat_values_strong": [Launch({}, 8, 1)],
 }
 TABLE.update({kernel: [rows[0]] for kernel, rows in CANDIDATES.items() if kernel.startswith("gated")})

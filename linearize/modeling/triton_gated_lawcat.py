@@ -141,13 +141,13 @@ def outputs_kernel(
         key_plus, key_minus = features_by_rows(
             k, taps_k, map_k, t, k_t, time, K, KP, f, FP, TAPS_K, C, PRECISION
         )
-        scores = pairwise_scores(plus, key_plus, running, C, False)
+        scores = pairwise_scores(tl.zeros([C, C], tl.float32), plus, key_plus, running, C, False)
     plus = plus * tl.exp(running)
     weight = tl.sum(plus * channels(fine_z + tile * F, f, FP)[None, :], 1)
     plus = plus.to(DTYPE)
     running = tl.cumsum(gates_by_rows(logits + f, t, g_t, time, inverse, f, FP, C), 0)
     if STRONG:
-        scores += pairwise_scores(minus, key_minus, running, C, False)
+        scores = pairwise_scores(scores, minus, key_minus, running, C, False)
     minus = minus * tl.exp(running)
     weight += tl.sum(minus * channels(fine_z + tile * F + f, f, FP)[None, :], 1)
     minus = minus.to(DTYPE)

@@ -6,13 +6,13 @@ With u = dy / den and e = dy . y / den, everything per query head (compare ``tri
     dphi_k_t = R_t v_t - r_t              dv_t = R_t^T phi_k_t
     dlog a_t = sum_{s >= t} (phi_q_s dphi_q_s - phi_k_s dphi_k_s), what lies behind a tile being S R - z r there
 
-Kernels end at a = q^ W: the gradients of maps, taps, q and k follow from that of a by plain products (torch). What
-heads share is summed over them last: v in its kernel, logits in torch.
+Kernels end at a = q^ W: the gradients of maps, taps, q and k follow from that of a by plain products, and what heads
+share is summed over them last, both in torch.
 
     back_states    R and r behind segments and tiles      ``states`` in reverse
     queries        da of q, and phi_q dphi_q              a tile of one head
     keys           da of k, and dlog a                    a tile of one head
-    values         dv                                     a tile of a group
+    values         dv of a head                           a tile of one head
 """
 
 from typing import Any
@@ -114,20 +114,31 @@ def back_states_kernel(
 
 
 @triton.jit
+def decayed(
+    phi, logits, t, g_t, time, inverse, f: tl.constexpr, FP: tl.constexpr, C: tl.constexpr, DTYPE: tl.constexpr,
+    OF_KEYS: tl.constexpr,
+):  # fmt: skip
+    """One half [C, FP] times its decay from the tile's start, or of keys, over it, for a product."""
+    running = tl.cumsum(gates_by_rows(logits, t, g_t, time, inverse, f, FP, C), 0)
+    return (phi * tl.exp(-running if OF_KEYS else running)).to(DTYPE)
+
+
+@triton.jit
 def half_of_queries(
     phi_k, pairs, u, share, logits, t, g_t, time, inverse, state, z,
-    V: tl.constexpr, VP: tl.constexpr, f: tl.constexpr, FP: tl.constexpr, C: tl.constexpr, DTYPE: tl.constexpr,
-    PRECISION: tl.constexpr, STRONG: tl.constexpr,
+    V: tl.constexpr, VP: tl.constexpr, f: tl.constexpr, FP: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr,
+    STRONG: tl.constexpr,
 ):  # fmt: skip
-    """dphi_q [C, FP] of one half."""
-    running = tl.cumsum(gates_by_rows(logits, t, g_t, time, inverse, f, FP, C), 0)
-    reach = tl.exp(running)
+    """dphi_q [C, FP] of one half; phi_k and pairs are ready for a product where they are not ``STRONG``."""
     found = tl.dot(u, tl.trans(load_matrix(state, f, V, FP, VP)), input_precision=PRECISION)
     found -= share[:, None] * channels(z, f, FP)[None, :]
+    if not STRONG:
+        found = tl.dot(pairs, phi_k, found, input_precision=PRECISION)
+    running = tl.cumsum(gates_by_rows(logits, t, g_t, time, inverse, f, FP, C), 0)
+    found *= tl.exp(running)
     if STRONG:
-        return found * reach + pairwise_gradient(pairs, phi_k, running, C, FP, False)
-    found = tl.dot(pairs.to(DTYPE), (phi_k / reach).to(DTYPE), found, input_precision=PRECISION)
-    return found * reach
+        found += pairwise_gradient(pairs, phi_k, running, C, FP, False)
+    return found
 
 
 @triton.jit(do_not_specialize=["time"])
@@ -152,6 +163,9 @@ def queries_kernel(
         k + b * k_b + g * k_h, taps_k + h * K * TAPS_K, map_k + h * K * f, t, k_t, time,
         K, KP, f, FP, TAPS_K, C, PRECISION,
     )  # fmt: skip
+    if not STRONG:
+        key_plus = decayed(key_plus, logits, t, g_t, time, inverse, f, FP, C, DTYPE, True)
+        key_minus = decayed(key_minus, logits + f, t, g_t, time, inverse, f, FP, C, DTYPE, True)
     u, share = load_wanted(
         dy + b * time * (H * V) + h * V,
         den + b * time * H + h,
@@ -167,13 +181,15 @@ def queries_kernel(
     values = load_rows(v + b * v_b + g * v_h, t, v_t, time, V, VP, C).to(DTYPE)
     pairs = tl.dot(u, tl.trans(values), input_precision=PRECISION) - share[:, None]
     pairs = tl.where(earlier(C, False), pairs, 0.0)
+    if not STRONG:
+        pairs = pairs.to(DTYPE)
     on_plus = half_of_queries(
         key_plus, pairs, u, share, logits, t, g_t, time, inverse, fine + tile * F * V, fine_z + tile * F,
-        V, VP, f, FP, C, DTYPE, PRECISION, STRONG,
+        V, VP, f, FP, C, PRECISION, STRONG,
     )  # fmt: skip
     on_minus = half_of_queries(
         key_minus, pairs, u, share, logits + f, t, g_t, time, inverse, fine + tile * F * V + f * V,
-        fine_z + tile * F + f, V, VP, f, FP, C, DTYPE, PRECISION, STRONG,
+        fine_z + tile * F + f, V, VP, f, FP, C, PRECISION, STRONG,
     )  # fmt: skip
     plus, minus = features_by_rows(
         q + b * q_b + h * q_h, taps_q + h * K * TAPS_Q, map_q + h * K * f, t, q_t, time,
@@ -189,37 +205,42 @@ def queries_kernel(
 
 @triton.jit
 def half_of_keys(
-    phi_q, phi_k, pairs, values, logits, t, g_t, time, inverse, behind, behind_z, before, before_z, change, last,
-    H: tl.constexpr, V: tl.constexpr, VP: tl.constexpr, f: tl.constexpr, FP: tl.constexpr, C: tl.constexpr,
-    DTYPE: tl.constexpr, PRECISION: tl.constexpr, STRONG: tl.constexpr,
+    phi_q, pairs, values, logits, t, g_t, time, inverse, behind, behind_z,
+    V: tl.constexpr, VP: tl.constexpr, f: tl.constexpr, FP: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr,
+    STRONG: tl.constexpr,
 ):  # fmt: skip
-    """(phi_k dphi_k, dlog a) [C, FP] of one half."""
+    """dphi_k [C, FP] of one half."""
+    found = tl.dot(values, tl.trans(load_matrix(behind, f, V, FP, VP)), input_precision=PRECISION)
+    found -= channels(behind_z, f, FP)[None, :]
     log_decay = gates_by_rows(logits, t, g_t, time, inverse, f, FP, C)
-    running = tl.cumsum(log_decay, 0)
-    r = channels(behind_z, f, FP)
-    found = (
-        tl.dot(values, tl.trans(load_matrix(behind, f, V, FP, VP)), input_precision=PRECISION) - r[None, :]
-    )
     if STRONG:
         found *= tl.exp(tl.cumsum(log_decay, 0, reverse=True) - log_decay)
-        found += pairwise_gradient(pairs, phi_q, running, C, FP, True)
+        found += pairwise_gradient(pairs, phi_q, tl.cumsum(log_decay, 0), C, FP, True)
     else:
-        reach = tl.exp(running)
         found *= tl.exp(tl.sum(log_decay, 0))[None, :]
-        found = tl.dot(pairs.to(DTYPE), (phi_q * reach).to(DTYPE), found, input_precision=PRECISION) / reach
-    found *= phi_k
+        found = tl.dot(pairs, phi_q, found, input_precision=PRECISION)
+        found *= tl.exp(-tl.cumsum(log_decay, 0))
+    return found
+
+
+@triton.jit
+def half_of_gates(
+    on_keys, change, t, stride, time, behind, behind_z, before, before_z, last,
+    V: tl.constexpr, VP: tl.constexpr, f: tl.constexpr, FP: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    """dlog a [C, FP] of one half, from phi_k dphi_k and, in ``change``, phi_q dphi_q."""
     later = tl.zeros([FP], tl.float32)
     if not last:
         channel = tl.arange(0, FP)
-        later -= channels(before_z, f, FP) * r
+        later -= channels(before_z, f, FP) * channels(behind_z, f, FP)
         for i in range(0, VP, 16):
             value = i + tl.arange(0, 16)
             at = channel[:, None] * V + value[None, :]
             there = (channel < f)[:, None] & (value < V)[None, :]
             kept = tl.load(before + at, mask=there, other=0.0).to(tl.float32)
             later += tl.sum(kept * tl.load(behind + at, mask=there, other=0.0).to(tl.float32), 1)
-    ahead = load_rows(change, t, H * 2 * f, time, f, FP, C).to(tl.float32) - found
-    return found, tl.cumsum(ahead, 0, reverse=True) + later[None, :]
+    ahead = load_rows(change, t, stride, time, f, FP, C).to(tl.float32) - on_keys
+    return tl.cumsum(ahead, 0, reverse=True) + later[None, :]
 
 
 @triton.jit(do_not_specialize=["time"])
@@ -252,6 +273,9 @@ def keys_kernel(
         q + b * q_b + h * q_h, taps_q + h * K * TAPS_Q, map_q + h * K * f, t, q_t, time,
         K, KP, f, FP, TAPS_Q, C, PRECISION,
     )  # fmt: skip
+    if not STRONG:
+        plus = decayed(plus, logits, t, g_t, time, inverse, f, FP, C, DTYPE, False)
+        minus = decayed(minus, logits + f, t, g_t, time, inverse, f, FP, C, DTYPE, False)
     u, share = load_wanted(
         dy + b * time * (H * V) + h * V,
         den + b * time * H + h,
@@ -267,24 +291,33 @@ def keys_kernel(
     values = load_rows(v + b * v_b + g * v_h, t, v_t, time, V, VP, C).to(DTYPE)
     pairs = tl.dot(values, tl.trans(u), input_precision=PRECISION) - share[None, :]
     pairs = tl.where(earlier(C, True), pairs, 0.0)
+    if not STRONG:
+        pairs = pairs.to(DTYPE)
+    on_plus = half_of_keys(
+        plus, pairs, values, logits, t, g_t, time, inverse, fine, fine_z, V, VP, f, FP, C, PRECISION, STRONG
+    )
+    on_minus = half_of_keys(
+        minus, pairs, values, logits + f, t, g_t, time, inverse, fine + f * V, fine_z + f,
+        V, VP, f, FP, C, PRECISION, STRONG,
+    )  # fmt: skip
     key_plus, key_minus = features_by_rows(
         k + b * k_b + g * k_h, taps_k + h * K * TAPS_K, map_k + h * K * f, t, k_t, time,
         K, KP, f, FP, TAPS_K, C, PRECISION,
     )  # fmt: skip
-    on_plus, gate = half_of_keys(
-        plus, key_plus, pairs, values, logits, t, g_t, time, inverse, fine, fine_z, before, before_z, change,
-        n + 1 == tiles, H, V, VP, f, FP, C, DTYPE, PRECISION, STRONG,
-    )  # fmt: skip
-    store_rows(of_gate, gate, t, H * F, time, f, FP, C)
+    on_plus, on_minus = on_plus * key_plus, on_minus * key_minus
     found = on_plus - key_plus * tl.sum(on_plus, 1)[:, None]
-    on_minus, gate = half_of_keys(
-        minus, key_minus, pairs, values, logits + f, t, g_t, time, inverse, fine + f * V, fine_z + f,
-        before + f * V, before_z + f, change + f, n + 1 == tiles,
-        H, V, VP, f, FP, C, DTYPE, PRECISION, STRONG,
-    )  # fmt: skip
-    store_rows(of_gate + f, gate, t, H * F, time, f, FP, C)
     found -= on_minus - key_minus * tl.sum(on_minus, 1)[:, None]
     store_rows(da + b * time * (H * f) + h * f, found, t, H * f, time, f, FP, C)
+    last = n + 1 == tiles
+    gate = half_of_gates(
+        on_plus, change, t, H * F, time, fine, fine_z, before, before_z, last, V, VP, f, FP, C
+    )
+    store_rows(of_gate, gate, t, H * F, time, f, FP, C)
+    gate = half_of_gates(
+        on_minus, change + f, t, H * F, time, fine + f * V, fine_z + f, before + f * V, before_z + f, last,
+        V, VP, f, FP, C,
+    )  # fmt: skip
+    store_rows(of_gate + f, gate, t, H * F, time, f, FP, C)
 
 
 @triton.jit(do_not_specialize=["time"])
@@ -296,60 +329,56 @@ def values_kernel(
     f: tl.constexpr, FP: tl.constexpr, TAPS_Q: tl.constexpr, TAPS_K: tl.constexpr, C: tl.constexpr,
     DTYPE: tl.constexpr, PRECISION: tl.constexpr, STRONG: tl.constexpr,
 ):  # fmt: skip
-    n, g, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    G: tl.constexpr = H // R
+    n, h, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     F: tl.constexpr = 2 * f
+    g = h // R
     tiles = tl.cdiv(time, C)
-    if (tl.load(strong + (b * G + g) * tiles + n) > 0) != STRONG:
+    if (tl.load(strong + (b * (H // R) + g) * tiles + n) > 0) != STRONG:
         return
     t = n * C
     logits += b * g_b + g * g_h
-    k += b * k_b + g * k_h
-    q += b * q_b
-    found = tl.zeros([C, VP], tl.float32)
-    for i in range(0, R):
-        h = g * R + i
-        behind = fine + ((b * H + h) * tiles + n) * F * V
-        plus, minus = features_by_rows(
-            k, taps_k + h * K * TAPS_K, map_k + h * K * f, t, k_t, time, K, KP, f, FP, TAPS_K, C, PRECISION
+    q += b * q_b + h * q_h
+    taps_q += h * K * TAPS_Q
+    map_q += h * K * f
+    fine += ((b * H + h) * tiles + n) * F * V
+    if not STRONG:
+        read_plus, read_minus = features_by_columns(
+            q, taps_q, map_q, t, q_t, time, K, KP, f, FP, TAPS_Q, C, PRECISION
         )
-        log_decay = gates_by_rows(logits, t, g_t, time, inverse, f, FP, C)
-        late = plus * tl.exp(tl.cumsum(log_decay, 0, reverse=True) - log_decay)
-        found = tl.dot(late.to(DTYPE), load_matrix(behind, f, V, FP, VP), found, input_precision=PRECISION)
-        if STRONG:
-            other_plus, other_minus = features_by_rows(
-                q + h * q_h, taps_q + h * K * TAPS_Q, map_q + h * K * f, t, q_t, time,
-                K, KP, f, FP, TAPS_Q, C, PRECISION,
-            )  # fmt: skip
-            scores = pairwise_scores(other_plus, plus, tl.cumsum(log_decay, 0), C, True)
-        else:
-            early_plus = (plus * tl.exp(-tl.cumsum(log_decay, 0))).to(DTYPE)
-        log_decay = gates_by_rows(logits + f, t, g_t, time, inverse, f, FP, C)
-        late = minus * tl.exp(tl.cumsum(log_decay, 0, reverse=True) - log_decay)
-        found = tl.dot(
-            late.to(DTYPE), load_matrix(behind + f * V, f, V, FP, VP), found, input_precision=PRECISION
+        log_decay = gates_by_columns(logits, t, g_t, time, inverse, f, FP, C)
+        read_plus = (read_plus * tl.exp(tl.cumsum(log_decay, 1))).to(DTYPE)
+        log_decay = gates_by_columns(logits + f, t, g_t, time, inverse, f, FP, C)
+        read_minus = (read_minus * tl.exp(tl.cumsum(log_decay, 1))).to(DTYPE)
+    plus, minus = features_by_rows(
+        k + b * k_b + g * k_h, taps_k + h * K * TAPS_K, map_k + h * K * f, t, k_t, time,
+        K, KP, f, FP, TAPS_K, C, PRECISION,
+    )  # fmt: skip
+    if STRONG:
+        read_plus, read_minus = features_by_rows(
+            q, taps_q, map_q, t, q_t, time, K, KP, f, FP, TAPS_Q, C, PRECISION
         )
-        if STRONG:
-            scores += pairwise_scores(other_minus, minus, tl.cumsum(log_decay, 0), C, True)
-        else:
-            early_minus = (minus * tl.exp(-tl.cumsum(log_decay, 0))).to(DTYPE)
-            other_plus, other_minus = features_by_columns(
-                q + h * q_h, taps_q + h * K * TAPS_Q, map_q + h * K * f, t, q_t, time,
-                K, KP, f, FP, TAPS_Q, C, PRECISION,
-            )  # fmt: skip
-            reach = tl.exp(tl.cumsum(gates_by_columns(logits, t, g_t, time, inverse, f, FP, C), 1))
-            scores = tl.dot(early_plus, (other_plus * reach).to(DTYPE), input_precision=PRECISION)
-            reach = tl.exp(tl.cumsum(gates_by_columns(logits + f, t, g_t, time, inverse, f, FP, C), 1))
-            scores = tl.dot(early_minus, (other_minus * reach).to(DTYPE), scores, input_precision=PRECISION)
-            scores = tl.where(earlier(C, True), scores, 0.0)
-        token = t + tl.arange(0, C)
-        weight = tl.load(den + b * time * H + h + token.to(tl.int64) * H, mask=token < time, other=1.0)
-        u = (
-            load_rows(dy + b * time * (H * V) + h * V, t, H * V, time, V, VP, C).to(tl.float32)
-            / weight[:, None]
-        )
-        found = tl.dot(scores.to(DTYPE), u.to(DTYPE), found, input_precision=PRECISION)
-    store_rows(dv + b * time * (G * V) + g * V, found, t, G * V, time, V, VP, C)
+        running = tl.cumsum(gates_by_rows(logits, t, g_t, time, inverse, f, FP, C), 0)
+        scores = pairwise_scores(tl.zeros([C, C], tl.float32), read_plus, plus, running, C, True)
+        running = tl.cumsum(gates_by_rows(logits + f, t, g_t, time, inverse, f, FP, C), 0)
+        scores = pairwise_scores(scores, read_minus, minus, running, C, True)
+    else:
+        early = decayed(plus, logits, t, g_t, time, inverse, f, FP, C, DTYPE, True)
+        scores = tl.dot(early, read_plus, input_precision=PRECISION)
+        early = decayed(minus, logits + f, t, g_t, time, inverse, f, FP, C, DTYPE, True)
+        scores = tl.dot(early, read_minus, scores, input_precision=PRECISION)
+        scores = tl.where(earlier(C, True), scores, 0.0)
+    scores = scores.to(DTYPE)
+    log_decay = gates_by_rows(logits, t, g_t, time, inverse, f, FP, C)
+    late_plus = (plus * tl.exp(tl.cumsum(log_decay, 0, reverse=True) - log_decay)).to(DTYPE)
+    log_decay = gates_by_rows(logits + f, t, g_t, time, inverse, f, FP, C)
+    late_minus = (minus * tl.exp(tl.cumsum(log_decay, 0, reverse=True) - log_decay)).to(DTYPE)
+    token = t + tl.arange(0, C)
+    weight = tl.load(den + b * time * H + h + token.to(tl.int64) * H, mask=token < time, other=1.0)
+    u = load_rows(dy + b * time * (H * V) + h * V, t, H * V, time, V, VP, C).to(tl.float32) / weight[:, None]
+    found = tl.dot(scores, u.to(DTYPE), input_precision=PRECISION)
+    found = tl.dot(late_plus, load_matrix(fine, f, V, FP, VP), found, input_precision=PRECISION)
+    found = tl.dot(late_minus, load_matrix(fine + f * V, f, V, FP, VP), found, input_precision=PRECISION)
+    store_rows(dv + b * time * (H * V) + h * V, found, t, H * V, time, V, VP, C)
 
 
 def backward(
@@ -452,15 +481,17 @@ def values(
     steps: float,
     chosen: Launch | None = None,
 ) -> Tensor:
-    dv = torch.empty(layer.v.shape, dtype=layer.v.dtype, device=dy.device)
+    batch, time, heads = layer.q.shape[:3]
+    dv = torch.empty(batch, time, heads, layer.v.shape[3], dtype=behind.dtype, device=dy.device)
     for is_strong in (False, True):
         _, options = blocks("gated_lawcat_values" + "_strong" * is_strong, dy, None if is_strong else chosen)
-        values_kernel[(strong.shape[2], layer.k.shape[2], len(dy))](
+        values_kernel[(strong.shape[2], heads, batch)](
             layer.q, layer.k, *layer[3:], dy, den, behind, strong, dv,
-            *steps_of(layer.q), *steps_of(layer.k), *steps_of(layer.logits), dy.shape[1], 1.0 / steps,
+            *steps_of(layer.q), *steps_of(layer.k), *steps_of(layer.logits), time, 1.0 / steps,
             **layer.sizes, TAPS_Q=taps_of(layer.taps_q), TAPS_K=taps_of(layer.taps_k), STRONG=is_strong, **options,
         )  # fmt: skip
-    return dv
+    per_head = dv.unflatten(2, (layer.k.shape[2], -1))
+    return per_head.sum(dim=3, dtype=torch.float32).to(layer.v.dtype)
 
 
 class _Convolved(torch.autograd.Function):

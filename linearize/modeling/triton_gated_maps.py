@@ -172,19 +172,18 @@ def token_of(x, j, C: tl.constexpr):
 
 
 @triton.jit
-def pairwise_scores(phi_q, phi_k, running, C: tl.constexpr, TURNED: tl.constexpr):
-    """Scores [C, C] of one half at any gate, one key after the other, zeros where the key is later; ``TURNED``: a row
-    is a key."""
+def pairwise_scores(scores, phi_q, phi_k, running, C: tl.constexpr, TURNED: tl.constexpr):
+    """``scores`` [C, C] and those of one half at any gate, key after key, none where the key is later; ``TURNED``: a
+    row is a key."""
     token = tl.arange(0, C)
-    scores = tl.zeros([C, C], tl.float32)
     for j in range(0, C):
         since = tl.minimum(running - token_of(running, j, C)[None, :], 0.0)
         found = tl.sum(phi_q * token_of(phi_k, j, C)[None, :] * tl.exp(since), 1)
         found = tl.where(token >= j, found, 0.0)
         if TURNED:
-            scores = tl.where((token == j)[:, None], found[None, :], scores)
+            scores += tl.where((token == j)[:, None], found[None, :], 0.0)
         else:
-            scores = tl.where((token == j)[None, :], found[:, None], scores)
+            scores += tl.where((token == j)[None, :], found[:, None], 0.0)
     return scores
 
 

@@ -115,12 +115,18 @@ def draw_lawcat(batch, length, heads, groups, width, dtype, spread=1.0) -> list[
 
 
 def check_lawcat(inputs: list[Tensor], dtype: torch.dtype) -> None:
-    expected, _ = convolved_chunked(*inputs, steps=16.0, eps=1e-10)
-    some = [x.to(dtype) for x in inputs[:3]]
-    with torch.no_grad():
-        y, _ = convolved_attention(*some, *(x.float() for x in inputs[3:]), steps=16.0, eps=1e-10)
+    exact = [x.clone().requires_grad_() for x in inputs]
+    expected, _ = convolved_chunked(*exact, steps=16.0, eps=1e-10)
+    some = [x.to(dtype if i < 3 else torch.float32).requires_grad_() for i, x in enumerate(inputs)]
+    y, _ = convolved_attention(*some, steps=16.0, eps=1e-10)
     assert backend.ran()["convolved_attention"] == "triton"
     near(y, expected, dtype)
+    dy = torch.randn(y.shape, device="cuda", generator=torch.Generator(device="cuda").manual_seed(1)).to(
+        dtype
+    )
+    wanted = torch.autograd.grad(expected, exact, dy.double())
+    for gradient, truth in zip(torch.autograd.grad(y, some, dy), wanted, strict=True):
+        near(gradient, truth, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
