@@ -30,6 +30,8 @@ class Case(NamedTuple):
     stages: int
     matrix: bool = True
     """Whether matrix instructions must be there."""
+    spills: int = 0
+    """Bytes of registers that may be spilled: more than none only where nothing faster was found."""
 
 
 class Resources(NamedTuple):
@@ -144,7 +146,10 @@ def main() -> None:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     for case in module.cases():
-        print(json.dumps({**compile_case(case)._asdict(), "matrix": case.matrix}), flush=True)
+        print(
+            json.dumps({**compile_case(case)._asdict(), "matrix": case.matrix, "allowed": case.spills}),
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

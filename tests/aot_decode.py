@@ -5,10 +5,12 @@ import sys
 from aot import Case
 
 from linearize.modeling.launches import CANDIDATES
-from linearize.modeling.triton_decode import MAPS, joint_step_kernel
-from linearize.modeling.triton_decode_gated import lawcat_step_kernel, liger_step_kernel
-from linearize.modeling.triton_decode_kept import salient_step_kernel
-from linearize.modeling.triton_decode_routed import still_step_kernel
+from linearize.modeling.triton_decode import joint_step_kernel
+from linearize.modeling.triton_decode_lawcat import lawcat_step_kernel
+from linearize.modeling.triton_decode_liger import liger_step_kernel
+from linearize.modeling.triton_decode_salient import salient_step_kernel
+from linearize.modeling.triton_decode_still import still_step_kernel
+from linearize.modeling.triton_decode_tools import MAPS
 
 STRIDES = {f"{x}_{axis}": "i32" for x in "qkv" for axis in ("row", "head")}
 STATE = {"seen": "*i64", "folded": "*i64"}

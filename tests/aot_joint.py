@@ -18,7 +18,7 @@ def cases() -> Iterator[Case]:
 
 
 def forward_cases(width: int, half: int, terraced: bool, table: dict[str, Any]) -> Iterator[Case]:
-    shape = dict(D=width, V=width, F=half, BD=width, BV=width, BT=64, GROUP=4, PRECISION="ieee")
+    shape = dict(D=width, V=width, F=half, FP=half, BD=width, BV=width, BT=64, GROUP=4, PRECISION="ieee")
     setting = table["joint_states"][0]
     kind = "terraced" if terraced else "sliding"
     for reverse in (False, True):
@@ -38,7 +38,7 @@ def forward_cases(width: int, half: int, terraced: bool, table: dict[str, Any]) 
 
 
 def backward_cases(width: int, half: int, terraced: bool, table: dict[str, Any]) -> Iterator[Case]:
-    shape = dict(D=width, V=width, F=half, BD=width, BV=width, BT=64, GROUP=4, PRECISION="ieee")
+    shape = dict(D=width, V=width, F=half, FP=half, BD=width, BV=width, BT=64, GROUP=4, PRECISION="ieee")
     kind = "terraced" if terraced else "sliding"
     shape |= dict(EVERY=1, W=64, TERRACED=terraced, HAS_BASE=True, HAS_BETA=False)
     for mode in ("transfer", "full"):
@@ -52,10 +52,18 @@ def backward_cases(width: int, half: int, terraced: bool, table: dict[str, Any])
         ].blocks
         yield case(f"{name} {width} {kind}", kernel, constants, table[name][0])
     if not terraced:
-        constants = {name: shape[name] for name in ("D", "F", "BD", "BT", "GROUP", "PRECISION")}
+        constants = {name: shape[name] for name in ("D", "F", "FP", "BD", "BT", "GROUP", "PRECISION")}
         yield case(f"joint_maps {width}", backward.joint_maps, constants, table["joint_maps"][0])
 
 
+SPILLS = {
+    "joint_states 128": 64,
+    "joint_outputs 128": 128,
+    "joint_queries 128 sliding full": 288,
+    "joint_queries 128 terraced full": 288,
+    "joint_values 128": 192,
+    "joint_inputs 128": 32,
+}
 HALF = {
     "x",
     "w",
@@ -94,4 +102,10 @@ def case(name: str, kernel: Any, constants: dict[str, Any], setting: Any) -> Cas
             arguments[argument] = "i32:16"
         else:
             arguments[argument] = "*bf16" if argument in HALF else "*fp32"
-    return Case(name, kernel, arguments, constants, setting.warps, setting.stages)
+    # Two sums of 64 x 64 or one of 64 x 128 in fp32 fill half of a program's registers. What does not fit beside them
+    # was timed against smaller tiles, which took longer.
+    spills = next((most for kernel, most in SPILLS.items() if name.startswith(kernel)), 0)
+    matrix = constants.get("FP", 64) >= 64 or not name.startswith(
+        "joint_states"
+    )  # else fewer rows than it takes
+    return Case(name, kernel, arguments, constants, setting.warps, setting.stages, matrix, spills)

@@ -7,10 +7,11 @@ from linearize.modeling import triton_selected_future as future
 from linearize.modeling import triton_selected_kept as kept
 from linearize.modeling import triton_selected_kept_backward as backward
 from linearize.modeling import triton_selected_routed as routed
+from linearize.modeling import triton_selected_routed_backward as routed_backward
 from linearize.modeling.launches import CANDIDATES
 
 WIDTHS = {128: dict(G=8, R=4, K=128, V=128, BK=128, BV=128), 64: dict(G=8, R=4, K=64, V=64, BK=64, BV=64)}
-STRIDES = {f"{x}_{axis}": "i32:16" for x in "qkv" for axis in "bth"}
+STRIDES = {f"{x}_{axis}": "i32:16" for x in "qkvx" for axis in "bth"}
 SCALARS = dict(scale="fp32", back="fp32", eps="fp32", least="fp32", **STRIDES)
 SETS = dict(index="*i32", leave="*i32", lists="*i64")
 SCRATCH = {f"{x}_{y}": "*fp32" for x in ("carried", "entered") for y in "kv"}
@@ -45,19 +46,27 @@ def selection():
 def salient(every=False):
     half = dict.fromkeys(("q", "k", "v", "y", "dy", "dq", "dk", "dv"), "*bf16")
     types = {**half, **SCALARS, **SETS, **SCRATCH, "lse": "*fp32", "delta": "*fp32", "score": "*fp32"}
-    types |= dict(listed="*i32", sizes="*i32")
+    types |= dict(listed="*i32", sizes="*i32", stars="*i32", sums="*fp32")
     for width, shape in WIDTHS.items():
         row = dict(**shape, C=64, TAIL=16)
-        column = dict(**shape, C=64)
+        column = dict(**shape, C=64, SHARE=1, MAX=False)
         rows = [
             ("selected_kept_forward", kept.kept_forward_kernel, row),
-            ("selected_kept_dq", backward.kept_dq_kernel, row),
+            ("selected_kept_dq", backward.kept_dq_kernel, dict(**row, P=64, SHARE=1, MAX=False)),
             ("selected_kept_dkv", backward.kept_dkv_kernel, column),
             ("selected_local_dkv", backward.local_dkv_kernel, dict(**column, STEPS=9)),
+        ]
+        own = dict(**shape, C=64, SHARE=4, MAX=True) | dict(G=32, R=1)  # STILL's: every head selects
+        rows += [
+            ("selected_routed_dq", backward.kept_dq_kernel, dict(**own, P=4, TAIL=0)),
+            ("selected_kept_dkv", backward.kept_dkv_kernel, own),
+            ("selected_local_dkv", backward.local_dkv_kernel, dict(**own, STEPS=9)),
         ]
         for name, kernel, constants in rows:
             for setting in CANDIDATES[name][: None if every else 1]:
                 label = f"{name} {width} {setting.blocks} {setting.warps} {setting.stages}"
+                if constants.get("MAX"):
+                    label += " with the maximum"
                 yield case(label, kernel, types, constants, setting)
     yield case(
         "entrants", backward.entrants_kernel, types, dict(C=64, block=1024),
@@ -66,23 +75,46 @@ def salient(every=False):
 
 
 def still(every=False):
-    half = dict.fromkeys(("q", "k", "v", "w", "w_q", "w_k", "gate", "states", "y"), "*bf16")
-    types = {**half, **SCALARS, **SETS, "left": "*i32", **dict.fromkeys(("sums", "top", "den"), "*fp32")}
-    plain = CANDIDATES["selected_ranks"][0]._replace(blocks={})
+    half = dict.fromkeys(
+        ("q", "k", "v", "x", "w", "gate", "states", "bases", "base", "y", "linear", "values", "db", "dv"),
+        "*bf16",
+    )
+    types = {
+        **half,
+        **SCALARS,
+        **SETS,
+        "left": "*i32",
+        "last": "*i64",
+        **dict.fromkeys(
+            ("sums", "base_sums", "totals", "total_sums", "e", "carry", "top", "den", "mass"), "*fp32"
+        ),
+    }
+    one = CANDIDATES["selected_ranks"][0]._replace(blocks={})
     for width, shape in WIDTHS.items():
-        constants = dict(**shape, HS=32, GS=32, F=width, C=64, P=4, NORM=True, BLOCK=64)
-        for setting in CANDIDATES["selected_outputs"][: None if every else 1]:
-            few = max(16, 1 << (4 * (setting.blocks["EVERY"] - 1) - 1).bit_length())
-            label = f"selected_outputs {width} {setting.blocks} {setting.warps} {setting.stages}"
-            more = dict(GATE=width, FEW=few, TAIL=0)
-            yield case(label, routed.outputs_kernel, types, {**constants, **more}, setting)
-        constants.pop("R")
-        for setting in CANDIDATES["selected_parts"][: None if every else 1]:
-            label = f"selected_parts {width} {setting.blocks} {setting.warps} {setting.stages}"
-            more = dict(EVERY=4, FEW=16)
-            yield case(label, routed.parts_kernel, types, {**constants, **more}, setting)
+        exact = dict(**shape, GS=32, C=64, P=4)
+        mapped = dict(**shape, C=64, HS=32, F=width, NORM=True)
+        made = {name: x for name, x in mapped.items() if name != "R"}
+        rows = [
+            ("selected_states", routed.states_kernel, dict(**made, GS=32, P=4, FEW=4)),
+            ("selected_linear", routed.linear_kernel, dict(**mapped, GATE=width)),
+            ("selected_outputs", routed.outputs_kernel, dict(**exact, TAIL=0)),
+        ]
+        plain = {name: x for name, x in mapped.items() if name not in ("G", "R", "HS")} | dict(H=32)
+        listed = dict(**plain, GS=32, P=4, FEW=4, HM=32)
+        features = dict(**listed, HS=32, HX=32, HV=32, KEYS=False)
+        gradient = routed_backward.features_kernel
+        rows += [
+            ("selected_reverse", routed_backward.reverse_kernel, plain),
+            ("selected_features", gradient, features),
+            ("selected_features", gradient, {**features, "KEYS": True, "HX": 8, "HV": 8}),
+            ("selected_values", routed_backward.values_kernel, dict(**listed, G=8)),
+        ]
+        for name, kernel, constants in rows:
+            for setting in CANDIDATES[name][: None if every else 1]:
+                label = f"{name} {width} {setting.blocks} {setting.warps} {setting.stages}"
+                yield case(label, kernel, types, constants, setting)
     scan = dict(REVERSE=False, block=1024)
-    yield case("selected_scan", routed.scan_kernel, dict(x="*bf16"), scan, plain, False)
+    yield case("selected_bases", routed.bases_kernel, {**types, "x": "*fp32"}, scan, one, False)
 
 
 def values(every=False):

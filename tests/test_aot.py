@@ -33,7 +33,7 @@ def compiled(path: Path) -> list[dict]:
 def faults(case: dict) -> list[str]:
     """What is wrong with one compiled case."""
     found = []
-    if case["spills"]:
+    if case["spills"] > case["allowed"]:
         found.append(f"{case['spills']} bytes of registers are spilled")
     if case["matrix"] and not case["matrix_instructions"]:
         found.append("no matrix instruction")
@@ -137,7 +137,14 @@ def test_a_transposed_product_in_another_is_found(tmp_path):
 
 
 def test_every_fault_is_told():
-    good = {"spills": 0, "matrix": True, "matrix_instructions": 8, "shared": SHARED, "transposed_results": 0}
+    good = {
+        "spills": 0,
+        "allowed": 0,
+        "matrix": True,
+        "matrix_instructions": 8,
+        "shared": SHARED,
+        "transposed_results": 0,
+    }
     assert faults(good) == []
     for change in (
         {"spills": 8},

@@ -1,53 +1,37 @@
-"""Generation from a recorded step, with a recorder that runs what it recorded again: what a CUDA graph would replay."""
+"""Generation from a recorded step, with a recorder that runs its operations again: what a CUDA graph would replay."""
+
+import functools
 
 import pytest
 import torch
-import transformers.masking_utils
+from recorded import recorded_on_cpu
 from test_generation import CONFIGS, generate, padded
-from tiny import student
+from tiny import representatives, student
+from tolerances import assert_near
 from typer.testing import CliRunner
 
 from linearize.modeling import graph
-from linearize.modeling.attention import MODE
+from linearize.modeling.backend import ran
 from linearize.modeling.lolcats import LolcatsConfig
 from linearize.modeling.still import StillConfig
 
 
 class Recorder:
-    """Stands for a CUDA graph on the CPU: Python runs while recording alone, the device's part at every replay."""
+    """Counts, and stands for a CUDA graph on the CPU."""
 
     def __init__(self, monkeypatch):
-        self.runs, self.records, self.layers = 0, 0, []
-        states = graph._states
-
-        def remember(cache):
-            self.layers = states(cache)
-            return self.layers
-
-        monkeypatch.setattr(graph, "_states", remember)
+        self.runs, self.records = 0, 0
         monkeypatch.setattr(graph, "record", self.record)
         monkeypatch.setattr(graph, "_why_not_there", lambda model: None)
         monkeypatch.setattr("linearize.modeling.cache.interpreted", lambda: True)
-        self.patch = monkeypatch
 
     def record(self, function):
         self.records += 1
-        mode, layers = MODE.get(), self.layers
-        clocks = [layer.clock for layer in layers]
-        for layer in layers:
-            layer._seen += 1
+        replay = recorded_on_cpu(function)
 
         def run():
             self.runs += 1
-            counts = [layer._seen for layer in layers]
-            for layer, clock in zip(layers, clocks, strict=True):
-                layer.clock, layer._seen = clock, -1000  # what the host knows must not matter
-            with self.patch.context() as patch, MODE.hold(mode):
-                patch.setattr(transformers.masking_utils, "is_tracing", lambda *_: True)  # as while recording
-                outputs = function()
-            for layer, count in zip(layers, counts, strict=True):
-                layer.clock, layer._seen = None, count
-            return outputs
+            return replay()
 
         return run
 
@@ -76,6 +60,39 @@ def test_replayed_steps_equal_steps(family, name, layers, recorder):
         return
     assert torch.equal(generate(model, x, mask, cache_implementation="static"), expected)
     assert (recorder.records, recorder.runs) == (1, 12)  # 14 tokens: the prompt, a first step, and replays
+
+
+@pytest.mark.parametrize(("name", "pads"), [(name, 5) for name in representatives()] + [("lolcats", 0)])
+def test_samples_of_every_method_beside_kept_softmax(name, pads, recorder):
+    model, (x, mask) = student("llama", representatives()[name], layers=[0, 2]), padded(pads=pads)
+    mask = mask if pads else torch.ones_like(mask)
+    kwargs = dict(do_sample=True, top_k=20, num_return_sequences=2, steps=24)
+    kwargs |= dict(return_dict_in_generate=True, output_logits=True)
+    torch.manual_seed(3)
+    expected = generate(model, x, mask, **kwargs)
+    torch.manual_seed(3)
+    found = generate(model, x, mask, cache_implementation="static", **kwargs)
+    assert (recorder.records, recorder.runs) == (1, 22)
+    for one, other in zip(found.logits, expected.logits, strict=True):
+        assert_near(one, other, "logits")
+    assert torch.equal(found.sequences, expected.sequences)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is for machines without a GPU")
+def test_a_kernel_in_a_recorded_step(recorder, monkeypatch):
+    pytest.importorskip("triton")
+    model, (x, mask) = (
+        student("llama", CONFIGS["salient"], layers=[0, 2], dtype=torch.float32),
+        padded(2, 9, 3),
+    )
+    kwargs = dict(return_dict_in_generate=True, output_logits=True, steps=6)
+    expected = generate(model, x, mask, **kwargs)
+    monkeypatch.setenv("LINEARIZE_INTERPRET", "1")
+    found = generate(model, x, mask, cache_implementation="static", **kwargs)
+    assert recorder.runs == 4 and ran()["salient_step"] == "triton"
+    for one, other in zip(found.logits, expected.logits, strict=True):
+        assert_near(one, other, "logits")
+    assert torch.equal(found.sequences, expected.sequences)
 
 
 def test_sampling_stops_and_returned_caches(recorder):
@@ -130,6 +147,27 @@ def test_reasons_are_given():
     model = student("llama", StillConfig(chunk=4, budget=None, feature_dim=8))
     assert "grows" in next(iter(model.mixers().values())).why_not_in_place()
     assert graph.why_no_graph(model, None) == "the model is on cpu"
+
+
+def test_the_recorder_freezes_what_a_graph_freezes():
+    place, total, count = torch.zeros(2), torch.zeros(2), [1.0]
+
+    def step():
+        total.add_(place[1:] * count[0])
+        return total.clone()
+
+    with torch.no_grad():
+        replay = recorded_on_cpu(step)
+        assert total.tolist() == [0, 0]
+        place[1], count[0] = 3.0, 5.0
+        assert replay().tolist() == [3, 3] and replay().tolist() == [6, 6]
+        with pytest.raises(RuntimeError, match="not permitted when stream is capturing"):
+            recorded_on_cpu(lambda: total.add_(1) if total.sum() > 0 else None)
+        gone = torch.ones(2)
+        replay = recorded_on_cpu(functools.partial(torch.add, total, gone))
+        del gone
+        with pytest.raises(AssertionError, match="made before the recording and is gone"):
+            replay()
 
 
 def test_the_command_has_the_switch():

@@ -112,8 +112,8 @@ def geometry(heads, groups, key_dim=16, value_dim=16):
 
 
 JOINT = {
-    "sliding": (LolcatsConfig(window=8, window_kind="sliding"), geometry(4, 2), (3, 11), 28),
-    "terraced": (LolcatsConfig(window=4), geometry(4, 1), (1, 7), 13),
+    "sliding": (LolcatsConfig(window=8, window_kind="sliding"), geometry(2, 1), (11, 3), 20),
+    "terraced": (LolcatsConfig(window=4), geometry(2, 1), (1, 7), 13),
     "wide terraces": (LolcatsConfig(window=24), geometry(2, 2), (70, 48), 6),
     "affine, odd widths": (
         LolcatsConfig(window=5, window_kind="sliding", affine_factors=True, feature_dim=12),
@@ -121,7 +121,7 @@ JOINT = {
         (9,),
         19,
     ),
-    "linear": (LinearConfig(), geometry(4, 2), (2,), 20),
+    "linear": (LinearConfig(), geometry(2, 1), (2,), 18),
     "pure": (LolcatsConfig(window=None), geometry(2, 1), (1,), 18),
     "tied to the group": (LolcatsConfig(window=8, kv_tied_map=True), geometry(4, 2), (9,), 12),
     "tied to the group, sliding": (
@@ -154,9 +154,9 @@ def test_window_and_sums_with_a_softcap():
 
 
 WINDOW = {
-    "window sliding": (WindowConfig(window=8), geometry(4, 2), (3, 11), 14),
-    "window terraced": (WindowConfig(window=4, window_kind="terraced"), geometry(4, 1), (1, 13), 12),
-    "window and sinks": (WindowConfig(window=5, sinks=3), geometry(2, 2, 20, 12), (1, 2, 9), 16),
+    "window sliding": (WindowConfig(window=8), geometry(4, 2), (7,), 10),
+    "window terraced": (WindowConfig(window=4, window_kind="terraced"), geometry(4, 1), (13,), 8),
+    "window and sinks": (WindowConfig(window=5, sinks=3), geometry(2, 2, 20, 12), (1, 5), 8),
     "more keys than a tile": (WindowConfig(window=70, sinks=2), geometry(1, 1), (90,), 4),
 }
 
@@ -180,12 +180,12 @@ STEPS = {
             rope_on_recurrent=True,
         ),
         geometry(4, 2, 16, 48),
-        (2, 9),
-        8,
+        (3,),
+        5,
     ),
     "no window": (LigerConfig(window=None, feature_map="identity", train_mix=None), geometry(2, 2), (4,), 4),
     "no recurrence": (LigerConfig(window=4, mix_recurrent=0.0), geometry(2, 1), (4,), 6),
-    "lawcat": (LawcatConfig(), geometry(4, 2), (2, 9), 10),
+    "lawcat": (LawcatConfig(), geometry(4, 2), (2, 9), 6),
     "lawcat beside a window": (
         LawcatConfig(window=8, tie_qk_map=False, conv_tied=True, gate_bias=2.0),
         geometry(3, 1, 20, 24),
@@ -193,7 +193,7 @@ STEPS = {
         12,
     ),
     "lawcat, keys convolved": (LawcatConfig(conv_on="k", feature_map="np_map"), geometry(2, 2), (5,), 6),
-    "salient": (SalientConfig(budget=6, chunk=4, score_dim=6), geometry(4, 2), (3, 21), 26),
+    "salient": (SalientConfig(budget=6, chunk=4, score_dim=6), geometry(2, 1), (19,), 9),
     "salient with a context": (
         SalientConfig(budget=40, chunk=3, score_dim=6, score_context=5),
         geometry(3, 1, 20, 24),
@@ -202,15 +202,15 @@ STEPS = {
     ),
     "still": (
         StillConfig(chunk=4, salient_per_chunk=2, budget=5, feature_dim=16),
-        geometry(4, 2),
-        (3, 19),
-        22,
+        geometry(2, 1),
+        (17,),
+        9,
     ),
     "still, all kept": (
         StillConfig(chunk=3, salient_per_chunk=1, budget=20, gate="per_head", keep_first=False),
-        geometry(3, 1, 20, 24),
+        geometry(2, 1, 20, 24),
         (7,),
-        9,
+        4,
     ),
     "still by position": (
         StillConfig(

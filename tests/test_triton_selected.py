@@ -1,5 +1,6 @@
 """Kernels of kept and routed attention, in Triton's interpreter on a CPU: against the definitions, in fp64."""
 
+import copy
 import os
 
 import pytest
@@ -10,13 +11,17 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("Triton is not interpreted here", allow_module_level=True)
 
-from linearize.modeling import triton_selected
+from linearize.modeling import backend, triton_selected, triton_selected_routed
 from linearize.modeling import triton_selected_kept as kept
 from linearize.modeling import triton_selected_kept_backward as kept_backward
+from linearize.modeling.feature_maps import FEATURE_MAPS
+from linearize.modeling.mixer import Geometry, MixerInput
+from linearize.modeling.ops import routed_prefill
 from linearize.modeling.routing import _routes
 from linearize.modeling.routing import self_saliency as saliency_reference
 from linearize.modeling.selection import future_attention as future_reference
 from linearize.modeling.selection import kept_chunked, running_best
+from linearize.modeling.still import StillConfig, StillMixer
 from linearize.modeling.triton_selected_future import future_attention, self_saliency
 
 NEVER = 2**31 - 1
@@ -32,7 +37,9 @@ def poisoned(monkeypatch):
         return made.fill_(torch.nan) if made.is_floating_point() else made.fill_(-7)
 
     monkeypatch.setattr(torch, "empty", filled)
-    monkeypatch.setattr(torch, "empty_like", lambda x, **kwargs: filled(x.shape, dtype=x.dtype, **kwargs))
+    monkeypatch.setattr(
+        torch, "empty_like", lambda x, **kwargs: filled(x.shape, **{"dtype": x.dtype, **kwargs})
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -40,6 +47,9 @@ def short(monkeypatch):
     """Segments and spans so short that small inputs have several."""
     monkeypatch.setattr(triton_selected, "CANDIDATES_A_SEGMENT", 32)
     monkeypatch.setattr(kept_backward, "SPANS", 2)
+    monkeypatch.setattr(triton_selected_routed, "PROGRAMS", 6)
+    monkeypatch.setattr(triton_selected_routed, "PIECE_BYTES", 60_000)
+    monkeypatch.setenv("LINEARIZE_INTERPRET", "1")
 
 
 def scores(time, *, batch=2, groups=2, ties=False, seed=0):
@@ -92,7 +102,7 @@ CALLS = [  # T, n, H, G, K, V, C
     (64, 0, 2, 2, 16, 16, 16),
     (101, 17, 4, 1, 16, 16, 16),
     (150, 40, 3, 1, 24, 40, 16),
-    (170, 70, 4, 2, 16, 16, 32),
+    (170, 70, 2, 1, 16, 16, 32),
 ]
 
 
@@ -100,8 +110,8 @@ CALLS = [  # T, n, H, G, K, V, C
 def test_kept_attention_and_its_gradients(call):
     time, size, heads, groups, key, value, chunk = call
     torch.manual_seed(time)
-    given = [torch.randn(2, time, n, d) for n, d in ((heads, key), (groups, key), (groups, value))]
-    score = scores(time, groups=groups, ties=heads == 4)
+    given = [torch.randn(1, time, n, d) for n, d in ((heads, key), (groups, key), (groups, value))]
+    score = scores(time, batch=1, groups=groups, ties=heads == 4)
     mine, theirs = (
         [x.to(dtype, copy=True).requires_grad_() for x in given] for dtype in (torch.float32, torch.float64)
     )
@@ -126,3 +136,65 @@ def test_future_attention_and_self_saliency(time, heads, groups, chunk):
         assert_near(found, expected, "kernel")
     rho = self_saliency(q, k, scale=0.7, window=chunk)
     assert_near(rho, saliency_reference(q.double(), k.double(), scale=0.7, window=chunk), "kernel")
+
+
+ROUTES = [  # T, n, p, H, G, heads that select, heads of the key map, gate, map
+    (1, 4, 2, 1, 1, 1, 1, 0, "np_map"),
+    (40, 4, 2, 2, 1, 2, 2, 16, "np_map"),
+    (87, 5, 3, 4, 2, 2, 4, 16, "np_map_plain"),
+    (55, 8, 0, 2, 1, 2, 2, 1, "hedgehog"),
+    (71, 2, 1, 2, 1, 1, 1, 1, "np_map"),
+    (55, 0, 2, 2, 2, 2, 2, 0, "hedgehog"),
+]
+
+
+@pytest.mark.parametrize("call", ROUTES, ids=str)
+def test_routed_attention_and_its_gradients(call):
+    time, size, picks, heads, groups, select, mapped, gate, kind = call
+    torch.manual_seed(time)
+    maps = [FEATURE_MAPS[kind](n, 16, 32, "kaiming") for n in (heads, mapped)]
+    batch = 2 if time < 50 else 1
+    given = [torch.randn(batch, time, n, 16, requires_grad=True) for n in (heads, groups, groups)]
+    score = scores(time, batch=batch, groups=select)
+    gate = torch.rand(batch, time, heads, gate, requires_grad=True) if gate else None
+    terms = dict(scale=0.3, chunk=16, picks=picks, size=size)
+    y, sums = routed_prefill(*given, *maps, score, gate, **terms)
+    assert backend.ran()["routed_prefill"] == "triton"
+    exact = [None if x is None else x.detach().double() for x in (*given, score, gate)]
+    twins = [copy.deepcopy(x).double() for x in maps]
+    for x in (*exact[:3], *exact[4:]):
+        if x is not None:
+            x.requires_grad_()
+    expected, none = routed_prefill(*exact[:3], *twins, *exact[3:], **terms)
+    assert sums is not None and none is None
+    assert_near(y, expected, "kernel")
+    mine = [*given, *(x for m in maps for x in m.parameters()), *([] if gate is None else [gate])]
+    theirs = [*exact[:3], *(x for m in twins for x in m.parameters()), *([] if gate is None else exact[4:])]
+    dy = torch.randn(y.shape)
+    found = torch.autograd.grad(y, mine, dy, materialize_grads=True)
+    wanted = torch.autograd.grad(expected, theirs, dy.double(), materialize_grads=True)
+    for one, other in zip(found, wanted, strict=True):
+        assert_near(one, other, "kernel", torch.float32)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@torch.no_grad()
+def test_a_prefill_of_still_ends_in_the_reference_s_state(shared):
+    torch.manual_seed(3)
+    config = StillConfig(chunk=16, salient_per_chunk=3, budget=7, share_selection=shared, kv_tied_map=shared)
+    mixer = StillMixer(config, Geometry(4, 2, 16, 16, 12))
+    x = MixerInput(
+        torch.randn(3, 90, 12),
+        *(torch.randn(3, 90, n, 16) for n in (4, 2, 2)),
+        scale=0.3,
+        lengths=torch.tensor([90, 71, 5]),
+        use_cache=True,
+    )
+    y, state = mixer(x)
+    assert backend.ran()["routed_prefill"] == "triton" == backend.ran()["self_saliency"]
+    with backend.reference_only():
+        expected, wanted = mixer(x)
+    real = torch.arange(90) < x.lengths[:, None]
+    assert_near(y[real], expected[real], "layer")
+    for one, other in zip(state, wanted, strict=True):
+        assert_near(one.nan_to_num(neginf=-1e3), other.nan_to_num(neginf=-1e3), "layer", torch.float32)

@@ -46,13 +46,22 @@ def state_of(mixer: Any, batch: int) -> Any:
     """A state that has seen SEEN tokens; its sums are random, and every slot is taken."""
     state = mixer.with_room(mixer(token(batch))[1])
     filled = {n: torch.rand_like(t) for n, t in state._asdict().items() if t.is_floating_point()}
-    decay = {n: t.zero_() for n, t in filled.items() if n == "log_decay"}
     window = getattr(mixer.config, "window", None) or getattr(mixer.config, "chunk", 0)
     blocks = getattr(mixer, "window_kind", None) == "terraced" or hasattr(mixer.config, "chunk")
     seen = torch.full_like(state.seen, SEEN)
     recurrent = mixer.config.name in ("liger", "lawcat")
     folded = torch.full_like(seen, SEEN if recurrent or not window else SEEN - window * (2 if blocks else 1))
-    return state._replace(**filled, **decay, seen=seen, folded=folded)
+    return state._replace(**filled, seen=seen, folded=folded)
+
+
+def advance(mixer: Mixer, x: MixerInput, state: Any) -> torch.Tensor:
+    """y of a step in place, and the state taken over as a cache layer does it."""
+    y, new = mixer(x, state)
+    for held, made in zip(state, new, strict=True):
+        if made is not held:
+            held.copy_(made)
+    assert isinstance(y, torch.Tensor)
+    return y
 
 
 def step(config: Any) -> Callable[[int, int], Callable[[], Any]]:
@@ -65,12 +74,7 @@ def step(config: Any) -> Callable[[int, int], Callable[[], Any]]:
         def call() -> Any:
             nonlocal turn
             turn += 1
-            state = states[turn % len(states)]
-            y, new = mixer(x, state)
-            for held, made in zip(state, new, strict=True):
-                if made is not held:
-                    held.copy_(made)
-            return y
+            return advance(mixer, x, states[turn % len(states)])
 
         return call
 
@@ -95,7 +99,7 @@ def check(config: Any, count: int = 130) -> Callable[[], None]:
             for _ in range(count):
                 new = token(3, in_place=in_place)
                 if in_place:
-                    y, _ = mixer(new, state)
+                    y = advance(mixer, new, state)
                 else:
                     with reference_only():
                         y, state = mixer(new, state)
@@ -155,6 +159,10 @@ CASES = [
     for batch in (1, 32)
 ]
 SWEEPS = {
-    "joint_step": swept("joint_step", LolcatsConfig(), 32),
-    "joint_step_few": swept("joint_step_few", LolcatsConfig(), 1),
+    f"{kernel}_step{few}": swept(f"{kernel}_step{few}", config, batch)
+    for few, batch in (("", 32), ("_few", 1))
+    for kernel, config in {
+        "joint": LolcatsConfig(),
+        **{name: METHODS[name].config() for name in ("liger", "lawcat", "salient", "still")},
+    }.items()
 }

@@ -54,6 +54,9 @@ class StepGraph:
         self._ready: Any = None  # the step that ran last as always: the next one like it is recorded
         self._recorded: Any = None
         self._places: dict[str, Tensor] = {}
+        self._kept: Any = (
+            None  # all that the graph reads from and nothing else keeps: it knows addresses alone
+        )
         self._run: Callable[[], Any] | None = None
         self._states: list[Any] = []  # kept alive: steps are told apart by the identity of what they write
 
@@ -62,7 +65,7 @@ class StepGraph:
             return self.model(**inputs)
         step = self._step_of(inputs)
         if self._run is None or step != self._recorded:
-            self._run = None
+            self._run = self._kept = None
             if step != self._ready:
                 outputs = self.model(**inputs)
                 self._ready = self._step_of(inputs)
@@ -108,6 +111,7 @@ class StepGraph:
         }
         fixed = inputs | self._places | {"attention_mask": _whole_mask(cache, mask)}
         clock = _clock(cache, self._places["input_ids"])
+        self._kept = fixed, clock
         counts = [layer._seen for layer in layers]
         try:
             for layer in layers:
@@ -115,7 +119,7 @@ class StepGraph:
             with MODE.hold(STEP):
                 self._run = record(lambda: self.model(**fixed))
         except RuntimeError as error:
-            self._run = None
+            self._run = self._kept = None
             for layer, count in zip(layers, counts, strict=True):
                 layer._seen = count
             return self._refuse(str(error).strip().split("\n")[0])
@@ -132,7 +136,10 @@ class StepGraph:
 
 
 def record(function: Callable[[], Any]) -> Callable[[], Any]:
-    """Record what ``function`` launches, which runs nothing; the result runs it and returns the same outputs."""
+    """Record what ``function`` launches, which runs nothing; the result runs it and returns the same outputs.
+
+    Tensors made before are known by their addresses: the caller keeps them alive as long as the result.
+    """
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         outputs = function()

@@ -28,11 +28,11 @@ class Launch(NamedTuple):
 # kernel -> rows from the most to the least demanding; the first that fits is launched.
 TABLE: dict[str, list[Launch]] = {
     "joint_states": [Launch({"EVERY": 1}, 4, 2)],
-    "joint_outputs": [Launch({"BK": 32}, 4, 1)],
+    "joint_outputs": [Launch({"BK": 64}, 4, 1)],
     "joint_queries_transfer": [Launch({"BK": 64}, 4, 1)],
     "joint_queries_full": [Launch({"BK": 32}, 4, 1)],
     "joint_keys": [Launch({}, 4, 1)],
-    "joint_values": [Launch({"BI": 32}, 4, 1)],
+    "joint_values": [Launch({"BI": 32}, 4, 2)],
     "joint_inputs": [Launch({"BI": 32}, 4, 1)],
     "joint_maps": [Launch({}, 4, 2)],
 }
@@ -85,6 +85,11 @@ CANDIDATES["selected_kept_dq"] = [
     Launch({"heads": 1, "keys": 32}, 4, 2),
     Launch({"heads": 1, "keys": 64}, 8, 2),
 ]
+CANDIDATES["selected_routed_dq"] = [
+    Launch({"heads": 1, "keys": 32}, 4, 2),
+    Launch({"heads": 1, "keys": 32}, 4, 3),
+    Launch({"heads": 1, "keys": 64}, 8, 2),
+]
 CANDIDATES["selected_kept_dkv"] = [
     Launch({"tokens": 128, "queries": 32}, 8, 2),
     Launch({"tokens": 128, "queries": 64}, 8, 2),
@@ -113,32 +118,34 @@ CANDIDATES["selected_saliency"] = [
     Launch({"heads": 2}, 8, 1),
     Launch({"heads": 2}, 4, 1),
 ]
-CANDIDATES["selected_parts"] = [Launch({}, 8, 1), Launch({}, 8, 2), Launch({}, 4, 1)]
+CANDIDATES["selected_states"] = [Launch({}, 8, 2), Launch({}, 8, 1), Launch({}, 4, 1), Launch({}, 8, 3)]
+CANDIDATES["selected_linear"] = [Launch({}, 4, 2), Launch({}, 4, 1), Launch({}, 8, 2), Launch({}, 4, 3)]
 CANDIDATES["selected_outputs"] = [
-    Launch({"EVERY": 4, "keys": 64}, 4, 2),
-    Launch({"EVERY": 2, "keys": 64}, 4, 2),
-    Launch({"EVERY": 8, "keys": 64}, 4, 2),
-    Launch({"EVERY": 4, "keys": 64}, 4, 1),
-    Launch({"EVERY": 4, "keys": 32}, 4, 2),
-    Launch({"EVERY": 1, "keys": 64}, 4, 2),
+    Launch({"heads": 1, "keys": 64}, 4, 2),
+    Launch({"heads": 1, "keys": 64}, 4, 3),
+    Launch({"heads": 1, "keys": 128}, 4, 2),
+    Launch({"heads": 1, "keys": 32}, 4, 3),
 ]
+CANDIDATES["selected_reverse"] = [Launch({}, 8, 2), Launch({}, 8, 1)]
+CANDIDATES["selected_features"] = [Launch({}, 8, 2), Launch({}, 8, 1), Launch({}, 8, 3)]
+CANDIDATES["selected_values"] = [Launch({}, 4, 2), Launch({}, 4, 1)]
 for name, settings in CANDIDATES.items():
     TABLE.setdefault(name, settings[:1])
 
 
 # Decode. HEADS: query heads of a program; BN: keys of the window at once; BO: tokens outside it at once; BK: channels
 # of a feature map's weight at once; BV: channels of values that a fold adds at once.
-def _step(heads: int, keys: int, channels: int, warps: int) -> Launch:
-    return Launch({"HEADS": heads, "BN": keys, "BO": 16, "BK": channels, "BV": 64}, warps, 1)
+def _step(heads: int, keys: int, channels: int, warps: int, values: int = 64) -> Launch:
+    return Launch({"HEADS": heads, "BN": keys, "BO": 16, "BK": channels, "BV": values}, warps, 1)
 
 
 CANDIDATES["joint_step"] = [
+    _step(1, 64, 32, 4, 32),
+    _step(1, 64, 32, 4),
     _step(1, 64, 64, 4),
-    _step(1, 32, 64, 4),
     _step(1, 64, 64, 8),
     _step(2, 64, 64, 8),
     _step(4, 64, 64, 8),
-    _step(2, 64, 64, 4),
 ]
 CANDIDATES["joint_step_few"] = [
     _step(1, 64, 128, 8),

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .errors import ConversionError
 from .feature_maps import FEATURE_MAPS, FeatureMap, check_map, width_of
-from .mixer import Geometry, Method, MethodConfig, Mixer, MixerInput
+from .mixer import Fit, Geometry, Method, MethodConfig, Mixer, MixerInput
 from .ops import fold, joint_decode, joint_step, mapped_attention, mapped_error
 from .ring import final, resize, span, take, unroll, write
 
@@ -96,10 +96,10 @@ class LinearMixer(Mixer):
         if not self.config.tie_qk_map:
             self.map_k.reset_parameters()
 
-    def forward(self, x: MixerInput, state: Any = None) -> tuple[Tensor, Any]:
+    def forward(self, x: MixerInput, state: Any = None) -> tuple[Tensor | Fit, Any]:
         if x.teacher is not None and self._is_plain:
             maps = (self.map_q, self._key_map)
-            terms = dict(teacher=x.teacher, lengths=x.lengths, **self._terms(x))
+            terms: dict[str, Any] = dict(teacher=x.teacher, lengths=x.lengths, **self._terms(x))
             return mapped_error(x.q, x.k, x.v, *maps, *self._factors(), **terms), None
         if state is None and not x.use_cache:
             return self._many(x, x.q, x.k, x.v)
@@ -111,7 +111,7 @@ class LinearMixer(Mixer):
         total = started.seen + (x.q.shape[1] if x.lengths is None else x.lengths)
         limit = final(total, self.window, self.window_kind, x.pending).maximum(started.folded)
         if state is None:
-            y, older = self._many(x, x.q, x.k, x.v, started, limit)
+            y, older = self._many(x, x.q, x.k, x.v, started, limit, empty=True)
         elif x.q.shape[1] == 1 and x.lengths is None:
             y, older = self._step(x, started, limit)
         else:
@@ -127,8 +127,10 @@ class LinearMixer(Mixer):
         v: Tensor,
         state: Any = None,
         limit: Tensor | None = None,
+        empty: bool = False,
     ) -> tuple[Tensor, Any]:
-        """y of columns from position ``state.folded`` on, and the state with those before ``limit`` summed."""
+        """y of columns from position ``state.folded`` on, and the state with those before ``limit`` summed; ``empty``
+        says that nothing was."""
         y, sums = mapped_attention(
             q,
             k,
@@ -136,12 +138,12 @@ class LinearMixer(Mixer):
             self.map_q,
             self._key_map,
             *self._factors(),
-            state=None if state is None else (state.kv, state.z),
-            stop=None if limit is None else limit - state.folded,
+            state=None if state is None or empty else (state.kv, state.z),
+            stop=None if limit is None or state is None else limit - state.folded,
             pending=x.pending,
             **self._terms(x),
         )
-        return y, state if sums is None else state._replace(kv=sums[0], z=sums[1])
+        return y, state if sums is None or state is None else state._replace(kv=sums[0], z=sums[1])
 
     def _chunk(self, x: MixerInput, state: Any, limit: Tensor) -> tuple[Tensor, Any]:
         """Several tokens: columns ``folded, ...`` stand on the window's grid, as the parallel form needs."""

@@ -136,9 +136,10 @@ class LolcatsMixer(LinearMixer):
         v: Tensor,
         state: LolcatsState | None = None,
         limit: Tensor | None = None,
+        empty: bool = False,
     ) -> tuple[Tensor, LolcatsState | None]:
         if not self.config.sparse_cache:
-            return super()._many(x, q, k, v, state, limit)
+            return super()._many(x, q, k, v, state, limit, empty)
         older = self._start(x) if state is None else state
         leaving = None if limit is None else limit - older.folded
         y, memory = sparse_attention(

@@ -17,7 +17,7 @@ from .mixer import Fit
 from .reference import fold, joint_chunked
 from .tiles import State, WindowKind
 
-WIDTHS = (16, 32, 64)  # halves of a map that kernels hold in registers
+WIDEST = 64  # channels of half a map that kernels hold in registers
 
 
 def mapped_chunked(
@@ -90,7 +90,7 @@ def mapped_refusal(
         return "only the hedgehog map is fused"
     if map_k.heads != map_q.heads:
         return "kv_tied_map is not fused"
-    if map_q.weight.shape[-1] not in WIDTHS or max(k.shape[-1], v.shape[-1]) > 128:
+    if map_q.weight.shape[-1] > WIDEST or max(k.shape[-1], v.shape[-1]) > 128:
         return f"widths of {k.shape[-1]}, {v.shape[-1]} and {map_q.feature_dim} are not fused"
     if softcap is not None:
         return "a soft-cap on scores is not fused"

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .backend import ran, reference_only, refusal, use_kernel
 from .convolved import convolved_chunked
-from .feature_maps import FeatureMap
+from .feature_maps import FeatureMap, Hedgehog, NormPreserved, NormPreservedPlain
 from .gated import (
     Averaged,
     averaged_chunked,
@@ -63,6 +63,7 @@ __all__ = [
     "route",
     "routed_attention",
     "routed_decode",
+    "routed_prefill",
     "salient_step",
     "self_saliency",
     "self_saliency_of",
@@ -97,7 +98,7 @@ def mapped_attention(
     v: Tensor,
     map_q: FeatureMap,
     map_k: FeatureMap,
-    *factors: Tensor | None,
+    *factors: Any,
     softcap: float | None = None,
     state: State | None = None,
     pending: int = 0,
@@ -120,7 +121,7 @@ def mapped_error(
     v: Tensor,
     map_q: FeatureMap,
     map_k: FeatureMap,
-    *factors: Tensor | None,
+    *factors: Any,
     softcap: float | None = None,
     **terms: Any,
 ) -> Fit:
@@ -225,7 +226,7 @@ def liger_step(
     """y [B, 1, H, V] of a fading recurrence beside a window; ``against``: why the kernel cannot, if it cannot."""
     if not use_kernel("liger_step", refusal(q, k, v), against, _few_heads(q, k)):
         return None
-    from .triton_decode_gated import liger_step as step
+    from .triton_decode_liger import liger_step as step
 
     return step(q, k, v, *state, **terms)
 
@@ -236,7 +237,7 @@ def lawcat_step(
     """y [B, 1, H, V] of normalised fading sums after a convolution; ``against`` as in :func:`liger_step`."""
     if not use_kernel("lawcat_step", refusal(q, k, v), against):
         return None
-    from .triton_decode_gated import lawcat_step as step
+    from .triton_decode_lawcat import lawcat_step as step
 
     return step(q, k, v, *state, **terms)
 
@@ -245,7 +246,7 @@ def salient_step(q: Tensor, k: Tensor, v: Tensor, *state: Tensor, **terms: Any) 
     """y [B, 1, H, V] against a kept set and the local span, which hands its oldest chunk over when it is due."""
     if not use_kernel("salient_step", refusal(q, k, v), _few_heads(q, k)):
         return None
-    from .triton_decode_kept import salient_step as step
+    from .triton_decode_salient import salient_step as step
 
     return step(q, k, v, *state, **terms)
 
@@ -257,7 +258,7 @@ def still_step(
     :func:`liger_step`."""
     if not use_kernel("still_step", refusal(q, k, v), against):
         return None
-    from .triton_decode_routed import still_step as step
+    from .triton_decode_still import still_step as step
 
     return step(q, k, v, *state, **terms)
 
@@ -333,3 +334,58 @@ def _uneven(*tensors: Tensor) -> str | None:
 def _through_state(stop: Tensor | None, *tensors: Tensor) -> str | None:
     needed = stop is not None and torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
     return "a gradient may flow through the state" if needed else None
+
+
+MOST_UNBOUNDED = 1024
+"""Most kept tokens for which a kernel lists the set of every chunk where no budget bounds it."""
+
+
+def routed_prefill(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    map_q: FeatureMap,
+    map_k: FeatureMap,
+    score: Tensor,
+    gate: Tensor | None = None,
+    *,
+    scale: float,
+    chunk: int,
+    picks: int,
+    size: int | None,
+    eps: float = 1e-6,
+    softcap: float | None = None,
+    lengths: Tensor | None = None,
+) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+    """``routing.routed_chunked`` with the features of both maps, and, from a kernel, the sums (S, z) of all that has
+    turned linear by the last of the ``lengths`` [B] tokens of each row."""
+    kept = max(0, -(-q.shape[1] // chunk) - 2) * picks
+    widths = map_q.feature_dim // map_q.halves, map_k.feature_dim // map_k.halves
+    reasons = (
+        refusal(q, k, v, score),
+        _unlike(q, k, v),
+        "a soft-cap is set" if softcap is not None else None,
+        _no_tile(chunk, k.shape[-1], v.shape[-1]),
+        None
+        if type(map_q) in (Hedgehog, NormPreserved, NormPreservedPlain)
+        else f"{type(map_q).__name__} features have no kernel",
+        None
+        if widths[0] == widths[1] in (16, 32, 64, 128)
+        else f"maps of {widths[0]} columns are not 16, 32, 64 or 128 wide",
+        f"no budget bounds the kept set, and {kept} tokens are too many"
+        if size is None and kept > MOST_UNBOUNDED
+        else None,
+    )
+    if use_kernel("routed_prefill", *reasons):
+        from .triton_selected_routed import routed_prefill as kernel
+
+        return kernel(
+            q, k, v, map_q.matrix(torch.float32), map_k.matrix(torch.float32), score, gate,
+            scale=scale, chunk=chunk, picks=picks, size=kept if size is None else size,
+            norm=isinstance(map_q, NormPreservedPlain), eps=eps, lengths=lengths,
+        )  # fmt: skip
+    y = routed_attention(
+        q, k, v, map_q(q), map_k(k), score, gate,
+        scale=scale, chunk=chunk, picks=picks, size=size, eps=eps, softcap=softcap,
+    )  # fmt: skip
+    return y, None

@@ -37,6 +37,7 @@ from .ops import (
     route,
     routed_attention,
     routed_decode,
+    routed_prefill,
     self_saliency,
     self_saliency_of,
     still_step,
@@ -191,7 +192,7 @@ class StillMixer(Mixer):
 
     def forward(self, x: MixerInput, state: StillState | None = None) -> tuple[Tensor, StillState | None]:
         if state is None and not x.use_cache:
-            return self._attend(x, x.q, x.k, x.v, self._score(x), self._gate(x)), None
+            return self._prefill(x, self._score(x))[0], None
         if x.in_place and state is not None:
             y = self._step_in_place(x, state)
             if y is not None:
@@ -201,8 +202,8 @@ class StillMixer(Mixer):
         limit = final(total, self.config.chunk, "terraced", x.pending).maximum(started.folded)
         if state is None:
             fresh = (x.k, x.v, self._score(x))
-            y = self._attend(x, x.q, *fresh, self._gate(x))
-            older = self._hand_over(started, fresh, limit)
+            y, sums = self._prefill(x, fresh[2])
+            older = self._hand_over(started, fresh, limit, None if x.pending else sums)
         else:
             k, v = (
                 unroll(*pair, started.seen, started.folded) for pair in ((started.k, x.k), (started.v, x.v))
@@ -211,7 +212,7 @@ class StillMixer(Mixer):
             score = (self._score_step if step else self._score_chunk)(x, started, k)
             fresh = (x.k, x.v, score)
             columns = (k, v, unroll(started.score, score, started.seen, started.folded))
-            older = self._hand_over(started, columns, limit, x.in_place)
+            older = self._hand_over(started, columns, limit, in_place=x.in_place)
             y = self._step(x, started, columns, older) if step else self._chunk(x, started, columns)
         k, v, score = (
             write(old, new, started.seen, total) for old, new in zip(started.rings, fresh, strict=True)
@@ -286,6 +287,26 @@ class StillMixer(Mixer):
             softcap=x.softcap,
         )
 
+    def _prefill(self, x: MixerInput, score: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+        """y of whole rows, and the sums of what is linear behind each, where they fall off on the way."""
+        config = self.config
+        return routed_prefill(
+            x.q,
+            x.k,
+            x.v,
+            self.map_q,
+            self.map_k,
+            score,
+            self._gate(x),
+            scale=x.scale,
+            chunk=config.chunk,
+            picks=config.salient_per_chunk,
+            size=config.budget,
+            eps=config.eps_den,
+            softcap=x.softcap,
+            lengths=x.lengths,
+        )
+
     def _attend(
         self,
         x: MixerInput,
@@ -315,9 +336,15 @@ class StillMixer(Mixer):
         )
 
     def _hand_over(
-        self, state: StillState, columns: Sequence[Tensor], limit: Tensor, in_place: bool = False
+        self,
+        state: StillState,
+        columns: Sequence[Tensor],
+        limit: Tensor,
+        sums: tuple[Tensor, Tensor] | None = None,
+        in_place: bool = False,
     ) -> Older:
-        """What has left the local span once columns ``folded .. limit - 1`` have; column 0 is position ``folded``."""
+        """What has left the local span once columns ``folded .. limit - 1`` have; column 0 is position ``folded``.
+        ``sums``: the linear ones, where they are known."""
         config, leaving = self.config, limit - state.folded
         # A step in place does not wait for the device to say how many leave: a chunk at most.
         count = config.chunk if in_place else int(leaving.max())
@@ -330,6 +357,8 @@ class StillMixer(Mixer):
         kept, left, loose = route(
             state.kept, k, v, score, leaving, chunk=config.chunk, picks=config.salient_per_chunk, size=slots
         )
+        if sums is not None:
+            return Older(kept, *sums)
         sums = fold(state.kv, state.z, self.map_k(k), per_head(v, self.select_heads), loose)
         return Older(kept, *fold(*sums, self.map_k(left.k), left.v, left.score > -torch.inf))
 

@@ -65,26 +65,26 @@ def load_transposed(x, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_ROWS: tl.const
 
 
 @triton.jit
-def hedgehog_rows(a):
-    """(softmax(a), softmax(-a)) over the channels of a [tokens, f], fp32."""
-    plus = tl.exp2((a - tl.max(a, 1)[:, None]) * LOG2E)
-    minus = tl.exp2((tl.min(a, 1)[:, None] - a) * LOG2E)
-    return plus / tl.sum(plus, 1)[:, None], minus / tl.sum(minus, 1)[:, None]
+def hedgehog_rows(a, F: tl.constexpr):
+    """(softmax(a), softmax(-a)) over the first F channels of a [tokens, FP], fp32, zeros in the others."""
+    return softmax_of(a, 1, F), softmax_of(-a, 1, F)
 
 
 @triton.jit
-def hedgehog_columns(a):
-    """The same of a [f, tokens]."""
-    plus = tl.exp2((a - tl.max(a, 0)[None, :]) * LOG2E)
-    minus = tl.exp2((tl.min(a, 0)[None, :] - a) * LOG2E)
-    return plus / tl.sum(plus, 0)[None, :], minus / tl.sum(minus, 0)[None, :]
+def hedgehog_columns(a, F: tl.constexpr):
+    """The same of a [FP, tokens]."""
+    return softmax_of(a, 0, F), softmax_of(-a, 0, F)
 
 
 @triton.jit
-def hedgehog_half(a):
-    """softmax(a) over the channels of a [f, tokens]: one half of the map, the other being that of -a."""
-    p = tl.exp2((a - tl.max(a, 0)[None, :]) * LOG2E)
-    return p / tl.sum(p, 0)[None, :]
+def softmax_of(a, AXIS: tl.constexpr, F: tl.constexpr):
+    """softmax over the first F channels of a, on an axis that may be longer; one half of the map."""
+    channel = tl.expand_dims(tl.arange(0, a.shape[AXIS]), 1 - AXIS)
+    a *= LOG2E
+    if a.shape[AXIS] > F:
+        a = tl.where(channel < F, a, float("-inf"))
+    p = tl.exp2(a - tl.expand_dims(tl.max(a, AXIS), AXIS))
+    return p * tl.expand_dims(1.0 / tl.sum(p, AXIS), AXIS)
 
 
 @triton.jit

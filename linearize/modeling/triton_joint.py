@@ -25,14 +25,13 @@ from .launches import Launch, launch
 from .triton_common import (
     LOG2E,
     first_in_window,
-    hedgehog_columns,
-    hedgehog_half,
     hedgehog_rows,
     in_window,
     load_columns,
     load_matrix,
     load_rows,
     load_transposed,
+    softmax_of,
     store_rows,
 )
 
@@ -44,7 +43,8 @@ PROGRAMS = 528  # enough to fill a large GPU twice over (132 multiprocessors, tw
 def joint_states(
     x, w, val, den, e, S, Z, total_S, total_Z, stop,
     xb, xt, xh, vb, vt, vh, T, stored, run,
-    D: tl.constexpr, V: tl.constexpr, F: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BT: tl.constexpr,
+    D: tl.constexpr, V: tl.constexpr, F: tl.constexpr, FP: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
+    BT: tl.constexpr,
     GROUP: tl.constexpr, EVERY: tl.constexpr, REVERSE: tl.constexpr, HAS_STOP: tl.constexpr,
     TOTALS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -59,15 +59,15 @@ def joint_states(
     val += tl.cast(b, tl.int64) * vb + tl.cast(h // GROUP, tl.int64) * vh
     row = (tl.cast(b, tl.int64) * heads + h) * T
     out = (tl.cast(b, tl.int64) * heads + h) * stored
-    w = load_transposed(w + h * D * F, D, F, BD, F)
+    w = load_transposed(w + h * D * F, D, F, BD, FP)
     sign = 1.0 - 2.0 * half
-    f, channel, token = tl.arange(0, F), tl.arange(0, BV), tl.arange(0, BT)
+    f, channel, token = tl.arange(0, FP), tl.arange(0, BV), tl.arange(0, BT)
     end = T
     if HAS_STOP:
         end = tl.load(stop + b).to(tl.int32)
-    acc, z = tl.zeros([F, BV], tl.float32), tl.zeros([F], tl.float32)
+    acc, z = tl.zeros([FP, BV], tl.float32), tl.zeros([FP], tl.float32)
     place = half * F * V + f[:, None] * V + channel[None, :]
-    inside = (f >= 0)[:, None] & (channel < V)[None, :]
+    inside = (f < F)[:, None] & (channel < V)[None, :]
     first = part * run
     last = tl.minimum(first + run, (T + BT - 1) // BT)
     for i in range(first, last):
@@ -77,11 +77,11 @@ def joint_states(
         elif n % EVERY == 0:
             at = out + n // EVERY
             tl.store(S + at * 2 * F * V + place, acc.to(S.dtype.element_ty), mask=inside)
-            tl.store(Z + at * 2 * F + half * F + f, z)
+            tl.store(Z + at * 2 * F + half * F + f, z, mask=f < F)
         xT = load_columns(x, n * BT, xt, end, D, BD, BT)
         values = load_rows(val, n * BT, vt, end, V, BV, BT)
         live = n * BT + token < end
-        phi = hedgehog_half(sign * tl.dot(w, xT, input_precision=PRECISION))
+        phi = softmax_of(sign * tl.dot(w, xT, input_precision=PRECISION), 0, F)
         if REVERSE:
             weight = tl.load(e + row + n * BT + token, mask=live, other=0.0)
             z += tl.sum(phi * weight[None, :], 1)
@@ -93,11 +93,11 @@ def joint_states(
         if REVERSE and n % EVERY == 0:
             at = out + n // EVERY
             tl.store(S + at * 2 * F * V + place, acc.to(S.dtype.element_ty), mask=inside)
-            tl.store(Z + at * 2 * F + half * F + f, z)
+            tl.store(Z + at * 2 * F + half * F + f, z, mask=f < F)
     if TOTALS:
         at = (tl.cast(b, tl.int64) * heads + h) * runs + part
         tl.store(total_S + at * 2 * F * V + place, acc, mask=inside)
-        tl.store(total_Z + at * 2 * F + half * F + f, z)
+        tl.store(total_Z + at * 2 * F + half * F + f, z, mask=f < F)
 
 
 @triton.jit(do_not_specialize=["runs"])
@@ -121,19 +121,33 @@ def joint_scan(
 
 @triton.jit
 def add_sums(
-    acc, plus, minus, S, at, F: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr
+    acc, plus, minus, S, at,
+    F: tl.constexpr, FP: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """acc [tokens, BV] with the sums number ``at`` read by features [tokens, F]."""
-    acc = tl.dot(plus, load_matrix(S + at * 2 * F * V, F, V, F, BV), acc, input_precision=PRECISION)
-    rest = load_matrix(S + at * 2 * F * V + F * V, F, V, F, BV)
+    acc = tl.dot(plus, load_matrix(S + at * 2 * F * V, F, V, FP, BV), acc, input_precision=PRECISION)
+    rest = load_matrix(S + at * 2 * F * V + F * V, F, V, FP, BV)
     return tl.dot(minus, rest, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def from_z(plus, minus, Z, at, base_Z, base, HAS_BASE: tl.constexpr, F: tl.constexpr, FP: tl.constexpr):
+    """phi z [tokens] of features [tokens, F]."""
+    f = tl.arange(0, FP)
+    z_plus = tl.load(Z + at * 2 * F + f, mask=f < F, other=0.0)
+    z_minus = tl.load(Z + at * 2 * F + F + f, mask=f < F, other=0.0)
+    if HAS_BASE:
+        z_plus += tl.load(base_Z + base * 2 * F + f, mask=f < F, other=0.0)
+        z_minus += tl.load(base_Z + base * 2 * F + F + f, mask=f < F, other=0.0)
+    return tl.sum(plus * z_plus[None, :], 1) + tl.sum(minus * z_minus[None, :], 1)
 
 
 @triton.jit(do_not_specialize=["T", "stored", "run", "runs"])
 def joint_outputs(
     q, k, v, w_q, w_k, g, beta, S, Z, base_S, base_Z, teacher, lengths, y, den, peak, e, loss,
     qb, qt, qh, kb, kt, kh, vb, vt, vh, tb, tt, th, T, stored, run, runs, scale,
-    D: tl.constexpr, V: tl.constexpr, F: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BT: tl.constexpr,
+    D: tl.constexpr, V: tl.constexpr, F: tl.constexpr, FP: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
+    BT: tl.constexpr,
     GROUP: tl.constexpr, EVERY: tl.constexpr, W: tl.constexpr, TERRACED: tl.constexpr, HAS_BASE: tl.constexpr,
     HAS_BETA: tl.constexpr, SAVE: tl.constexpr, TRANSFER: tl.constexpr, HAS_LENGTHS: tl.constexpr,
     BK: tl.constexpr, PRECISION: tl.constexpr,
@@ -153,11 +167,13 @@ def joint_outputs(
     i0 = n * BT
     query = i0 + token
     rows = load_rows(q, i0, qt, T, D, BD, BT)
+    w = load_matrix(w_q + h * D * F, D, F, BD, FP)
+    edge = tl.minimum(first_in_window(i0, W, TERRACED), i0) // BT // EVERY  # the sums of whole linear tiles
+    at = (b64 * heads + h) * stored + edge
+    base = (b64 * heads + h) * runs + edge * EVERY // run
     acc, mass = tl.zeros([BT, BV], tl.float32), tl.zeros([BT], tl.float32)
     top = tl.full([BT], float("-inf"), tl.float32)
-    if (
-        W > 0
-    ):  # the window first: its maximum rescales what was summed before, and the linear terms must not be
+    if W > 0:  # first: its maximum rescales what was summed before, and the linear terms must not be
         top = tl.full([BT], -1e30, tl.float32)
         for j0 in range(first_in_window(i0, W, TERRACED) // BK * BK, tl.minimum(i0 + BT, T), BK):
             kT = load_columns(k, j0, kt, T, D, BD, BK)
@@ -172,32 +188,23 @@ def joint_outputs(
             top = higher
         factor = tl.load(g + h)
         acc, mass = acc * factor, mass * factor
-    w = load_matrix(w_q + h * D * F, D, F, BD, F)
-    plus, minus = hedgehog_rows(tl.dot(rows, w, input_precision=PRECISION))
+    plus, minus = hedgehog_rows(tl.dot(rows, w, input_precision=PRECISION), F)
     if HAS_BETA:
         plus, minus = plus * tl.load(beta + h), minus * tl.load(beta + h)
-    edge = tl.minimum(first_in_window(i0, W, TERRACED), i0) // BT // EVERY  # the sums of whole linear tiles
-    at = (b64 * heads + h) * stored + edge
-    base = (b64 * heads + h) * runs + edge * EVERY // run
-    f = tl.arange(0, F)
-    z_plus, z_minus = tl.load(Z + at * 2 * F + f), tl.load(Z + at * 2 * F + F + f)
-    if HAS_BASE:
-        z_plus += tl.load(base_Z + base * 2 * F + f)
-        z_minus += tl.load(base_Z + base * 2 * F + F + f)
-    mass += tl.sum(plus * z_plus[None, :], 1) + tl.sum(minus * z_minus[None, :], 1)
+    mass += from_z(plus, minus, Z, at, base_Z, base, HAS_BASE, F, FP)
     plus, minus = plus.to(rows.dtype), minus.to(rows.dtype)
-    acc = add_sums(acc, plus, minus, S, at, F, V, BV, PRECISION)
+    acc = add_sums(acc, plus, minus, S, at, F, FP, V, BV, PRECISION)
     if HAS_BASE:
-        acc = add_sums(acc, plus, minus, base_S, base, F, V, BV, PRECISION)
+        acc = add_sums(acc, plus, minus, base_S, base, F, FP, V, BV, PRECISION)
     # What lies between those tiles and the windows of the last rows.
     newest = first_in_window(tl.minimum(i0 + BT, T) - 1, W, TERRACED)
-    wT = load_transposed(w_k + h * D * F, D, F, BD, F)
+    wT = load_transposed(w_k + h * D * F, D, F, BD, FP)
     for j0 in range(edge * EVERY * BT, newest, BK):
         kT = load_columns(k, j0, kt, T, D, BD, BK)
         values = load_rows(v, j0, vt, T, V, BV, BK)
-        key_plus, key_minus = hedgehog_columns(tl.dot(wT, kT, input_precision=PRECISION))
-        a = tl.dot(plus, key_plus.to(rows.dtype), input_precision=PRECISION)
-        a = tl.dot(minus, key_minus.to(rows.dtype), a, input_precision=PRECISION)
+        logits = tl.dot(wT, kT, input_precision=PRECISION)
+        a = tl.dot(plus, softmax_of(logits, 0, F).to(rows.dtype), input_precision=PRECISION)
+        a = tl.dot(minus, softmax_of(-logits, 0, F).to(rows.dtype), a, input_precision=PRECISION)
         key = (j0 + near)[None, :]
         a = tl.where((key <= query[:, None]) & (key < first_in_window(query, W, TERRACED)[:, None]), a, 0.0)
         mass += tl.sum(a, 1)
@@ -269,10 +276,17 @@ def widths(x: Tensor, v: Tensor, w: Tensor) -> dict[str, Any]:
         "D": key,
         "V": value,
         "F": w.shape[-1],
+        "FP": features_padded(x, w),
         "BD": max(16, triton.next_power_of_2(key)),
         "BV": max(16, triton.next_power_of_2(value)),
         "PRECISION": precision_of(x),
     }
+
+
+def features_padded(x: Tensor, w: Tensor) -> int:
+    """Channels of half a map as programs hold them. Beside heads of 128 no fewer than a matrix instruction's 64 rows:
+    Triton 3.6 was seen to compile fewer wrongly there."""
+    return 64 if x.shape[-1] > 64 else max(16, triton.next_power_of_2(w.shape[-1]))
 
 
 def last_contiguous(x: Tensor) -> Tensor:

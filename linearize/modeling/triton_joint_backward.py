@@ -30,7 +30,6 @@ from .triton_common import (
     LOG2E,
     first_in_window,
     first_outside,
-    hedgehog_columns,
     hedgehog_gradient,
     hedgehog_rows,
     in_window,
@@ -38,6 +37,7 @@ from .triton_common import (
     load_matrix,
     load_rows,
     load_transposed,
+    softmax_of,
     store_rows,
 )
 from .triton_joint import BT, Forward, add_sums, joint_sums, last_contiguous, precision_of, strides, widths
@@ -61,23 +61,24 @@ def joint_delta(
 @triton.jit
 def sums_gradient(
     d_plus, d_minus, x, weight, S, at, z,
-    F: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr,
+    F: tl.constexpr, FP: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The features' gradients [tokens, F] with x S^T - weight z of the sums number ``at``; x [tokens, BV]."""
-    f = tl.arange(0, F)
-    plus = load_transposed(S + at * 2 * F * V, F, V, F, BV)
+    f = tl.arange(0, FP)
+    plus = load_transposed(S + at * 2 * F * V, F, V, FP, BV)
     d_plus = tl.dot(x, plus, d_plus, input_precision=PRECISION)
-    minus = load_transposed(S + at * 2 * F * V + F * V, F, V, F, BV)
+    minus = load_transposed(S + at * 2 * F * V + F * V, F, V, FP, BV)
     d_minus = tl.dot(x, minus, d_minus, input_precision=PRECISION)
-    d_plus -= weight[:, None] * tl.load(z + at * 2 * F + f)[None, :]
-    return d_plus, d_minus - weight[:, None] * tl.load(z + at * 2 * F + F + f)[None, :]
+    d_plus -= weight[:, None] * tl.load(z + at * 2 * F + f, mask=f < F, other=0.0)[None, :]
+    return d_plus, d_minus - weight[:, None] * tl.load(z + at * 2 * F + F + f, mask=f < F, other=0.0)[None, :]
 
 
 @triton.jit(do_not_specialize=["T", "stored", "run", "runs"])
 def joint_queries(
     q, k, v, dy, w_q, w_k, g, beta, S, Z, base_S, base_Z, den, peak, e, dx, dq, c, best,
     qb, qt, qh, kb, kt, kh, vb, vt, vh, gb, gt, gh, T, stored, run, runs, scale,
-    D: tl.constexpr, V: tl.constexpr, F: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BT: tl.constexpr,
+    D: tl.constexpr, V: tl.constexpr, F: tl.constexpr, FP: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
+    BT: tl.constexpr,
     GROUP: tl.constexpr, EVERY: tl.constexpr, W: tl.constexpr, TERRACED: tl.constexpr, HAS_BASE: tl.constexpr,
     HAS_BETA: tl.constexpr, MAPS: tl.constexpr, INPUTS: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -99,13 +100,15 @@ def joint_queries(
     u = (u.to(tl.float32) * inverse[:, None]).to(u.dtype)
     rows = load_rows(q, i0, qt, T, D, BD, BT)
 
-    d_plus, d_minus = tl.zeros([BT, F], tl.float32), tl.zeros([BT, F], tl.float32)
+    d_plus, d_minus = tl.zeros([BT, FP], tl.float32), tl.zeros([BT, FP], tl.float32)
     edge = tl.minimum(first_in_window(i0, W, TERRACED), i0) // BT // EVERY
     at = (b64 * heads + h) * stored + edge
-    d_plus, d_minus = sums_gradient(d_plus, d_minus, u, weight, S, at, Z, F, V, BV, PRECISION)
+    d_plus, d_minus = sums_gradient(d_plus, d_minus, u, weight, S, at, Z, F, FP, V, BV, PRECISION)
     if HAS_BASE:
         at = (b64 * heads + h) * runs + edge * EVERY // run
-        d_plus, d_minus = sums_gradient(d_plus, d_minus, u, weight, base_S, at, base_Z, F, V, BV, PRECISION)
+        d_plus, d_minus = sums_gradient(
+            d_plus, d_minus, u, weight, base_S, at, base_Z, F, FP, V, BV, PRECISION
+        )
     newest = first_in_window(tl.minimum(i0 + BT, T) - 1, W, TERRACED)
     for j0 in range(edge * EVERY * BT, newest, BT):
         vT = load_columns(v, j0, vt, T, V, BV, BT)
@@ -114,20 +117,20 @@ def joint_queries(
         linear = (key <= query[:, None]) & (key < first_in_window(query, W, TERRACED)[:, None])
         cotangent = tl.where(linear, cotangent, 0.0).to(u.dtype)
         keys = load_rows(k, j0, kt, T, D, BD, BT)
-        w = load_matrix(w_k + h * D * F, D, F, BD, F)
-        key_plus, key_minus = hedgehog_rows(tl.dot(keys, w, input_precision=PRECISION))
+        w = load_matrix(w_k + h * D * F, D, F, BD, FP)
+        key_plus, key_minus = hedgehog_rows(tl.dot(keys, w, input_precision=PRECISION), F)
         d_plus = tl.dot(cotangent, key_plus.to(u.dtype), d_plus, input_precision=PRECISION)
         d_minus = tl.dot(cotangent, key_minus.to(u.dtype), d_minus, input_precision=PRECISION)
     if HAS_BETA:
         d_plus, d_minus = d_plus * tl.load(beta + h), d_minus * tl.load(beta + h)
     plus, minus = hedgehog_rows(
-        tl.dot(rows, load_matrix(w_q + h * D * F, D, F, BD, F), input_precision=PRECISION)
+        tl.dot(rows, load_matrix(w_q + h * D * F, D, F, BD, FP), input_precision=PRECISION), F
     )
     share = -tl.sum(plus * d_plus + minus * d_minus, 1)
     tl.store(c + line, share, mask=query < T)
     gradient = hedgehog_gradient(plus, minus, d_plus, d_minus).to(u.dtype)
     if MAPS:
-        store_rows(dx + (b64 * T * heads + h) * F, gradient, i0, heads * F, T, F, F, BT)
+        store_rows(dx + (b64 * T * heads + h) * F, gradient, i0, heads * F, T, F, FP, BT)
     if INPUTS:
         acc = tl.zeros([BT, BD], tl.float32)
         if W > 0:
@@ -153,7 +156,7 @@ def joint_queries(
             place = k + tl.cast(where, tl.int64)[:, None] * kt + column[None, :]
             peaks = tl.load(place, mask=(query < T)[:, None] & (column < D)[None, :], other=0.0)
             acc = (acc - share[:, None] * peaks.to(tl.float32)) * scale
-        wT = load_transposed(w_q + h * D * F, D, F, BD, F)
+        wT = load_transposed(w_q + h * D * F, D, F, BD, FP)
         acc = tl.dot(gradient, wT, acc, input_precision=PRECISION)
         store_rows(dq + (b64 * T * heads + h) * D, acc, i0, heads * D, T, D, BD, BT)
 
@@ -162,7 +165,8 @@ def joint_queries(
 def joint_keys(
     q, k, v, dy, w_q, w_k, beta, R, Z, base_R, base_Z, den, e, dx,
     qb, qt, qh, kb, kt, kh, vb, vt, vh, gb, gt, gh, T, stored, run, runs,
-    D: tl.constexpr, V: tl.constexpr, F: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BT: tl.constexpr,
+    D: tl.constexpr, V: tl.constexpr, F: tl.constexpr, FP: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
+    BT: tl.constexpr,
     GROUP: tl.constexpr, EVERY: tl.constexpr, W: tl.constexpr, TERRACED: tl.constexpr, HAS_BASE: tl.constexpr,
     HAS_BETA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -176,16 +180,16 @@ def joint_keys(
     q += b64 * qb + tl.cast(h, tl.int64) * qh
     dy += b64 * gb + tl.cast(h, tl.int64) * gh
     line = (b64 * heads + h) * T
-    d_plus, d_minus = tl.zeros([BT, F], tl.float32), tl.zeros([BT, F], tl.float32)
+    d_plus, d_minus = tl.zeros([BT, FP], tl.float32), tl.zeros([BT, FP], tl.float32)
     edge = first_stored(j0, T, BT, EVERY, W, TERRACED)
     if edge < stored:
         ones = tl.full([BT], 1.0, tl.float32)
         at = (b64 * heads + h) * stored + edge
-        d_plus, d_minus = sums_gradient(d_plus, d_minus, values, ones, R, at, Z, F, V, BV, PRECISION)
+        d_plus, d_minus = sums_gradient(d_plus, d_minus, values, ones, R, at, Z, F, FP, V, BV, PRECISION)
         if HAS_BASE:
             at = (b64 * heads + h) * runs + edge * EVERY // run
             d_plus, d_minus = sums_gradient(
-                d_plus, d_minus, values, ones, base_R, at, base_Z, F, V, BV, PRECISION
+                d_plus, d_minus, values, ones, base_R, at, base_Z, F, FP, V, BV, PRECISION
             )
     # Queries that some keys of the tile have left, and not all.
     for i0 in range(first_outside(j0, W, TERRACED) // BT * BT, tl.minimum(edge * EVERY * BT, T), BT):
@@ -199,17 +203,17 @@ def joint_keys(
             uT.dtype
         )
         rows = load_rows(q, i0, qt, T, D, BD, BT)
-        w = load_matrix(w_q + h * D * F, D, F, BD, F)
-        query_plus, query_minus = hedgehog_rows(tl.dot(rows, w, input_precision=PRECISION))
+        w = load_matrix(w_q + h * D * F, D, F, BD, FP)
+        query_plus, query_minus = hedgehog_rows(tl.dot(rows, w, input_precision=PRECISION), F)
         d_plus = tl.dot(cotangent, query_plus.to(uT.dtype), d_plus, input_precision=PRECISION)
         d_minus = tl.dot(cotangent, query_minus.to(uT.dtype), d_minus, input_precision=PRECISION)
     if HAS_BETA:
         d_plus, d_minus = d_plus * tl.load(beta + h), d_minus * tl.load(beta + h)
     keys = load_rows(k + b64 * kb + group * kh, j0, kt, T, D, BD, BT)
-    w = load_matrix(w_k + h * D * F, D, F, BD, F)
-    plus, minus = hedgehog_rows(tl.dot(keys, w, input_precision=PRECISION))
+    w = load_matrix(w_k + h * D * F, D, F, BD, FP)
+    plus, minus = hedgehog_rows(tl.dot(keys, w, input_precision=PRECISION), F)
     gradient = hedgehog_gradient(plus, minus, d_plus, d_minus)
-    store_rows(dx + (b64 * T * heads + h) * F, gradient, j0, heads * F, T, F, F, BT)
+    store_rows(dx + (b64 * T * heads + h) * F, gradient, j0, heads * F, T, F, FP, BT)
 
 
 @triton.jit
@@ -229,7 +233,8 @@ def is_linear(query, key, T, W: tl.constexpr, TERRACED: tl.constexpr):
 def joint_values(
     q, k, dy, w_q, w_k, g, beta, R, base_R, den, peak, dv,
     qb, qt, qh, kb, kt, kh, gb, gt, gh, T, stored, run, runs, scale,
-    D: tl.constexpr, V: tl.constexpr, F: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BT: tl.constexpr,
+    D: tl.constexpr, V: tl.constexpr, F: tl.constexpr, FP: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
+    BT: tl.constexpr,
     GROUP: tl.constexpr, EVERY: tl.constexpr, W: tl.constexpr, TERRACED: tl.constexpr, HAS_BASE: tl.constexpr,
     HAS_BETA: tl.constexpr, BI: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -249,25 +254,25 @@ def joint_values(
         gradients = dy + b64 * gb + tl.cast(h, tl.int64) * gh
         line = (b64 * heads + h) * T
         keys = load_rows(k, j0, kt, T, D, BD, BT)
-        w = load_matrix(w_k + h * D * F, D, F, BD, F)
-        plus, minus = hedgehog_rows(tl.dot(keys, w, input_precision=PRECISION))
+        w = load_matrix(w_k + h * D * F, D, F, BD, FP)
+        plus, minus = hedgehog_rows(tl.dot(keys, w, input_precision=PRECISION), F)
         if HAS_BETA:
             plus, minus = plus * tl.load(beta + h), minus * tl.load(beta + h)
         plus, minus = plus.to(keys.dtype), minus.to(keys.dtype)
         if edge < stored:
             at = (b64 * heads + h) * stored + edge
-            acc = add_sums(acc, plus, minus, R, at, F, V, BV, PRECISION)
+            acc = add_sums(acc, plus, minus, R, at, F, FP, V, BV, PRECISION)
             if HAS_BASE:
                 at = (b64 * heads + h) * runs + edge * EVERY // run
-                acc = add_sums(acc, plus, minus, base_R, at, F, V, BV, PRECISION)
+                acc = add_sums(acc, plus, minus, base_R, at, F, FP, V, BV, PRECISION)
+        wT = load_transposed(w_q + h * D * F, D, F, BD, FP)
         for i0 in range(first_outside(j0, W, TERRACED) // BT * BT, tl.minimum(edge * EVERY * BT, T), BI):
             query = i0 + token
             inverse = 1.0 / tl.load(den + line + query, mask=query < T, other=1.0)
             columns = load_columns(queries, i0, qt, T, D, BD, BI)
-            wT = load_transposed(w_q + h * D * F, D, F, BD, F)
-            query_plus, query_minus = hedgehog_columns(tl.dot(wT, columns, input_precision=PRECISION))
-            a = tl.dot(plus, query_plus.to(keys.dtype), input_precision=PRECISION)
-            a = tl.dot(minus, query_minus.to(keys.dtype), a, input_precision=PRECISION)
+            logits = tl.dot(wT, columns, input_precision=PRECISION)
+            a = tl.dot(plus, softmax_of(logits, 0, F).to(keys.dtype), input_precision=PRECISION)
+            a = tl.dot(minus, softmax_of(-logits, 0, F).to(keys.dtype), a, input_precision=PRECISION)
             linear = is_linear(query[None, :], key[:, None], T, W, TERRACED)
             a = tl.where(linear, a * inverse[None, :], 0.0)
             rows = load_rows(gradients, i0, gt, T, V, BV, BI)
@@ -292,7 +297,8 @@ def joint_values(
 def joint_inputs(
     q, k, v, dy, w_k, g, den, peak, e, c, best, dx, dk,
     qb, qt, qh, kb, kt, kh, vb, vt, vh, gb, gt, gh, T, scale,
-    D: tl.constexpr, V: tl.constexpr, F: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BT: tl.constexpr,
+    D: tl.constexpr, V: tl.constexpr, F: tl.constexpr, FP: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
+    BT: tl.constexpr,
     GROUP: tl.constexpr, W: tl.constexpr, TERRACED: tl.constexpr, BI: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dk [B, T, G, K] of one tile of keys, summed over the query heads of its group, from dx and the window."""
@@ -310,8 +316,8 @@ def joint_inputs(
         queries = q + b64 * qb + tl.cast(h, tl.int64) * qh
         gradients = dy + b64 * gb + tl.cast(h, tl.int64) * gh
         line = (b64 * heads + h) * T
-        gradient = load_rows(dx + (b64 * T * heads + h) * F, j0, heads * F, T, F, F, BT)
-        wT = load_transposed(w_k + h * D * F, D, F, BD, F)
+        gradient = load_rows(dx + (b64 * T * heads + h) * F, j0, heads * F, T, F, FP, BT)
+        wT = load_transposed(w_k + h * D * F, D, F, BD, FP)
         acc = tl.dot(gradient, wT, acc, input_precision=PRECISION)
         if W > 0:
             factor = tl.load(g + h)
@@ -342,7 +348,7 @@ def joint_inputs(
 @triton.jit(do_not_specialize=["T", "run"])
 def joint_maps(
     x, dx, part, xb, xt, xh, T, run,
-    D: tl.constexpr, F: tl.constexpr, BD: tl.constexpr, BT: tl.constexpr, GROUP: tl.constexpr,
+    D: tl.constexpr, F: tl.constexpr, FP: tl.constexpr, BD: tl.constexpr, BT: tl.constexpr, GROUP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """part [B, parts, H, K, F] fp32: sums of x dx^T over ``run`` tiles."""
@@ -350,12 +356,12 @@ def joint_maps(
     heads, parts, b64 = tl.num_programs(0), tl.num_programs(1), tl.cast(tl.program_id(2), tl.int64)
     x += b64 * xb + tl.cast(h // GROUP, tl.int64) * xh
     dx += (b64 * T * heads + h) * F
-    acc = tl.zeros([BD, F], tl.float32)
+    acc = tl.zeros([BD, FP], tl.float32)
     for n in range(p * run, tl.minimum((p + 1) * run, (T + BT - 1) // BT)):
         columns = load_columns(x, n * BT, xt, T, D, BD, BT)
-        gradient = load_rows(dx, n * BT, heads * F, T, F, F, BT)
+        gradient = load_rows(dx, n * BT, heads * F, T, F, FP, BT)
         acc = tl.dot(columns, gradient, acc, input_precision=PRECISION)
-    row, column = tl.arange(0, BD), tl.arange(0, F)
+    row, column = tl.arange(0, BD), tl.arange(0, FP)
     at = part + ((b64 * parts + p) * heads + h) * D * F
     tl.store(at + row[:, None] * F + column[None, :], acc, mask=(row < D)[:, None] & (column < F)[None, :])
 
@@ -383,7 +389,8 @@ def map_gradient(x: Tensor, dx: Tensor) -> Tensor:
     part = torch.empty(batch, parts, heads, x.shape[-1], half, dtype=torch.float32, device=x.device)
     width = max(16, triton.next_power_of_2(x.shape[-1]))
     joint_maps[(heads, parts, batch)](
-        x, dx, part, *strides(x), time, run, D=x.shape[-1], F=half, BD=width, BT=BT, GROUP=heads // x.shape[2],
+        x, dx, part, *strides(x), time, run, D=x.shape[-1], F=half, FP=max(16, triton.next_power_of_2(half)), BD=width,
+        BT=BT, GROUP=heads // x.shape[2],
         PRECISION=precision_of(x), num_warps=setting.warps, num_stages=setting.stages,
     )  # fmt: skip
     return part.sum((0, 1))

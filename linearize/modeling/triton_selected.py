@@ -30,7 +30,7 @@ from .launches import Launch, launch
 EMPTY = tl.constexpr(-(2**63))
 LOWEST = -(2**63)
 NEVER = tl.constexpr(2**31 - 1)
-CANDIDATES_A_SEGMENT = 1024
+CANDIDATES_A_SEGMENT, CHUNKS_A_SEGMENT = 1024, 64
 
 
 class Sets(NamedTuple):
@@ -221,7 +221,7 @@ def running_sets(
     left = None
     if picks is not None:
         left = torch.full((batch, groups, count, picks), -1, dtype=torch.int32, device=device)
-    chunks = segment or max(1, CANDIDATES_A_SEGMENT // max(1, per_chunk))
+    chunks = segment or max(1, min(CANDIDATES_A_SEGMENT // max(1, per_chunk), CHUNKS_A_SEGMENT))
     segments = -(-routed // chunks)
     keys = torch.empty(heads, candidates, dtype=torch.int64, device=device)
     lists = torch.full((batch, groups, segments, n), LOWEST, dtype=torch.int64, device=device)

@@ -23,6 +23,7 @@ from .launches import Launch, launch
 from .triton_selected import Sets, greater_in, key_position, order_key, running_sets
 from .triton_selected_kept import (
     LOG2E,
+    MASKED,
     fitted,
     in_rows,
     kept_forward,
@@ -39,35 +40,49 @@ SPANS = 32
 
 @triton.jit
 def add_dq(
-    q, dy, k, v, at, t, lse, delta, dq, k_t, v_t, scale,
-    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    q, dy, k, v, at, t, lse, delta, dq, best, star, total, k_t, v_t, scale,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, MAX: tl.constexpr,
 ):  # fmt: skip
-    """dq with the part of the keys at positions ``at``."""
+    """dq with the part of the keys at positions ``at``; MAX: the largest score until now, where, and the sum of ds."""
     keys, values = rows_at(k, at, k_t, at >= 0, K, BK), rows_at(v, at, v_t, at >= 0, V, BV)
     s = tl.dot(q, tl.trans(keys), input_precision="ieee") * scale
     visible = (at >= 0)[None, :] & (at[None, :] <= t[:, None])
     p = tl.where(visible, tl.exp2(s - lse[:, None]), 0.0)
     ds = p * (tl.dot(dy, tl.trans(values), input_precision="ieee") - delta[:, None])
-    return tl.dot(ds.to(k.dtype.element_ty), keys, dq, input_precision="ieee")
+    if MAX:
+        s = tl.where(visible, s, MASKED)
+        new = tl.max(s, 1)
+        where = tl.min(tl.where(s == new[:, None], at[None, :], 2147483647), 1)
+        star = tl.where(new > best, where, star)
+        best = tl.maximum(best, new)
+        total += tl.sum(ds, 1)
+    return tl.dot(ds.to(k.dtype.element_ty), keys, dq, input_precision="ieee"), best, star, total
 
 
 @triton.jit
-def scored_columns(q, k, v, dy, visible, lse, delta, scale):
-    """(p^T, ds^T) [keys, queries] of one block, formed so and not transposed."""
+def scored_columns(q, k, v, dy, at, visible, lse, delta, stars, sums, place, live, scale, MAX: tl.constexpr):
+    """(p^T, ds^T) [keys, queries] of one block, formed so and not transposed; the keys' positions are ``at``."""
     s = tl.dot(k, tl.trans(q), input_precision="ieee") * scale
     p = tl.where(visible, tl.exp2(s - lse[None, :]), 0.0)
     dp = tl.dot(v, tl.trans(dy), input_precision="ieee")
-    return p, p * (dp - delta[None, :])
+    ds = p * (dp - delta[None, :])
+    if MAX:
+        star = tl.load(stars + place, mask=live, other=-1)
+        total = tl.load(sums + place, mask=live, other=0.0)
+        ds -= tl.where(visible & (at[:, None] == star[None, :]), total[None, :], 0.0)
+    return p, ds
 
 
 @triton.jit(do_not_specialize=["time", "n", "odd"])
 def kept_dq_kernel(
-    q, k, v, index, y, dy, lse, delta, dq, time, n, odd, scale, back,
+    q, k, v, index, y, dy, lse, delta, dq, stars, sums, time, n, odd, scale, back,
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h,
     G: tl.constexpr, R: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    C: tl.constexpr, TAIL: tl.constexpr, heads: tl.constexpr, keys: tl.constexpr,
+    C: tl.constexpr, P: tl.constexpr, SHARE: tl.constexpr, MAX: tl.constexpr, TAIL: tl.constexpr,
+    heads: tl.constexpr, keys: tl.constexpr,
 ):  # fmt: skip
-    """dq [B, T, H, K] and delta = dy . y [B, H, T]; grid (G x head blocks, N, B)."""
+    """dq [B, T, H, K], delta = dy . y [B, H, T] and, with MAX, where a row's largest score is and the sum of its ds;
+    grid (G x head blocks, N, B)."""
     parts: tl.constexpr = (R + heads - 1) // heads
     H: tl.constexpr = G * R
     g, part = tl.program_id(0) // parts, tl.program_id(0) % parts
@@ -75,8 +90,8 @@ def kept_dq_kernel(
     r = tl.arange(0, heads * C)
     inner, t = part * heads + r // C, c * C + r % C
     head, live = g * R + inner, (inner < R) & (t < time)
-    k += b * k_b + g * k_h
-    v += b * v_b + g * v_h
+    k += b * k_b + g // SHARE * k_h
+    v += b * v_b + g // SHARE * v_h
     row = (b * time + t) * H + head
     d, e = tl.arange(0, BK), tl.arange(0, BV)
     wide, tall = live[:, None] & (d < K)[None, :], live[:, None] & (e < V)[None, :]
@@ -91,17 +106,47 @@ def kept_dq_kernel(
     index += ((b * G + g) * tl.num_programs(1) + c) * n
 
     acc = tl.zeros([heads * C, BK], tl.float32)
-    filled = tl.minimum(n, tl.maximum(c - 1, 0) * C)
+    filled = tl.minimum(n, tl.maximum(c - 1, 0) * P)
     older = tl.maximum(c - 1, 0) * C
     stop = filled + tl.minimum((c + 1) * C, time) - older
     first = tl.minimum(filled, odd)
     t = tl.where(live, t, -1)
+    best = tl.full([heads * C], MASKED, tl.float32)
+    star = tl.zeros([heads * C], tl.int32)
+    total = tl.zeros([heads * C], tl.float32)
     if TAIL > 0:
         odd_ones = position_of(index, tl.arange(0, TAIL), first, older, 0)
-        acc = add_dq(queries, grad, k, v, odd_ones, t, norm, dot, acc, k_t, v_t, scale, K, V, BK, BV)
+        acc, best, star, total = add_dq(
+            queries,
+            grad,
+            k,
+            v,
+            odd_ones,
+            t,
+            norm,
+            dot,
+            acc,
+            best,
+            star,
+            total,
+            k_t,
+            v_t,
+            scale,
+            K,
+            V,
+            BK,
+            BV,
+            MAX,
+        )
     for start in range(first, stop, keys):
         at = position_of(index, start + tl.arange(0, keys), filled, older, stop)
-        acc = add_dq(queries, grad, k, v, at, t, norm, dot, acc, k_t, v_t, scale, K, V, BK, BV)
+        acc, best, star, total = add_dq(
+            queries, grad, k, v, at, t, norm, dot, acc, best, star, total, k_t, v_t, scale, K, V, BK, BV, MAX
+        )
+    if MAX:  # the row maximum is part of the function: all weights shrink where it grows
+        acc -= total[:, None] * rows_at(k, star, k_t, live, K, BK).to(tl.float32)
+        tl.store(stars + place, star, mask=live)
+        tl.store(sums + place, total, mask=live)
     tl.store(dq + row[:, None] * K + d[None, :], (acc * back).to(dq.dtype.element_ty), mask=wide)
 
 
@@ -126,11 +171,11 @@ def entrants_kernel(leave, listed, sizes, time, count, span, C: tl.constexpr, bl
 
 @triton.jit(do_not_specialize=["time", "n", "count", "span", "segments", "segment"])
 def kept_dkv_kernel(
-    q, k, v, dy, lse, delta, leave, lists, listed, sizes, carried_k, carried_v, entered_k, entered_v,
+    q, k, v, dy, lse, delta, stars, sums, leave, lists, listed, sizes, carried_k, carried_v, entered_k, entered_v,
     time, n, count, span, segments, segment, scale, back,
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h,
     G: tl.constexpr, R: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    C: tl.constexpr, tokens: tl.constexpr, queries: tl.constexpr,
+    C: tl.constexpr, SHARE: tl.constexpr, MAX: tl.constexpr, tokens: tl.constexpr, queries: tl.constexpr,
 ):  # fmt: skip
     """The gradient of kept tokens from the queries of one span; grid (tiles, spans, B G). Tiles of carried tokens
     write carried_k [BG, spans, n, K], those of entering ones entered_k [BG, T, K]."""
@@ -156,28 +201,30 @@ def kept_dkv_kernel(
         to_k, to_v = entered_k + row * time * K, entered_v + row * time * V
         to = position
     if tl.max(there.to(tl.int32), 0) > 0:
-        enter = position // C + 2
         until = tl.load(leave + row * time + position, mask=there, other=0)
-        k += b * k_b + g * k_h
-        v += b * v_b + g * v_h
+        k += b * k_b + g // SHARE * k_h
+        v += b * v_b + g // SHARE * v_h
         keyed = rows_at(k, position, k_t, there, K, BK)
         valued = rows_at(v, position, v_t, there, V, BV)
         dk = tl.zeros([tokens, BK], tl.float32)
         dv = tl.zeros([tokens, BV], tl.float32)
-        first = tl.maximum(first, tl.min(tl.where(there, enter, 2147483647), 0))
+        first = tl.maximum(first, tl.min(tl.where(there, position // C + 2, 2147483647), 0))
         stop = tl.minimum(stop, tl.max(until, 0))
         blocks: tl.constexpr = (C + queries - 1) // queries
         for step in range(0, (stop - first) * (R * blocks)):
-            c, rest = first + step // (R * blocks), step % (R * blocks)
+            c = first + step // (R * blocks)
+            rest = step - (c - first) * (R * blocks)
             t = c * C + rest // R * queries + tl.arange(0, queries)
-            head, live = g * R + rest % R, (t < time) & (t < (c + 1) * C)
+            head, live = g * R + rest - rest // R * R, (t < time) & (t < (c + 1) * C)
             rows = rows_at(q + b * q_b + head * q_h, t, q_t, live, K, BK)
             grad = rows_at(dy + (b * time * (G * R) + head) * V, t, G * R * V, live, V, BV)
             place = (b * (G * R) + head) * time + t
             norm = tl.load(lse + place, mask=live, other=0.0)
             dot = tl.load(delta + place, mask=live, other=0.0)
-            visible = ((enter <= c) & (c < until))[:, None] & live[None, :]
-            p, ds = scored_columns(rows, keyed, valued, grad, visible, norm, dot, scale)
+            visible = ((position < (c - 1) * C) & (c < until))[:, None] & live[None, :]
+            p, ds = scored_columns(
+                rows, keyed, valued, grad, position, visible, norm, dot, stars, sums, place, live, scale, MAX
+            )
             dv = tl.dot(p.to(grad.dtype), grad, dv, input_precision="ieee")
             dk = tl.dot(ds.to(rows.dtype), rows, dk, input_precision="ieee")
         d, e = tl.arange(0, BK), tl.arange(0, BV)
@@ -188,11 +235,12 @@ def kept_dkv_kernel(
 
 @triton.jit(do_not_specialize=["time", "n", "count", "span", "segments", "segment", "spans"])
 def local_dkv_kernel(
-    q, k, v, dy, lse, delta, score, leave, lists, carried_k, carried_v, entered_k, entered_v, dk, dv,
+    q, k, v, dy, lse, delta, stars, sums, score, leave, lists, carried_k, carried_v, entered_k, entered_v, dk, dv,
     time, n, count, span, segments, segment, spans, scale, back,
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, s_b, s_t, s_h,
     G: tl.constexpr, R: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    C: tl.constexpr, STEPS: tl.constexpr, tokens: tl.constexpr, queries: tl.constexpr,
+    C: tl.constexpr, SHARE: tl.constexpr, MAX: tl.constexpr, STEPS: tl.constexpr, tokens: tl.constexpr,
+    queries: tl.constexpr,
 ):  # fmt: skip
     """dk [B, T, G, K], dv [B, T, G, V]: the local part, and what the spans found; grid (token tiles, BG)."""
     row = tl.program_id(1).to(tl.int64)
@@ -200,8 +248,8 @@ def local_dkv_kernel(
     j = tl.program_id(0) * tokens + tl.arange(0, tokens)
     own = tl.program_id(0) * tokens // C
     there = j < time
-    k += b * k_b + g * k_h
-    v += b * v_b + g * v_h
+    k += b * k_b + g // SHARE * k_h
+    v += b * v_b + g // SHARE * v_h
     keyed = rows_at(k, j, k_t, there, K, BK)
     valued = rows_at(v, j, v_t, there, V, BV)
     acc_k = tl.zeros([tokens, BK], tl.float32)
@@ -210,14 +258,16 @@ def local_dkv_kernel(
     blocks = tl.cdiv(tl.minimum((own + 2) * C, time) - begin, queries)
     for step in range(0, blocks * R):
         t = begin + step // R * queries + tl.arange(0, queries)
-        head, live = g * R + step % R, (t < time) & (t < (own + 2) * C)
+        head, live = g * R + step - step // R * R, (t < time) & (t < (own + 2) * C)
         rows = rows_at(q + b * q_b + head * q_h, t, q_t, live, K, BK)
         grad = rows_at(dy + (b * time * (G * R) + head) * V, t, G * R * V, live, V, BV)
         place = (b * (G * R) + head) * time + t
         norm = tl.load(lse + place, mask=live, other=0.0)
         dot = tl.load(delta + place, mask=live, other=0.0)
         visible = (j[:, None] <= t[None, :]) & live[None, :]
-        p, ds = scored_columns(rows, keyed, valued, grad, visible, norm, dot, scale)
+        p, ds = scored_columns(
+            rows, keyed, valued, grad, j, visible, norm, dot, stars, sums, place, live, scale, MAX
+        )
         acc_v = tl.dot(p.to(grad.dtype), grad, acc_v, input_precision="ieee")
         acc_k = tl.dot(ds.to(rows.dtype), rows, acc_k, input_precision="ieee")
     acc_k *= back
@@ -248,25 +298,37 @@ def local_dkv_kernel(
 
 def kept_backward(
     q: Tensor, k: Tensor, v: Tensor, score: Tensor, sets: Sets, y: Tensor, lse: Tensor, dy: Tensor,
-    *, scale: float, chunk: int, settings: dict[str, Launch] | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """dq, dk and dv in the dtypes of q, k and v."""
+    *, scale: float, chunk: int, maximum: bool = False, settings: dict[str, Launch] | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """dq, dk and dv in the dtypes of q, k and v, and dy . y [B, H, T].
+
+    ``maximum``: the function is STILL's, where the weights are exp(s - the row's largest s) and lse stands for that
+    maximum and the logarithm of the denominator. Where more heads select than there are kv heads, each has a part of dk
+    and dv of its own, and they are added up at last.
+    """
     batch, time = q.shape[:2]
     q, k, v, dy = *(in_rows(x) for x in (q, k, v)), dy.contiguous()
     shape, count, device = shape_of(q, k, v, C=chunk), -(-time // chunk), q.device
-    rows, n, exact = batch * shape["G"], sets.index.shape[3], dict(dtype=torch.float32, device=device)
+    groups, select = k.shape[2], sets.index.shape[1]
+    shape |= dict(G=select, R=q.shape[2] // select, SHARE=select // groups, MAX=maximum)
+    rows, n = batch * select, sets.index.shape[3]
+    exact: dict[str, Any] = dict(dtype=torch.float32, device=device)
     strides = strides_of(q=q, k=k, v=v)
 
     def options(kernel: str) -> dict[str, Any]:
         return fitted((settings or {}).get(kernel) or launch(kernel, device), q, shape["R"])
 
     delta = torch.empty_like(lse)
+    stars, sums = (
+        torch.empty_like(lse, dtype=kind) if maximum else lse for kind in (torch.int32, torch.float32)
+    )
     dq = torch.empty(q.shape, dtype=q.dtype, device=device)
-    chosen = options("selected_kept_dq")
+    chosen = options("selected_routed_dq" if maximum else "selected_kept_dq")
     odd, chosen["TAIL"] = odd_slots(n, chosen["keys"])
+    chosen["P"] = chunk if sets.left is None else sets.left.shape[3]
     grid = (shape["G"] * triton.cdiv(shape["R"], chosen["heads"]), count, batch)
     kept_dq_kernel[grid](
-        q, k, v, sets.index, y, dy, lse, delta, dq, time, n, odd, scale * LOG2E, scale, **strides,
+        q, k, v, sets.index, y, dy, lse, delta, dq, stars, sums, time, n, odd, scale * LOG2E, scale, **strides,
         **shape, **chosen,
     )  # fmt: skip
 
@@ -284,24 +346,27 @@ def kept_backward(
         chosen = options("selected_kept_dkv")
         tiles = triton.cdiv(n, chosen["tokens"]) + triton.cdiv(span * chunk, chosen["tokens"])
         kept_dkv_kernel[(tiles, spans, rows)](
-            q, k, v, dy, lse, delta, sets.leave, sets.lists, listed, sizes,
+            q, k, v, dy, lse, delta, stars, sums, sets.leave, sets.lists, listed, sizes,
             carried_k, carried_v, entered_k, entered_v,
             time, n, count, span, segments, sets.segment, scale * LOG2E, scale, **strides,
             **shape, **chosen,
         )  # fmt: skip
+    kinds = (torch.float32, torch.float32) if select > groups else (k.dtype, v.dtype)
     dk, dv = (
-        torch.empty(k.shape, dtype=k.dtype, device=device),
-        torch.empty(v.shape, dtype=v.dtype, device=device),
+        torch.empty(batch, time, select, shape[x], dtype=kind, device=device)
+        for x, kind in zip("KV", kinds, strict=True)
     )
     chosen = options("selected_local_dkv")
     chosen |= dict(tokens=min(chosen["tokens"], chunk), STEPS=max(1, n.bit_length()))  # all of one chunk
     local_dkv_kernel[(triton.cdiv(time, chosen["tokens"]), rows)](
-        q, k, v, dy, lse, delta, score, sets.leave, sets.lists,
+        q, k, v, dy, lse, delta, stars, sums, score, sets.leave, sets.lists,
         carried_k, carried_v, entered_k, entered_v, dk, dv,
         time, n, count, span, segments, sets.segment, spans, scale * LOG2E, scale,
         **strides, **strides_of(s=score), **shape, **chosen,
     )  # fmt: skip
-    return dq, dk, dv
+    if select > groups:
+        dk, dv = (x.unflatten(2, (groups, -1)).sum(3).to(y.dtype) for x, y in ((dk, k), (dv, v)))
+    return dq, dk, dv, delta
 
 
 class KeptAttention(torch.autograd.Function):
@@ -322,5 +387,5 @@ class KeptAttention(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, score, y, lse, index, leave, lists = ctx.saved_tensors
         sets = Sets(index, leave, lists, ctx.segment)
-        found = kept_backward(q, k, v, score, sets, y, lse, *gradients, scale=ctx.scale, chunk=ctx.chunk)
+        *found, _ = kept_backward(q, k, v, score, sets, y, lse, *gradients, scale=ctx.scale, chunk=ctx.chunk)
         return *found, None, None, None, None

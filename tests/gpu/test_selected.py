@@ -1,14 +1,18 @@
 """Kernels of kept and routed attention on a GPU, against the references in fp64."""
 
+import copy
+
 import pytest
 import torch
 from tolerances import assert_near
 
 from linearize.modeling import backend
+from linearize.modeling.feature_maps import FEATURE_MAPS
 from linearize.modeling.mixer import Geometry, MixerInput
-from linearize.modeling.ops import future_attention, kept_attention, self_saliency
+from linearize.modeling.ops import future_attention, kept_attention, routed_prefill, self_saliency
 from linearize.modeling.salient import SalientConfig, SalientMixer
 from linearize.modeling.selection import GRID, running_best
+from linearize.modeling.still import StillConfig, StillMixer
 
 pytestmark = [
     pytest.mark.gpu,
@@ -139,14 +143,63 @@ def test_future_attention_and_self_saliency(time, heads, groups, dtype):
     assert_near(rho, expected, "kernel", torch.bfloat16)
 
 
+@pytest.mark.parametrize("dtype", [*HALF, torch.float32])
+@pytest.mark.parametrize(("time", "heads", "groups", "select", "width", "kind", "size"), [
+    (1, 2, 1, 2, 128, "np_map", 8), (129, 4, 2, 4, 64, "np_map", 3), (500, 6, 2, 2, 64, "hedgehog", 16),
+    (1000, 4, 1, 4, 128, "np_map", 16), (4097, 2, 1, 2, 128, "np_map_plain", 100),
+])  # fmt: skip
+def test_routed_attention_and_its_gradients(time, heads, groups, select, width, kind, size, dtype):
+    torch.manual_seed(0)
+    maps = [FEATURE_MAPS[kind](heads, width, 2 * width, "kaiming").cuda() for _ in range(2)]
+    score, gate = scores(1, time, select), random(1, time, heads, width).sigmoid().to(dtype)
+    given, terms = (
+        qkv(1, time, heads, groups, width, dtype),
+        dict(scale=width**-0.5, chunk=64, picks=4, size=size),
+    )
+    dy = random(1, time, heads, width, dtype=dtype, seed=9)
+
+    def run(kind):
+        leaves = [x.detach().to(kind or x.dtype).requires_grad_() for x in (*given, gate)]
+        twins = [copy.deepcopy(x).to(kind or torch.float32) for x in maps]
+        y, sums = routed_prefill(*leaves[:3], *twins, score.to(kind or score.dtype), leaves[3], **terms)
+        weights = [x for m in twins for x in m.parameters()]
+        found = torch.autograd.grad(y, [*leaves, *weights], dy.to(y.dtype), materialize_grads=True)
+        return y.detach(), found, sums
+
+    y, found, sums = run(None)
+    assert backend.ran()["routed_prefill"] == "triton" and sums is not None
+    with backend.reference_only():
+        expected, wanted, _ = run(torch.float64)
+    assert_near(y, expected, "kernel", COARSE.get(dtype, dtype))
+    for one, other in zip(found, wanted, strict=True):
+        if (
+            other.norm() > 1e-6 * dy.norm()
+        ):  # nothing is linear in a short text, and nothing of it is zero exactly
+            assert_near(one, other, "norm", COARSE.get(dtype, dtype))
+
+
+@torch.no_grad()
+def test_routed_attention_of_a_long_text_is_finite_and_repeats():
+    torch.manual_seed(0)
+    maps = [FEATURE_MAPS["np_map"](4, 128, 256, "kaiming").cuda() for _ in range(2)]
+    score, given = scores(1, 131072, 4), qkv(1, 131072, 4, 1)
+    terms = dict(scale=0.09, chunk=64, picks=4, size=256)
+    one, other = (routed_prefill(*given, *maps, score, **terms) for _ in range(2))
+    assert one[0].isfinite().all() and torch.equal(one[0], other[0])
+    assert all(torch.equal(*pair) for pair in zip(one[1], other[1], strict=True))
+
+
 def mixer_input(x, start, stop, **more):
     return MixerInput(**{name: value[:, start:stop] for name, value in x.items()}, scale=0.125, **more)
 
 
+@pytest.mark.parametrize("method", ["salient", "still"])
 @pytest.mark.parametrize("time", [200, 257])
-def test_salient_prefill_then_steps_are_one_pass(time):
+def test_prefill_then_steps_are_one_pass(time, method):
     torch.manual_seed(0)
-    mixer = SalientMixer(SalientConfig(budget=32), Geometry(4, 2, 64, 64, 96)).cuda()
+    geometry = Geometry(4, 2, 64, 64, 96)
+    mixer = SalientMixer(SalientConfig(budget=32), geometry) if method == "salient" else None
+    mixer = (mixer or StillMixer(StillConfig(budget=3), geometry)).cuda()
     q, k, v = qkv(1, time, 4, 2, 64)
     x = dict(hidden=random(1, time, 96, dtype=torch.bfloat16), q=q, k=k, v=v)
     with torch.no_grad():

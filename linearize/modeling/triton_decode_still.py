@@ -1,8 +1,8 @@
 """STILL's step: y [B, 1, H, V] of one new token a row, its kept set and sums advanced in place in one launch.
 
-The function is ``routing.routed_recurrent`` after ``routing.route``; ``triton_decode_kept.py`` says how tokens are ranked.
-Of the chunk that leaves the local span the picks are ranked among the kept tokens; what was not picked, or drops out,
-is added to the sums, before the query meets either. A program has one query head: its kept tokens, its sums and the
+The function is ``routing.routed_recurrent`` after ``routing.route``. Of the chunk that leaves the local span the picks
+are ranked among the kept tokens, as in ``triton_decode_salient.py``; what was not picked, or drops out, is added to the
+sums, before the query meets either. A program has one query head: its kept tokens, its sums and the
 score of its new token, rho = e_tt - logsumexp of the last C scores, rounded as the reference rounds it. The ring is
 read by all heads of a group and has a slot more, so that the new token's is not one of a token that is leaving.
 """
@@ -14,7 +14,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .launches import Launch, launch
-from .triton_decode import (
+from .triton_decode_salient import ahead_of, meet_kept, places, take_in
+from .triton_decode_tools import (
     FEW,
     LOW,
     MAPS,
@@ -27,7 +28,6 @@ from .triton_decode import (
     rows_of,
     slots,
 )
-from .triton_decode_kept import ahead_of, meet_kept, places, take_in
 
 GRID = tl.constexpr(2.0**-12)  # as selection.GRID
 TINY = tl.constexpr(1.1754943508222875e-38)  # the smallest normal fp32
@@ -294,7 +294,7 @@ def still_step(
         MAP=MAPS[feature_map],
         CAP=softcap is not None,
     )
-    still_step_kernel[(heads, batch)](
+    arguments: list[Any] = [
         *inputs,
         y if score is None else score.contiguous(),
         y if gate is None else gate.contiguous(),
@@ -316,7 +316,6 @@ def still_step(
         softcap or 0.0,
         eps,
         *(stride for x in inputs for stride in x.stride()[:2]),
-        **constants,
-        **settings._replace(blocks=blocks).options,
-    )
+    ]
+    still_step_kernel[(heads, batch)](*arguments, **constants, **settings._replace(blocks=blocks).options)
     return y

@@ -1,7 +1,7 @@
 """y [B, 1, H, V] of one new token a row against a kept set and the local span, the set updated in place in one launch.
 
 The function is ``selection.kept_recurrent`` after ``selection.merge_kept`` (salient.py), or that of STILL, which
-``triton_decode_routed.py`` makes of what is here. At the first token of a chunk the chunk before the last one leaves
+``triton_decode_still.py`` makes of what is here. At the first token of a chunk the chunk before the last one leaves
 the local span and is ranked among the kept tokens. Slots are sorted, best first, ties to the lower position, so that
 places are counts: a kept token moves down by the number of better new ones, a new one stands after the kept ones that
 are as good and the new ones that are better, or as good and older. Rows only move down. They are moved from the last
@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launches import Launch, launch
-from .triton_decode import FEW, LOW, arrive, columns, meet, padded, rows_of, slots
+from .triton_decode_tools import FEW, LOW, arrive, columns, meet, padded, rows_of, slots
 
 
 @triton.jit
@@ -261,7 +261,7 @@ def salient_step(
         CP=padded(chunk),
         CAP=softcap is not None,
     )
-    salient_step_kernel[(groups, batch)](
+    arguments: list[Any] = [
         *inputs,
         score.contiguous(),
         ring_k,
@@ -276,7 +276,6 @@ def salient_step(
         scale,
         softcap or 0.0,
         *(stride for x in inputs for stride in x.stride()[:2]),
-        **constants,
-        **settings.options,
-    )
+    ]
+    salient_step_kernel[(groups, batch)](*arguments, **constants, **settings.options)
     return y
