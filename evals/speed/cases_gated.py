@@ -82,6 +82,8 @@ def check_liger(terms: Averaged) -> Callable[[], None]:
         dy = torch.randn_like(inputs[0])
         exact = [x.detach().double().requires_grad_() for x in inputs]
         y, _ = averaged_attention(*inputs, terms)
+        if backend.ran()["averaged_attention"] != "triton":
+            raise AssertionError(f"no kernel ran; {backend.ran()['averaged_attention']}")
         found = torch.autograd.grad(y, inputs, dy)
         with backend.reference_only():
             expected, _ = averaged_attention(*exact, terms)

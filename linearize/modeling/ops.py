@@ -289,9 +289,14 @@ def averaged_attention(
 ) -> tuple[Tensor, Tensor | None]:
     """``gated.averaged_chunked``: a softmax window and a recurrence gated by the keys, averaged."""
     inputs = (q, k, v, q_plain, k_plain)
-    if not use_kernel(
-        "averaged_attention", refusal(*inputs), _uneven(*inputs), _through_state(stop, *inputs)
-    ):
+    rough = terms.hgrn2 and q.dtype != torch.float32  # 0.017 of a norm on an H100, where 0.015 is allowed
+    reasons = (
+        refusal(*inputs),
+        _uneven(*inputs),
+        _through_state(stop, *inputs),
+        "hgrn2 in half precision misses its tolerance" if rough else None,
+    )
+    if not use_kernel("averaged_attention", *reasons):
         return averaged_chunked(*inputs, terms, stop=stop)
     from .triton_gated_liger_backward import averaged_kernel
 

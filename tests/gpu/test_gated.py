@@ -47,7 +47,8 @@ def check(inputs: list[Tensor], terms: Averaged, dtype: torch.dtype) -> None:
     expected = torch.autograd.grad(y, used, dy.double())
     rounded = [x.to(dtype).requires_grad_() for x in inputs]
     made, _ = averaged_attention(*rounded, terms)
-    assert backend.ran()["averaged_attention"] == "triton"
+    rough = terms.hgrn2 and dtype != torch.float32  # which kernels do not compute closely enough
+    assert backend.ran()["averaged_attention"].startswith("reference: hgrn2" if rough else "triton")
     near(made, y, dtype)
     found = torch.autograd.grad(made, rounded if terms.window else rounded[2:], dy)
     for gradient, truth in zip(found, expected, strict=True):

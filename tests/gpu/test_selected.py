@@ -56,7 +56,10 @@ def agree(function, tensors):
         expected, wanted = gradients(function, [x.double() for x in tensors], dy)
     assert_near(y, expected, "kernel", dtype)
     for one, other in zip(found, wanted, strict=True):
-        assert_near(one, other, "norm", dtype)
+        if other.norm() == 0:  # of q and k where a token sees itself alone
+            assert one.norm() <= 1e-4 * dy.norm()
+        else:
+            assert_near(one, other, "norm", dtype)
 
 
 @pytest.mark.parametrize(("time", "size"), [(1000, 64), (4097, 257), (8200, 1025)])
