@@ -7,6 +7,8 @@ from aot import Case
 
 from linearize.modeling import triton_joint as forward
 from linearize.modeling import triton_joint_backward as backward
+from linearize.modeling import triton_joint_keys as keys
+from linearize.modeling import triton_joint_sums as sums
 from linearize.modeling.launches import TABLE
 
 
@@ -26,7 +28,7 @@ def forward_cases(width: int, half: int, terraced: bool, table: dict[str, Any]) 
             continue
         constants = shape | setting.blocks
         constants |= dict(REVERSE=reverse, HAS_STOP=not reverse, TOTALS=True)
-        yield case(f"joint_states {width} {reverse=}", forward.joint_states, constants, setting)
+        yield case(f"joint_states {width} {reverse=}", sums.joint_states, constants, setting)
     setting = table["joint_outputs"][0]
     for save, transfer in ((False, False),) if terraced else ((True, False), (True, True)):
         constants = (
@@ -46,7 +48,7 @@ def backward_cases(width: int, half: int, terraced: bool, table: dict[str, Any])
         constants = shape | dict(MAPS=True, INPUTS=mode == "full") | setting.blocks
         yield case(f"joint_queries {width} {kind} {mode}", backward.joint_queries, constants, setting)
     for name in ("joint_keys", "joint_values", "joint_inputs"):
-        kernel = getattr(backward, name)
+        kernel = getattr(keys, name)
         constants = {key: value for key, value in shape.items() if key in kernel.arg_names} | table[name][
             0
         ].blocks

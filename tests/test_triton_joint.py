@@ -7,7 +7,7 @@ from tolerances import assert_near
 
 pytest.importorskip("triton")
 
-from linearize.modeling import triton_joint
+from linearize.modeling import triton_joint_sums
 from linearize.modeling.feature_maps import Hedgehog
 from linearize.modeling.mapped import mapped_chunked, mapped_error_chunked, mapped_refusal
 from linearize.modeling.reference import joint_quadratic
@@ -85,7 +85,7 @@ def test_outputs_and_every_gradient(window, kind, shape):
 @pytest.mark.parametrize("kind", ["sliding", "terraced"])
 def test_rows_that_are_cut_into_runs(kind, monkeypatch):
     """Long rows of a small batch: sums are scanned over runs of tiles, forward and backward."""
-    monkeypatch.setattr(triton_joint, "PROGRAMS", 10**6)
+    monkeypatch.setattr(triton_joint_sums, "PROGRAMS", 10**6)
     given = case(time=1030, heads=1)
     exact = exactly(*given)
     terms = dict(scale=0.3, window=64, window_kind=kind)

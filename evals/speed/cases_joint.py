@@ -140,7 +140,8 @@ TERMS: dict[str, Any] = dict(scale=SCALE, window=64, terraced=False)
 
 def sweep_forward(kernel: str) -> Callable[[Launch, int, int], Callable[[], Any]]:
     def make(setting: Launch, batch: int, length: int) -> Callable[[], Any]:
-        from linearize.modeling.triton_joint import joint_forward, joint_sums
+        from linearize.modeling.triton_joint import joint_forward
+        from linearize.modeling.triton_joint_sums import joint_sums
 
         parts = _parts(batch, length)
         if kernel == "joint_states":

@@ -10,8 +10,9 @@ from .feature_maps import FeatureMap
 from .mapped import as_fit
 from .mixer import Fit
 from .tiles import State
-from .triton_joint import Forward, Sums, joint_forward, last_contiguous
+from .triton_joint import Forward, joint_forward
 from .triton_joint_backward import Gradients, joint_backward
+from .triton_joint_sums import Sums, last_contiguous
 
 
 def mapped_kernel(
