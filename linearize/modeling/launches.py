@@ -242,12 +242,11 @@ CANDIDATES |= {
     ],
     "gated_liger_outputs_strong": [Launch({"BK": 32}, 8, 1)],
     "gated_window_queries": [
-        Launch({"BT": 64, "BK": size}, 4, stages) for size, stages in ((32, 1), (32, 2), (64, 1), (64, 2))
+        Launch({"BT": 64, "BK": size}, 4, stages) for size, stages in ((32, 1), (32, 2))
     ],
     "gated_window_keys": [
         Launch({"BT": 32, "BK": 64}, 4, 1),
         Launch({"BT": 32, "BK": 64}, 4, 2),
-        Launch({"BT": 64, "BK": 128}, 8, 1),
         Launch({"BT": 32, "BK": 128}, 8, 1),
     ],
     "gated_liger_back_states": [Launch({}, 8, 1), Launch({}, 8, 2)],
@@ -256,7 +255,7 @@ CANDIDATES |= {
         for kernel in ("queries", "keys", "values")
         for strong in ("", "_strong")
     },
-    "gated_liger_gates": [Launch({}, 8, 1), Launch({}, 4, 1)],
+    "gated_liger_gates": [Launch({}, 8, 1)],
     "gated_lawcat_states": [Launch({"C": 64, "CS": size}, 8, 1) for size in (256, 128, 512)],
     "gated_lawcat_outputs": [Launch({}, 4, 1), Launch({}, 8, 1)],
     "gated_lawcat_outputs_strong": [Launch({}, 8, 1)],

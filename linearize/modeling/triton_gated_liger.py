@@ -178,7 +178,8 @@ def outputs_kernel(
     early = key_features(k_plain, t, kp_t, time, bias, inverse, sharpness, K, KP, C, HGRN2)
     early = tl.trans((early / reach).to(DTYPE))
     state = load_matrix(fine + tile * K * V, K, V, KP, VP)
-    for r in range(0, HEADS):
+    # What is made from reach and early in front of the loop would stay in registers.
+    for r in tl.range(0, HEADS, disable_licm=True):
         h = head + r
         reading = query_features(q_plain + h * qp_h, t, qp_t, time, K, KP, C) * mix_recurrent
         reading = (reading * reach).to(DTYPE)
