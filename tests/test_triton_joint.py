@@ -7,7 +7,7 @@ from tolerances import assert_near
 
 pytest.importorskip("triton")
 
-from linearize.modeling import triton_joint_sums
+from linearize.modeling import ops, triton_joint_sums
 from linearize.modeling.feature_maps import Hedgehog
 from linearize.modeling.mapped import mapped_chunked, mapped_error_chunked, mapped_refusal
 from linearize.modeling.reference import joint_quadratic
@@ -166,3 +166,16 @@ def test_what_is_not_fused_says_why():
     assert "256" in mapped_refusal(k, v, *wide, None, None)
     state = (torch.zeros(1, 2, 32, 16), torch.zeros(1, 2, 32))
     assert "state" in mapped_refusal(k, v, *maps, None, state)
+
+
+def test_a_forward_that_keeps_a_state_still_has_gradients(monkeypatch):
+    """As a model in training with its cache on: the kernels make states without gradients, and so do not run."""
+    monkeypatch.setenv("LINEARIZE_INTERPRET", "1")
+    (q, k, v), maps, (g, _) = case(time=80)
+    stop = torch.tensor([16])
+    y, _ = ops.mapped_attention(q, k, v, *maps, g, scale=0.3, window=64, stop=stop)
+    assert ops.ran()["mapped_attention"] == "reference: a gradient may flow through the state"
+    assert all(x is not None for x in torch.autograd.grad(y.sum(), [q, maps[0].weight]))
+    with torch.no_grad():
+        ops.mapped_attention(q, k, v, *maps, g, scale=0.3, window=64, stop=stop)
+    assert ops.ran()["mapped_attention"] == "triton"

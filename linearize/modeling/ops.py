@@ -105,10 +105,13 @@ def mapped_attention(
     **terms: Any,
 ) -> tuple[Tensor, State | None]:
     """``mapped_chunked``; with ``pending`` tokens held back, linear keys lie behind ``stop``."""
-    held = "tokens that may be taken back are not fused" if pending else None
-    if use_kernel(
-        "mapped_attention", refusal(q, k, v), held, mapped_refusal(k, v, map_q, map_k, softcap, state)
-    ):
+    reasons = (
+        refusal(q, k, v),
+        "tokens that may be taken back are not fused" if pending else None,
+        _through_state(terms.get("stop"), q, k, v, map_q.weight, map_k.weight),
+        mapped_refusal(k, v, map_q, map_k, softcap, state),
+    )
+    if use_kernel("mapped_attention", *reasons):
         from .triton_mapped import mapped_kernel
 
         return mapped_kernel(q, k, v, map_q, map_k, *factors, state=state, **terms)
@@ -126,7 +129,9 @@ def mapped_error(
     **terms: Any,
 ) -> Fit:
     """``mapped_error_chunked``: what a transfer minimises."""
-    if use_kernel("mapped_error", refusal(q, k, v), mapped_refusal(k, v, map_q, map_k, softcap, None)):
+    frozen = None if not any(x.requires_grad for x in (q, k, v)) else "q, k or v ask for gradients"
+    refused = mapped_refusal(k, v, map_q, map_k, softcap, None)
+    if use_kernel("mapped_error", refusal(q, k, v), frozen, refused):
         from .triton_mapped import mapped_error_kernel
 
         return mapped_error_kernel(q, k, v, map_q, map_k, *factors, **terms)
