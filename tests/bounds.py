@@ -56,4 +56,5 @@ def _refresh() -> None:
 
 
 def _is_tensor(x: Any) -> bool:
-    return issubclass(type(x), torch.Tensor)  # isinstance would ask lazy modules for their class
+    """Of the plain kinds: a compiler's stand-ins have no memory, and ``isinstance`` asks lazy modules for a class."""
+    return type(x) in (torch.Tensor, torch.nn.Parameter)

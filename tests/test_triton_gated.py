@@ -7,8 +7,8 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from linearize.modeling.convolved import convolved_chunked
-from linearize.modeling.gated import Averaged, averaged_chunked
+from linearize.modeling.averaged import Averaged, averaged_composed
+from linearize.modeling.convolved import convolved_composed
 from linearize.modeling.launches import TABLE
 from linearize.modeling.triton_gated import scan
 from linearize.modeling.triton_gated_convolved import convolved_kernel
@@ -69,7 +69,7 @@ def test_liger_is_the_reference_with_every_gradient(name):
     *sizes, spread, terms = CASES[name]
     inputs = [x.requires_grad_() for x in draw(*sizes, spread)]
     used = inputs if terms.window else inputs[2:]
-    y, _ = averaged_chunked(*inputs, terms)
+    y, _ = averaged_composed(*inputs, terms)
     dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     expected = torch.autograd.grad(y, used, dy)
     exact = [x.detach().float() for x in inputs]
@@ -85,7 +85,7 @@ def test_liger_is_the_reference_with_every_gradient(name):
 def test_liger_state_holds_the_tokens_before_stop(stop, spread):
     inputs = draw(2, 67, 2, 1, 16, 16, spread)
     stop = torch.tensor(stop)
-    _, expected = averaged_chunked(*inputs, GLA, stop=stop)
+    _, expected = averaged_composed(*inputs, GLA, stop=stop)
     _, state = averaged_kernel(*(x.float() for x in inputs), GLA, stop=stop)
     assert_near(state, expected, "kernel")
 
@@ -142,7 +142,7 @@ def check_lawcat(inputs: list) -> None:
     """y, and every gradient."""
     exact = [None if x is None else x.requires_grad_() for x in inputs]
     some = [None if x is None else x.requires_grad_() for x in rounded(inputs)]
-    expected, _ = convolved_chunked(*exact, steps=16.0, eps=1e-10)
+    expected, _ = convolved_composed(*exact, steps=16.0, eps=1e-10)
     made, _ = convolved_kernel(*some, steps=16.0, eps=1e-10)
     assert_near(made, expected, "kernel")
     dy = torch.randn(made.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -165,6 +165,6 @@ def test_lawcat_convolves_what_has_taps(taps):
 @pytest.mark.parametrize("stop", [[0, 67], [1, 32], [64, 63]])
 def test_lawcat_state_holds_the_tokens_before_stop(stop):
     inputs, stop = draw_lawcat(2, 67, 2, 1, 16, 16, 16), torch.tensor(stop)
-    _, expected = convolved_chunked(*inputs, steps=16.0, eps=1e-10, stop=stop)
+    _, expected = convolved_composed(*inputs, steps=16.0, eps=1e-10, stop=stop)
     _, state = convolved_kernel(*rounded(inputs), steps=16.0, eps=1e-10, stop=stop)
     assert_near(state, expected, "kernel")

@@ -9,7 +9,7 @@ pytest.importorskip("triton")
 
 from linearize.modeling import ops, triton_joint_sums
 from linearize.modeling.feature_maps import Hedgehog
-from linearize.modeling.mapped import mapped_chunked, mapped_error_chunked, mapped_refusal
+from linearize.modeling.mapped import mapped_composed, mapped_error_composed, mapped_refusal
 from linearize.modeling.reference import joint_quadratic
 from linearize.modeling.triton_mapped import mapped_error_kernel, mapped_kernel
 
@@ -93,7 +93,7 @@ def test_rows_that_are_cut_into_runs(kind, monkeypatch):
         y, _ = mapped_kernel(*given[0], *given[1], *given[2], **terms)
         dy = torch.randn_like(y)
         found = torch.autograd.grad(y, parameters(*given), dy)
-    expected, _ = mapped_chunked(*exact[0], *exact[1], *exact[2], **terms)
+    expected, _ = mapped_composed(*exact[0], *exact[1], *exact[2], **terms)
     assert_near(y, expected, "kernel")
     for one, other in zip(found, torch.autograd.grad(expected, parameters(*exact), dy.double()), strict=True):
         assert_near(one, other, "norm", torch.float32)
@@ -107,7 +107,7 @@ def test_the_error_is_that_of_real_tokens_and_teaches_maps_and_factor(kind):
     terms = dict(scale=0.3, window=64, window_kind=kind, lengths=lengths)
     wanted = [maps[0].weight, maps[1].weight, g, b]
     fit = mapped_error_kernel(q, k, v, *maps, g, b, teacher=teacher, **terms)
-    reference = mapped_error_chunked(q, k, v, *maps, g, b, teacher=teacher, **terms)
+    reference = mapped_error_composed(q, k, v, *maps, g, b, teacher=teacher, **terms)
     assert_near(fit.error, reference.error, "kernel")
     assert_near(fit.power, reference.power, "kernel")
     for one, other in zip(
@@ -127,7 +127,7 @@ def test_a_state_after_some_tokens_goes_on(window):
     stop = torch.tensor([192, 192])
     seen = 192 + (window or 0)
     _, state = mapped_kernel(*(x[:, :seen] for x in (q, k, v)), *maps, g, stop=stop, **terms)
-    _, expected = mapped_chunked(*(x[:, :seen] for x in (q, k, v)), *maps, g, stop=stop, **terms)
+    _, expected = mapped_composed(*(x[:, :seen] for x in (q, k, v)), *maps, g, stop=stop, **terms)
     for one, other in zip(state, expected, strict=True):
         assert_near(one, other, "kernel")
     rest, _ = mapped_kernel(*(x[:, 192:] for x in (q, k, v)), *maps, g, state=state, **terms)
@@ -139,7 +139,7 @@ def test_rows_of_several_lengths_stop_where_they_end():
     (q, k, v), maps, (g, _) = case(batch=2, time=200)
     stop = torch.tensor([136, 30])  # what has left the window of rows of 200 and 94 tokens
     _, state = mapped_kernel(q, k, v, *maps, g, scale=0.3, window=64, stop=stop)
-    _, expected = mapped_chunked(q, k, v, *maps, g, scale=0.3, window=64, stop=stop)
+    _, expected = mapped_composed(q, k, v, *maps, g, scale=0.3, window=64, stop=stop)
     for one, other in zip(state, expected, strict=True):
         assert_near(one, other, "kernel")
 

@@ -8,7 +8,7 @@ from case import Case
 from torch import Tensor
 
 from linearize.modeling import backend
-from linearize.modeling.gated import Averaged
+from linearize.modeling.averaged import Averaged
 from linearize.modeling.launches import Launch
 from linearize.modeling.ops import averaged_attention, convolved_attention
 

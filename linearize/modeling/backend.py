@@ -25,6 +25,8 @@ _said: set[tuple[str, str]] = set()
 
 def refusal(*tensors: Tensor) -> str | None:
     """Why no kernel runs on such tensors, in words; None where one can."""
+    if torch.compiler.is_compiling():
+        return "the forward is compiled"
     if _reference.get():
         return "the reference was asked for"
     device = tensors[0].device
@@ -49,8 +51,10 @@ def interpreted() -> bool:
 def use_kernel(operation: str, *reasons: str | None) -> bool:
     """Whether the kernel of an operation runs: no reason stands against it. The first that does is remembered."""
     against = next((reason for reason in reasons if reason is not None), None)
+    if torch.compiler.is_compiling():  # which can neither remember nor warn
+        return against is None
     _ran[operation] = "triton" if against is None else f"reference: {against}"
-    if against is not None and not torch.compiler.is_compiling():
+    if against is not None:
         _say(operation, against)
     return against is None
 

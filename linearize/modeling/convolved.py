@@ -37,7 +37,7 @@ def both_halves(a: Tensor) -> Tensor:
 
 
 @full_precision
-def convolved_chunked(
+def convolved_composed(
     q: Tensor,
     k: Tensor,
     v: Tensor,

@@ -15,20 +15,19 @@ Layouts: q [B, T, H, F]; k [B, T, Hs, F], query head h reads state head h // (H 
 state after all tokens, or after the first ``stop`` [B] tokens of each row, which is how padding and tokens that may be
 taken back stay out of it. Everything is computed in fp32 or more, whatever autocast says.
 
-The ``joined`` functions put such sums and a softmax window under one normaliser; ``averaged_chunked`` is a weighted
+The ``joined`` functions put such sums and a softmax window under one normaliser; ``averaged_composed`` is a weighted
 mean of both, with gates and features made from the keys themselves (Liger).
 
 No exponent is ever positive: exp(-L_j) alone overflows after a few strong gates, so a factor exp(L_t - L_j) is split at
 a token m between the two, exp(L_t - L_m) exp(L_m - L_j), and both parts are at most one.
 """
 
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.nn.functional import logsigmoid, pad
+from torch.nn.functional import pad
 
-from .reference import window_chunked
 from .tiles import (
     accumulator,
     full_precision,
@@ -333,49 +332,3 @@ def joined_recurrent(
     probabilities = probabilities_of(queries, slots_of(k, dtype), visible, scale, softcap)
     values = with_ones(slots_of(v, dtype))
     return untile(join(probabilities, values, sums.flatten(3, 4), queries, factor, None), length, v.dtype)
-
-
-# A window averaged with the sums, gates and features made from raw keys (arXiv 2503.01496; ``liger.py``).
-
-
-class Averaged(NamedTuple):
-    """The numbers of such a layer."""
-
-    scale: float
-    window: int
-    """W, 0 for none."""
-    hgrn2: bool
-    """The key is 1 - a, not softmax(k / temperature)."""
-    steps: float
-    """N of log a = logsigmoid(k + bias) / N."""
-    bias: float = 0.0
-    temperature: float = 1.0
-    mix_window: float = 0.5
-    mix_recurrent: float = 0.5
-
-
-@full_precision
-def averaged_chunked(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    q_plain: Tensor,
-    k_plain: Tensor,
-    terms: Averaged,
-    *,
-    stop: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """(y [B, T, H, V], the state [B, G, K, V] after ``stop`` [B] tokens of each row, or None without ``stop``).
-
-    q, k are rotated, for the window; q_plain, k_plain are not, for the recurrence. Every row starts from nothing.
-    """
-    dtype = accumulator(q_plain, k_plain, v)
-    raw = k_plain.to(dtype)
-    log_decay = logsigmoid(raw + terms.bias) / terms.steps
-    key = -torch.expm1(log_decay) if terms.hgrn2 else (raw / terms.temperature).softmax(dim=-1)
-    o, state = gated_chunked(q_plain.to(dtype).softmax(dim=-1), key, v.to(dtype), log_decay, stop=stop)
-    y = terms.mix_recurrent * o
-    if terms.window:
-        near = window_chunked(q, k, v.to(dtype), scale=terms.scale, window=terms.window)
-        y = terms.mix_window * near.to(dtype) + y
-    return y.to(v.dtype), None if stop is None else state

@@ -43,17 +43,14 @@ CANDIDATES: dict[str, list[Launch]] = {
         Launch({"EVERY": every}, warps, stages)
         for every, warps, stages in ((1, 4, 2), (1, 4, 1), (1, 4, 3), (2, 4, 2), (4, 4, 2))
     ],
-    "joint_outputs": [
-        Launch({"BK": size}, 4, stages) for size, stages in ((32, 1), (64, 1), (32, 2), (64, 2))
-    ],
+    # Not 32 keys at once, nor 32 queries in one stage below: Triton 3.6 compiles them wrongly beside heads of 128.
+    "joint_outputs": [Launch({"BK": 64}, 4, stages) for stages in (1, 2)],
     "joint_queries_transfer": [Launch({"BK": 64}, 4, stages) for stages in (1, 2)],
     "joint_queries_full": [
         Launch({"BK": size}, 4, stages) for size, stages in ((32, 1), (64, 1), (32, 2), (64, 2))
     ],
     "joint_keys": [Launch({}, 4, stages) for stages in (1, 2)],
-    "joint_values": [
-        Launch({"BI": size}, 4, stages) for size, stages in ((32, 1), (64, 1), (32, 2), (64, 2))
-    ],
+    "joint_values": [Launch({"BI": size}, 4, stages) for size, stages in ((32, 2), (64, 1), (64, 2))],
     "joint_inputs": [
         Launch({"BI": size}, 4, stages) for size, stages in ((32, 1), (64, 1), (32, 2), (64, 2))
     ],

@@ -20,7 +20,7 @@ from .tiles import State, WindowKind
 WIDEST = 64  # channels of half a map that kernels hold in registers
 
 
-def mapped_chunked(
+def mapped_composed(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -48,7 +48,7 @@ def mapped_chunked(
     return y, fold(*state, phi_k, v, torch.arange(v.shape[1], device=v.device) < stop[:, None])
 
 
-def mapped_error_chunked(
+def mapped_error_composed(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -61,8 +61,8 @@ def mapped_error_chunked(
     lengths: Tensor | None = None,
     **terms: Any,
 ) -> Fit:
-    """The mean squared error of ``mapped_chunked`` against ``teacher``, and the teacher's mean square."""
-    y, _ = mapped_chunked(q, k, v, map_q, map_k, window_factor, linear_factor, **terms)
+    """The mean squared error of ``mapped_composed`` against ``teacher``, and the teacher's mean square."""
+    y, _ = mapped_composed(q, k, v, map_q, map_k, window_factor, linear_factor, **terms)
     exact = torch.promote_types(y.dtype, torch.float32)
     y, teacher = y.to(exact), teacher.to(exact)
     if lengths is not None:

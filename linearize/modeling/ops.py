@@ -14,19 +14,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .averaged import Averaged, averaged_composed
 from .backend import ran, reference_only, refusal, use_kernel
-from .convolved import convolved_chunked
+from .convolved import convolved_composed
 from .feature_maps import FeatureMap, Hedgehog, NormPreserved, NormPreservedPlain
 from .gated import (
-    Averaged,
-    averaged_chunked,
     gated_chunked,
     gated_recurrent,
     joined_chunked,
     joined_recurrent,
 )
 from .lola import Sparse, hand_over_all, sparse_chunked, sparse_recurrent
-from .mapped import mapped_chunked, mapped_error_chunked, mapped_refusal
+from .mapped import mapped_composed, mapped_error_composed, mapped_refusal
 from .mixer import Fit
 from .reference import fold, joint_chunked, joint_recurrent, window_chunked, window_recurrent
 from .routing import Past, route, routed_chunked, routed_recurrent, self_saliency_of
@@ -104,7 +103,7 @@ def mapped_attention(
     pending: int = 0,
     **terms: Any,
 ) -> tuple[Tensor, State | None]:
-    """``mapped_chunked``; with ``pending`` tokens held back, linear keys lie behind ``stop``."""
+    """``mapped_composed``; with ``pending`` tokens held back, linear keys lie behind ``stop``."""
     reasons = (
         refusal(q, k, v),
         "tokens that may be taken back are not fused" if pending else None,
@@ -115,7 +114,7 @@ def mapped_attention(
         from .triton_mapped import mapped_kernel
 
         return mapped_kernel(q, k, v, map_q, map_k, *factors, state=state, **terms)
-    return mapped_chunked(q, k, v, map_q, map_k, *factors, softcap=softcap, state=state, **terms)
+    return mapped_composed(q, k, v, map_q, map_k, *factors, softcap=softcap, state=state, **terms)
 
 
 def mapped_error(
@@ -128,14 +127,14 @@ def mapped_error(
     softcap: float | None = None,
     **terms: Any,
 ) -> Fit:
-    """``mapped_error_chunked``: what a transfer minimises."""
+    """``mapped_error_composed``: what a transfer minimises."""
     frozen = None if not any(x.requires_grad for x in (q, k, v)) else "q, k or v ask for gradients"
     refused = mapped_refusal(k, v, map_q, map_k, softcap, None)
     if use_kernel("mapped_error", refusal(q, k, v), frozen, refused):
         from .triton_mapped import mapped_error_kernel
 
         return mapped_error_kernel(q, k, v, map_q, map_k, *factors, **terms)
-    return mapped_error_chunked(q, k, v, map_q, map_k, *factors, softcap=softcap, **terms)
+    return mapped_error_composed(q, k, v, map_q, map_k, *factors, softcap=softcap, **terms)
 
 
 def _unlike(*tensors: Tensor) -> str | None:
@@ -292,7 +291,7 @@ def averaged_attention(
     *,
     stop: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """``gated.averaged_chunked``: a softmax window and a recurrence gated by the keys, averaged."""
+    """``averaged.averaged_composed``: a softmax window and a recurrence gated by the keys, averaged."""
     inputs = (q, k, v, q_plain, k_plain)
     rough = terms.hgrn2 and q.dtype != torch.float32  # 0.017 of a norm on an H100, where 0.015 is allowed
     reasons = (
@@ -302,7 +301,7 @@ def averaged_attention(
         "hgrn2 in half precision misses its tolerance" if rough else None,
     )
     if not use_kernel("averaged_attention", *reasons):
-        return averaged_chunked(*inputs, terms, stop=stop)
+        return averaged_composed(*inputs, terms, stop=stop)
     from .triton_gated_liger_backward import averaged_kernel
 
     return averaged_kernel(*inputs, terms, stop=stop)
@@ -321,11 +320,11 @@ def convolved_attention(
     stop: Tensor | None = None,
     **terms: float,
 ) -> tuple[Tensor, Tensor | None]:
-    """``convolved.convolved_chunked``: LAWCAT's layer without a window, from raw inputs."""
+    """``convolved.convolved_composed``: LAWCAT's layer without a window, from raw inputs."""
     parts = (taps_q, taps_k, map_q, map_k)
     through = _through_state(stop, *(x for x in (q, k, v, logits, *parts) if x is not None))
     if not use_kernel("convolved_attention", refusal(q, k, v, logits), _uneven(q, k, v), through):
-        return convolved_chunked(q, k, v, logits, *parts, stop=stop, **terms)
+        return convolved_composed(q, k, v, logits, *parts, stop=stop, **terms)
     from .triton_gated_convolved import convolved_kernel
 
     return convolved_kernel(q, k, v, logits, *parts, stop=stop, **terms)

@@ -171,6 +171,6 @@ def convolved_kernel(
     q: Tensor, k: Tensor, v: Tensor, logits: Tensor, taps_q: Tensor | None, taps_k: Tensor | None, map_q: Tensor,
     map_k: Tensor, *, steps: float, eps: float, stop: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """``convolved.convolved_chunked``; no gradient flows through the state."""
+    """``convolved.convolved_composed``; no gradient flows through the state."""
     inputs = (q, k, v, logits, taps_q, taps_k, map_q, map_k)
     return _Convolved.apply(*inputs, steps, eps, stop)  # pyright: ignore[reportReturnType]

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .gated import Averaged
+from .averaged import Averaged
 from .launches import Launch
 from .triton_common import load_columns, load_matrix, load_rows, store_rows
 from .triton_gated import (

@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .gated import Averaged
+from .averaged import Averaged
 from .launches import Launch
 from .triton_common import load_matrix, load_rows, load_transposed, store_rows
 from .triton_gated import (
@@ -423,5 +423,5 @@ def averaged_kernel(
     q: Tensor, k: Tensor, v: Tensor, q_plain: Tensor, k_plain: Tensor, terms: Averaged, *,
     stop: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """``gated.averaged_chunked``; no gradient flows through the state."""
+    """``averaged.averaged_composed``; no gradient flows through the state."""
     return _Averaged.apply(q, k, v, q_plain, k_plain, terms, stop)  # pyright: ignore[reportReturnType]

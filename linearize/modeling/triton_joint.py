@@ -1,6 +1,6 @@
 """The forward kernels of LoLCATs and of linear attention: y of whole rows in O(T), and the sums that decoding needs.
 
-The function is ``mapped_chunked`` of ``mapped.py``: a softmax window and Hedgehog-mapped linear attention under one
+The function is ``mapped_composed`` of ``mapped.py``: a softmax window and Hedgehog-mapped linear attention under one
 normaliser (arXiv 2410.10254, eq. 7), the row's window maximum being part of it. With tiles of BT tokens,
 
     joint_sums      S, z of the tiles before every tile (``triton_joint_sums.py``)

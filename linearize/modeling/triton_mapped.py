@@ -31,7 +31,7 @@ def mapped_kernel(
     state: State | None = None,
     stop: Tensor | None = None,
 ) -> tuple[Tensor, State | None]:
-    """``mapped_chunked``."""
+    """``mapped_composed``."""
     terms = dict(scale=scale, window=window, terraced=window_kind == "terraced")
     if stop is not None or state is not None:
         parts = _parts(q, k, v, map_q.weight, map_k.weight, window_factor, linear_factor)
@@ -58,7 +58,7 @@ def mapped_error_kernel(
     window_kind: str = "sliding",
     softcap: float | None = None,
 ) -> Fit:
-    """``mapped_error_chunked``; only maps and factors have gradients."""
+    """``mapped_error_composed``; only maps and factors have gradients."""
     terms = dict(scale=scale, window=window, terraced=window_kind == "terraced", lengths=lengths)
     parts = (q, k, v, map_q.weight, map_k.weight, window_factor, linear_factor)
     error, power = Transfer.apply(*parts, teacher, terms)  # type: ignore[misc]

@@ -6,8 +6,8 @@ from tolerances import assert_near
 from torch import Tensor
 
 from linearize.modeling import backend
-from linearize.modeling.convolved import convolved_chunked
-from linearize.modeling.gated import Averaged, averaged_chunked
+from linearize.modeling.averaged import Averaged, averaged_composed
+from linearize.modeling.convolved import convolved_composed
 from linearize.modeling.ops import averaged_attention, convolved_attention
 
 pytestmark = [
@@ -40,7 +40,7 @@ def near(actual: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
 def check(inputs: list[Tensor], terms: Averaged, dtype: torch.dtype) -> None:
     exact = [x.clone().requires_grad_() for x in inputs]
     used = exact if terms.window else exact[2:]
-    y, _ = averaged_chunked(*exact, terms)
+    y, _ = averaged_composed(*exact, terms)
     dy = torch.randn(y.shape, device="cuda", generator=torch.Generator(device="cuda").manual_seed(1)).to(
         dtype
     )
@@ -83,7 +83,7 @@ def test_longer(length):
 def test_state():
     inputs = draw(2, 700, 4, 1, 128, torch.bfloat16)
     stop = torch.tensor([700, 333], device="cuda")
-    _, expected = averaged_chunked(*inputs, GLA, stop=stop)
+    _, expected = averaged_composed(*inputs, GLA, stop=stop)
     _, state = averaged_attention(*(x.bfloat16() for x in inputs), GLA, stop=stop)
     assert state.dtype == torch.float32
     near(state, expected, torch.bfloat16)
@@ -117,7 +117,7 @@ def draw_lawcat(batch, length, heads, groups, width, dtype, spread=1.0) -> list[
 
 def check_lawcat(inputs: list[Tensor], dtype: torch.dtype) -> None:
     exact = [x.clone().requires_grad_() for x in inputs]
-    expected, _ = convolved_chunked(*exact, steps=16.0, eps=1e-10)
+    expected, _ = convolved_composed(*exact, steps=16.0, eps=1e-10)
     some = [x.to(dtype if i < 3 else torch.float32).requires_grad_() for i, x in enumerate(inputs)]
     y, _ = convolved_attention(*some, steps=16.0, eps=1e-10)
     assert backend.ran()["convolved_attention"] == "triton"
@@ -148,7 +148,7 @@ def test_lawcat_strong_gates():
 def test_lawcat_state():
     inputs = draw_lawcat(2, 700, 4, 1, 128, torch.bfloat16)
     stop = torch.tensor([700, 333], device="cuda")
-    _, expected = convolved_chunked(*inputs, steps=16.0, eps=1e-10, stop=stop)
+    _, expected = convolved_composed(*inputs, steps=16.0, eps=1e-10, stop=stop)
     some = [x.bfloat16() for x in inputs[:3]]
     with torch.no_grad():
         _, state = convolved_attention(
