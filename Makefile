@@ -8,7 +8,7 @@ demo: .venv/demo
 	$(BIN)/linearize run
 
 test: .venv/test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -q
 
 check: .venv/test
 	$(BIN)/ruff check .
