@@ -28,6 +28,8 @@ def test_a_layer_with_kernels_equals_its_reference(method, kind, monkeypatch):
         expected = outputs(method, kind, torch.device("cpu"), SIZES)
     if kind == "decode":  # states in place sum later what the reference has summed
         found, expected = found[:1], expected[:1]
-    # The window factor learns from a sum whose terms nearly cancel.
-    bound = 1e-4 if (method, kind) == ("lolcats", "transfer") else 1e-5
-    assert max(gaps(found, expected)) < bound
+    differences = gaps(found, expected)
+    if (method, kind) == ("lolcats", "transfer"):
+        # The window factor learns from a sum whose terms nearly cancel.
+        assert found[0].shape == (found[0].numel(),) and differences.pop(0) < 1e-4
+    assert max(differences) < 1e-5

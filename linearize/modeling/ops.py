@@ -27,7 +27,7 @@ from .gated import (
 from .lola import Sparse, hand_over_all, sparse_chunked, sparse_recurrent
 from .mapped import mapped_composed, mapped_error_composed, mapped_refusal
 from .mixer import Fit
-from .reference import fold, joint_chunked, joint_recurrent, window_chunked, window_recurrent
+from .reference import fold, joint_recurrent, window_chunked, window_recurrent
 from .routing import Past, route, routed_chunked, routed_recurrent, self_saliency_of
 from .routing import self_saliency as self_saliency_chunked
 from .selection import Kept, kept_chunked, kept_recurrent, merge_kept
@@ -47,7 +47,6 @@ __all__ = [
     "gated_decode",
     "joined_attention",
     "joined_decode",
-    "joint_attention",
     "joint_decode",
     "joint_step",
     "kept_attention",
@@ -75,7 +74,6 @@ __all__ = [
     "window_step",
 ]
 
-joint_attention = joint_chunked
 joint_decode = joint_recurrent
 window_attention = window_chunked
 window_decode = window_recurrent
