@@ -13,10 +13,7 @@
 import contextlib
 import copy
 import dataclasses
-import datetime
 import json
-import os
-import platform
 import shutil
 import time
 from collections.abc import Iterator, Sequence
@@ -25,18 +22,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 
-from . import __version__, checkpoint, report
+from . import checkpoint, report
 from .convert import convert, unconvert
 from .data import Corpus, build
 from .evaluate import Results, check, evaluate
+from .files import write_text
 from .generate import generate
 from .methods import adjust, build_method, method_words
 from .modeling.errors import LinearizeError, RecipeError
 from .modeling.linear import LinearConfig
 from .modeling.mixer import MethodConfig
 from .progress import Progress, Watch
+from .provenance import origin
 from .recipe import Recipe
 from .teacher import load_teacher
 from .train.finetune import finetune
@@ -317,32 +315,6 @@ def _finished(folder: Path) -> RunResult:
     return RunResult(
         folder, folder / "student", results, record["prompt"], record["continuation"], record["timings"]
     )
-
-
-def origin() -> dict[str, Any]:
-    """Where numbers come from: date, machine, versions."""
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "machine": {"system": platform.platform(), "cpus": os.cpu_count(), "gpu": gpu},
-        "versions": {
-            "linearize": __version__,
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
-    }
-
-
-def write_text(path: Path, text: str) -> None:
-    """The file whole or not at all."""
-    beside = path.with_name(f"{path.name}.tmp")
-    try:
-        beside.write_text(text, encoding="utf-8")
-        os.replace(beside, path)
-    except OSError:
-        beside.unlink(missing_ok=True)
-        raise
 
 
 def _under(name: str, progress: Watch | None) -> Watch | None:
