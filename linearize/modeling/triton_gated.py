@@ -43,12 +43,75 @@ def log_gate(x, bias, inverse):
 
 
 @triton.jit
+def split_sum(reads, x, ROWS: tl.constexpr):
+    """``reads`` (zeros and ones) times x, or x times ``reads``, as two products of 16 bits: x to within 2 ** -17."""
+    high = x.to(tl.bfloat16)
+    low = (x - high.to(tl.float32)).to(tl.bfloat16)
+    reads = reads.to(tl.bfloat16)
+    if ROWS:
+        return tl.dot(reads, low, tl.dot(reads, high))
+    else:
+        return tl.dot(low, reads, tl.dot(high, reads))
+
+
+# Running sums over a tile's tokens are products with a triangle: a scan in registers takes several times as long. fp32
+# inputs, which are promised more digits, are scanned.
+@triton.jit
+def since_rows(x, C: tl.constexpr, DTYPE: tl.constexpr):
+    """[C, F] sums over the tokens of a tile up to each, itself included."""
+    if tl.float32 == DTYPE:
+        return tl.cumsum(x, 0)
+    else:
+        token = tl.arange(0, C)
+        return split_sum(token[:, None] >= token[None, :], x, True)
+
+
+@triton.jit
+def until_rows(x, C: tl.constexpr, DTYPE: tl.constexpr):
+    """[C, F] sums over the tokens of a tile behind each."""
+    if tl.float32 == DTYPE:
+        return tl.cumsum(x, 0, reverse=True) - x
+    else:
+        token = tl.arange(0, C)
+        return split_sum(token[:, None] < token[None, :], x, True)
+
+
+@triton.jit
+def since_columns(x, C: tl.constexpr, DTYPE: tl.constexpr):
+    """``since_rows`` of [F, C]."""
+    if tl.float32 == DTYPE:
+        return tl.cumsum(x, 1)
+    else:
+        token = tl.arange(0, C)
+        return split_sum(token[:, None] <= token[None, :], x, False)
+
+
+@triton.jit
+def until_columns(x, C: tl.constexpr, DTYPE: tl.constexpr):
+    """``until_rows`` of [F, C]."""
+    if tl.float32 == DTYPE:
+        return tl.cumsum(x, 1, reverse=True) - x
+    else:
+        token = tl.arange(0, C)
+        return split_sum(token[:, None] > token[None, :], x, False)
+
+
+@triton.jit
 def softmax_rows(x, D: tl.constexpr, BLOCK: tl.constexpr):
     """softmax of x [n, BLOCK] over its first D channels."""
     if D < BLOCK:
         x = tl.where((tl.arange(0, BLOCK) < D)[None, :], x, float("-inf"))
     x = tl.exp2((x - tl.max(x, 1)[:, None]) * LOG2E)
     return x / tl.sum(x, 1)[:, None]
+
+
+@triton.jit
+def softmax_columns(x, D: tl.constexpr, BLOCK: tl.constexpr):
+    """``softmax_rows`` of [BLOCK, n]."""
+    if D < BLOCK:
+        x = tl.where((tl.arange(0, BLOCK) < D)[:, None], x, float("-inf"))
+    x = tl.exp2((x - tl.max(x, 0)[None, :]) * LOG2E)
+    return x / tl.sum(x, 0)[None, :]
 
 
 @triton.jit

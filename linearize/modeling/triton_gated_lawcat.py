@@ -22,7 +22,18 @@ from torch import Tensor
 
 from .launches import Launch
 from .triton_common import load_matrix, load_rows, store_rows
-from .triton_gated import REACH, blocks, gated_dtype, padded, precision, scan, steps_of
+from .triton_gated import (
+    REACH,
+    blocks,
+    gated_dtype,
+    padded,
+    precision,
+    scan,
+    since_columns,
+    since_rows,
+    steps_of,
+    until_columns,
+)
 from .triton_gated_maps import (
     all_features_by_columns,
     all_gates_by_columns,
@@ -84,7 +95,7 @@ def states_kernel(
         whole = tl.sum(log_decay, 1)
         total += whole
         of_tile += whole
-        late *= tl.exp(tl.cumsum(log_decay, 1, reverse=True) - log_decay)
+        late *= tl.exp(until_columns(log_decay, BT, DTYPE))
         values = load_rows(v, t, v_t, ends, V, VP, BT).to(DTYPE)
         z = z * tl.exp(whole) + tl.sum(late, 1)
         state = tl.dot(late.to(DTYPE), values, state * tl.exp(whole)[:, None], input_precision=PRECISION)
@@ -130,13 +141,13 @@ def outputs_kernel(
         early_plus, early_minus = features_by_columns(
             k, taps_k, map_k, t, k_t, time, K, KP, f, FP, TAPS_K, C, PRECISION
         )
-        reach = tl.exp(tl.cumsum(gates_by_columns(logits, t, g_t, time, inverse, f, FP, C), 1))
+        reach = tl.exp(since_columns(gates_by_columns(logits, t, g_t, time, inverse, f, FP, C), C, DTYPE))
         early_plus = (early_plus / reach).to(DTYPE)
-        reach = tl.exp(tl.cumsum(gates_by_columns(logits + f, t, g_t, time, inverse, f, FP, C), 1))
+        reach = tl.exp(since_columns(gates_by_columns(logits + f, t, g_t, time, inverse, f, FP, C), C, DTYPE))
         early_minus = (early_minus / reach).to(DTYPE)
     plus, minus = features_by_rows(q, taps_q, map_q, t, q_t, time, K, KP, f, FP, TAPS_Q, C, PRECISION)
     tile = (b * H + h) * tiles + n
-    running = tl.cumsum(gates_by_rows(logits, t, g_t, time, inverse, f, FP, C), 0)
+    running = since_rows(gates_by_rows(logits, t, g_t, time, inverse, f, FP, C), C, DTYPE)
     if STRONG:
         key_plus, key_minus = features_by_rows(
             k, taps_k, map_k, t, k_t, time, K, KP, f, FP, TAPS_K, C, PRECISION
@@ -145,7 +156,7 @@ def outputs_kernel(
     plus = plus * tl.exp(running)
     weight = tl.sum(plus * channels(fine_z + tile * F, f, FP)[None, :], 1)
     plus = plus.to(DTYPE)
-    running = tl.cumsum(gates_by_rows(logits + f, t, g_t, time, inverse, f, FP, C), 0)
+    running = since_rows(gates_by_rows(logits + f, t, g_t, time, inverse, f, FP, C), C, DTYPE)
     if STRONG:
         scores = pairwise_scores(scores, minus, key_minus, running, C, False)
     minus = minus * tl.exp(running)
@@ -188,7 +199,7 @@ class Layer(NamedTuple):
         return {
             "H": self.q.shape[2], "R": self.q.shape[2] // self.k.shape[2],
             "K": key_dim, "KP": padded(key_dim), "V": value_dim, "VP": padded(value_dim),
-            "f": f, "FP": padded(f), "C": blocks("gated_lawcat_states", self.v)[0]["C"],
+            "f": f, "FP": half_width(f, self.v.dtype), "C": blocks("gated_lawcat_states", self.v)[0]["C"],
             "PRECISION": precision(self.v.dtype), "DTYPE": gated_dtype(self.v.dtype)[0],
         }  # fmt: skip
 
@@ -289,6 +300,12 @@ def outputs(
             STRONG=is_strong, SAVE=save, **options,
         )  # fmt: skip
     return y, den
+
+
+def half_width(f: int, dtype: torch.dtype) -> int:
+    """The block of a half of the features. In 16 bits it is 64 or more: Triton 3.6 compiles the gradients of 32 wrongly
+    for Hopper, by an eighth of q's and any number for k's."""
+    return padded(f) if dtype == torch.float32 else max(64, padded(f))
 
 
 def taps_of(taps: Tensor) -> int:

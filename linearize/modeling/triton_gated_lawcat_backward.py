@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from .triton_common import load_matrix, load_rows, store_rows
-from .triton_gated import earlier
+from .triton_gated import earlier, since_columns, since_rows, until_rows
 from .triton_gated_maps import (
     all_features_by_columns,
     all_gates_by_columns,
@@ -95,7 +95,7 @@ def back_states_kernel(
                 tl.store(fine_z + tile * F + at, z, mask=there)
         reading = all_features_by_columns(q, taps, map, t, q_t, time, K, KP, f, FP, TAPS_Q, BT, PRECISION)
         log_decay = all_gates_by_columns(logits, t, g_t, time, inverse, f, FP, BT)
-        reading *= tl.exp(tl.cumsum(log_decay, 1))
+        reading *= tl.exp(since_columns(log_decay, BT, DTYPE))
         kept = tl.exp(tl.sum(log_decay, 1))
         u, share = load_wanted(dy, den, e, t, time, H, V, VP, DTYPE, BT)
         z = z * kept + tl.sum(reading * share[None, :], 1)
@@ -111,22 +111,22 @@ def decayed(
     OF_KEYS: tl.constexpr,
 ):  # fmt: skip
     """One half [C, FP] times its decay from the tile's start, or of keys, over it, for a product."""
-    running = tl.cumsum(gates_by_rows(logits, t, g_t, time, inverse, f, FP, C), 0)
+    running = since_rows(gates_by_rows(logits, t, g_t, time, inverse, f, FP, C), C, DTYPE)
     return (phi * tl.exp(-running if OF_KEYS else running)).to(DTYPE)
 
 
 @triton.jit
 def half_of_queries(
     phi_k, pairs, u, share, logits, t, g_t, time, inverse, state, z,
-    V: tl.constexpr, VP: tl.constexpr, f: tl.constexpr, FP: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr,
-    STRONG: tl.constexpr,
+    V: tl.constexpr, VP: tl.constexpr, f: tl.constexpr, FP: tl.constexpr, C: tl.constexpr, DTYPE: tl.constexpr,
+    PRECISION: tl.constexpr, STRONG: tl.constexpr,
 ):  # fmt: skip
     """dphi_q [C, FP] of one half; phi_k and pairs are ready for a product where they are not ``STRONG``."""
     found = tl.dot(u, tl.trans(load_matrix(state, f, V, FP, VP)), input_precision=PRECISION)
     found -= share[:, None] * channels(z, f, FP)[None, :]
     if not STRONG:
         found = tl.dot(pairs, phi_k, found, input_precision=PRECISION)
-    running = tl.cumsum(gates_by_rows(logits, t, g_t, time, inverse, f, FP, C), 0)
+    running = since_rows(gates_by_rows(logits, t, g_t, time, inverse, f, FP, C), C, DTYPE)
     found *= tl.exp(running)
     if STRONG:
         found += pairwise_gradient(pairs, phi_k, running, C, FP, False)
@@ -177,11 +177,11 @@ def queries_kernel(
         pairs = pairs.to(DTYPE)
     on_plus = half_of_queries(
         key_plus, pairs, u, share, logits, t, g_t, time, inverse, fine + tile * F * V, fine_z + tile * F,
-        V, VP, f, FP, C, PRECISION, STRONG,
+        V, VP, f, FP, C, DTYPE, PRECISION, STRONG,
     )  # fmt: skip
     on_minus = half_of_queries(
         key_minus, pairs, u, share, logits + f, t, g_t, time, inverse, fine + tile * F * V + f * V,
-        fine_z + tile * F + f, V, VP, f, FP, C, PRECISION, STRONG,
+        fine_z + tile * F + f, V, VP, f, FP, C, DTYPE, PRECISION, STRONG,
     )  # fmt: skip
     plus, minus = features_by_rows(
         q + b * q_b + h * q_h, taps_q + h * K * TAPS_Q, map_q + h * K * f, t, q_t, time,
@@ -198,20 +198,20 @@ def queries_kernel(
 @triton.jit
 def half_of_keys(
     phi_q, pairs, values, logits, t, g_t, time, inverse, behind, behind_z,
-    V: tl.constexpr, VP: tl.constexpr, f: tl.constexpr, FP: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr,
-    STRONG: tl.constexpr,
+    V: tl.constexpr, VP: tl.constexpr, f: tl.constexpr, FP: tl.constexpr, C: tl.constexpr, DTYPE: tl.constexpr,
+    PRECISION: tl.constexpr, STRONG: tl.constexpr,
 ):  # fmt: skip
     """dphi_k [C, FP] of one half."""
     found = tl.dot(values, tl.trans(load_matrix(behind, f, V, FP, VP)), input_precision=PRECISION)
     found -= channels(behind_z, f, FP)[None, :]
     log_decay = gates_by_rows(logits, t, g_t, time, inverse, f, FP, C)
     if STRONG:
-        found *= tl.exp(tl.cumsum(log_decay, 0, reverse=True) - log_decay)
-        found += pairwise_gradient(pairs, phi_q, tl.cumsum(log_decay, 0), C, FP, True)
+        found *= tl.exp(until_rows(log_decay, C, DTYPE))
+        found += pairwise_gradient(pairs, phi_q, since_rows(log_decay, C, DTYPE), C, FP, True)
     else:
         found *= tl.exp(tl.sum(log_decay, 0))[None, :]
         found = tl.dot(pairs, phi_q, found, input_precision=PRECISION)
-        found *= tl.exp(-tl.cumsum(log_decay, 0))
+        found *= tl.exp(-since_rows(log_decay, C, DTYPE))
     return found
 
 
@@ -219,6 +219,7 @@ def half_of_keys(
 def half_of_gates(
     on_keys, change, t, stride, time, behind, behind_z, before, before_z, last,
     V: tl.constexpr, VP: tl.constexpr, f: tl.constexpr, FP: tl.constexpr, C: tl.constexpr,
+    DTYPE: tl.constexpr,
 ):  # fmt: skip
     """dlog a [C, FP] of one half, from phi_k dphi_k and, in ``change``, phi_q dphi_q."""
     later = tl.zeros([FP], tl.float32)
@@ -232,7 +233,7 @@ def half_of_gates(
             kept = tl.load(before + at, mask=there, other=0.0).to(tl.float32)
             later += tl.sum(kept * tl.load(behind + at, mask=there, other=0.0).to(tl.float32), 1)
     ahead = load_rows(change, t, stride, time, f, FP, C).to(tl.float32) - on_keys
-    return tl.cumsum(ahead, 0, reverse=True) + later[None, :]
+    return ahead + until_rows(ahead, C, DTYPE) + later[None, :]
 
 
 @triton.jit(do_not_specialize=["time"])
@@ -286,11 +287,28 @@ def keys_kernel(
     if not STRONG:
         pairs = pairs.to(DTYPE)
     on_plus = half_of_keys(
-        plus, pairs, values, logits, t, g_t, time, inverse, fine, fine_z, V, VP, f, FP, C, PRECISION, STRONG
+        plus,
+        pairs,
+        values,
+        logits,
+        t,
+        g_t,
+        time,
+        inverse,
+        fine,
+        fine_z,
+        V,
+        VP,
+        f,
+        FP,
+        C,
+        DTYPE,
+        PRECISION,
+        STRONG,
     )
     on_minus = half_of_keys(
         minus, pairs, values, logits + f, t, g_t, time, inverse, fine + f * V, fine_z + f,
-        V, VP, f, FP, C, PRECISION, STRONG,
+        V, VP, f, FP, C, DTYPE, PRECISION, STRONG,
     )  # fmt: skip
     key_plus, key_minus = features_by_rows(
         k + b * k_b + g * k_h, taps_k + h * K * TAPS_K, map_k + h * K * f, t, k_t, time,
@@ -302,12 +320,12 @@ def keys_kernel(
     store_rows(da + b * time * (H * f) + h * f, found, t, H * f, time, f, FP, C)
     last = n + 1 == tiles
     gate = half_of_gates(
-        on_plus, change, t, H * F, time, fine, fine_z, before, before_z, last, V, VP, f, FP, C
+        on_plus, change, t, H * F, time, fine, fine_z, before, before_z, last, V, VP, f, FP, C, DTYPE
     )
     store_rows(of_gate, gate, t, H * F, time, f, FP, C)
     gate = half_of_gates(
         on_minus, change + f, t, H * F, time, fine + f * V, fine_z + f, before + f * V, before_z + f, last,
-        V, VP, f, FP, C,
+        V, VP, f, FP, C, DTYPE,
     )  # fmt: skip
     store_rows(of_gate + f, gate, t, H * F, time, f, FP, C)
 
@@ -338,9 +356,9 @@ def values_kernel(
             q, taps_q, map_q, t, q_t, time, K, KP, f, FP, TAPS_Q, C, PRECISION
         )
         log_decay = gates_by_columns(logits, t, g_t, time, inverse, f, FP, C)
-        read_plus = (read_plus * tl.exp(tl.cumsum(log_decay, 1))).to(DTYPE)
+        read_plus = (read_plus * tl.exp(since_columns(log_decay, C, DTYPE))).to(DTYPE)
         log_decay = gates_by_columns(logits + f, t, g_t, time, inverse, f, FP, C)
-        read_minus = (read_minus * tl.exp(tl.cumsum(log_decay, 1))).to(DTYPE)
+        read_minus = (read_minus * tl.exp(since_columns(log_decay, C, DTYPE))).to(DTYPE)
     plus, minus = features_by_rows(
         k + b * k_b + g * k_h, taps_k + h * K * TAPS_K, map_k + h * K * f, t, k_t, time,
         K, KP, f, FP, TAPS_K, C, PRECISION,
@@ -349,9 +367,9 @@ def values_kernel(
         read_plus, read_minus = features_by_rows(
             q, taps_q, map_q, t, q_t, time, K, KP, f, FP, TAPS_Q, C, PRECISION
         )
-        running = tl.cumsum(gates_by_rows(logits, t, g_t, time, inverse, f, FP, C), 0)
+        running = since_rows(gates_by_rows(logits, t, g_t, time, inverse, f, FP, C), C, DTYPE)
         scores = pairwise_scores(tl.zeros([C, C], tl.float32), read_plus, plus, running, C, True)
-        running = tl.cumsum(gates_by_rows(logits + f, t, g_t, time, inverse, f, FP, C), 0)
+        running = since_rows(gates_by_rows(logits + f, t, g_t, time, inverse, f, FP, C), C, DTYPE)
         scores = pairwise_scores(scores, read_minus, minus, running, C, True)
     else:
         early = decayed(plus, logits, t, g_t, time, inverse, f, FP, C, DTYPE, True)
@@ -361,9 +379,9 @@ def values_kernel(
         scores = tl.where(earlier(C, True), scores, 0.0)
     scores = scores.to(DTYPE)
     log_decay = gates_by_rows(logits, t, g_t, time, inverse, f, FP, C)
-    late_plus = (plus * tl.exp(tl.cumsum(log_decay, 0, reverse=True) - log_decay)).to(DTYPE)
+    late_plus = (plus * tl.exp(until_rows(log_decay, C, DTYPE))).to(DTYPE)
     log_decay = gates_by_rows(logits + f, t, g_t, time, inverse, f, FP, C)
-    late_minus = (minus * tl.exp(tl.cumsum(log_decay, 0, reverse=True) - log_decay)).to(DTYPE)
+    late_minus = (minus * tl.exp(until_rows(log_decay, C, DTYPE))).to(DTYPE)
     token = t + tl.arange(0, C)
     weight = tl.load(den + b * time * H + h + token.to(tl.int64) * H, mask=token < time, other=1.0)
     u = load_rows(dy + b * time * (H * V) + h * V, t, H * V, time, V, VP, C).to(tl.float32) / weight[:, None]

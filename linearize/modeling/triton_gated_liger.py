@@ -31,9 +31,11 @@ from .triton_gated import (
     precision,
     run_scores,
     scan,
+    softmax_columns,
     softmax_rows,
     steps_of,
     store_matrix,
+    until_columns,
 )
 
 
@@ -60,6 +62,37 @@ def key_features(
     raw = load_rows(x, start, stride, stop, K, KP, BT).to(tl.float32)
     live = (start + tl.arange(0, BT) < stop)[:, None]
     return tl.where(live, softmax_rows(raw * sharpness, K, KP), 0.0)
+
+
+@triton.jit
+def key_gates_by_columns(
+    x, start, stride, stop, bias, inverse, K: tl.constexpr, KP: tl.constexpr, BT: tl.constexpr
+):  # fmt: skip
+    """``key_gates`` [KP, BT]."""
+    raw = load_columns(x, start, stride, stop, K, KP, BT).to(tl.float32)
+    live = (start + tl.arange(0, BT) < stop)[None, :]
+    if K < KP:
+        live = live & (tl.arange(0, KP) < K)[:, None]
+    return tl.where(live, log_gate(raw, bias, inverse), 0.0)
+
+
+@triton.jit
+def key_features_by_columns(
+    x, start, stride, stop, bias, inverse, sharpness,
+    K: tl.constexpr, KP: tl.constexpr, BT: tl.constexpr, HGRN2: tl.constexpr,
+):  # fmt: skip
+    """``key_features`` [KP, BT]."""
+    if HGRN2:
+        return 1.0 - tl.exp(key_gates_by_columns(x, start, stride, stop, bias, inverse, K, KP, BT))
+    raw = load_columns(x, start, stride, stop, K, KP, BT).to(tl.float32)
+    live = (start + tl.arange(0, BT) < stop)[None, :]
+    return tl.where(live, softmax_columns(raw * sharpness, K, KP), 0.0)
+
+
+@triton.jit
+def query_features_by_columns(x, start, stride, stop, K: tl.constexpr, KP: tl.constexpr, BT: tl.constexpr):
+    """``query_features`` [KP, BT]."""
+    return softmax_columns(load_columns(x, start, stride, stop, K, KP, BT).to(tl.float32), K, KP)
 
 
 @triton.jit
@@ -100,18 +133,18 @@ def states_kernel(
             if t % C == 0:
                 store_matrix(fine + (row * tl.cdiv(time, C) + t // C) * K * V, state, K, V, KP, VP)
                 of_tile = tl.zeros([KP], tl.float32)
-        log_decay = key_gates(k_plain, t, k_t, ends, bias, inverse, K, KP, BT)
-        whole = tl.sum(log_decay, 0)
+        log_decay = key_gates_by_columns(k_plain, t, k_t, ends, bias, inverse, K, KP, BT)
+        whole = tl.sum(log_decay, 1)
         total += whole
         if MODE == "fine":
             of_tile += whole
             above = tl.min(of_tile, 0) < -REACH
             tl.store(strong + row * tl.cdiv(time, C) + t // C, above.to(tl.int8))
-        late = tl.exp(tl.cumsum(log_decay, 0, reverse=True) - log_decay)
-        late *= key_features(k_plain, t, k_t, ends, bias, inverse, sharpness, K, KP, BT, HGRN2)
+        late = tl.exp(until_columns(log_decay, BT, DTYPE))
+        late *= key_features_by_columns(k_plain, t, k_t, ends, bias, inverse, sharpness, K, KP, BT, HGRN2)
         values = load_rows(v, t, v_t, ends, V, VP, BT).to(DTYPE)
         state = state * tl.exp(whole)[:, None]
-        state = tl.dot(tl.trans(late.to(DTYPE)), values, state, input_precision=PRECISION)
+        state = tl.dot(late.to(DTYPE), values, state, input_precision=PRECISION)
     if MODE == "sums":
         store_matrix(sums + (row * segments + n) * K * V, state, K, V, KP, VP)
         tl.store(totals + (row * segments + n) * K + tl.arange(0, KP), total, mask=tl.arange(0, KP) < K)

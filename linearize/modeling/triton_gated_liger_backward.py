@@ -36,8 +36,11 @@ from .triton_gated import (
     run_gradient,
     run_scores,
     scan,
+    since_columns,
+    since_rows,
     steps_of,
     store_matrix,
+    until_rows,
 )
 from .triton_gated_liger import (
     Shape,
@@ -45,7 +48,9 @@ from .triton_gated_liger import (
     gate_of,
     key_features,
     key_gates,
+    key_gates_by_columns,
     query_features,
+    query_features_by_columns,
     shape_of,
     tile_states,
 )
@@ -78,13 +83,13 @@ def back_states_kernel(
         if MODE == "fine":  # noqa: SIM102
             if ((t + BT) % C == 0) | (i == 0):
                 store_matrix(fine + (row * tl.cdiv(time, C) + t // C) * K * V, state, K, V, KP, VP)
-        log_decay = key_gates(k_plain, t, k_t, time, bias, inverse, K, KP, BT)
-        reach = tl.exp(tl.cumsum(log_decay, 0))
-        state = state * tl.exp(tl.sum(log_decay, 0))[:, None]
+        log_decay = key_gates_by_columns(k_plain, t, k_t, time, bias, inverse, K, KP, BT)
+        reach = tl.exp(since_columns(log_decay, BT, DTYPE))
+        state = state * tl.exp(tl.sum(log_decay, 1))[:, None]
         for r in range(0, R):
-            reading = query_features(q_plain + r * q_h, t, q_t, time, K, KP, BT) * reach
+            reading = query_features_by_columns(q_plain + r * q_h, t, q_t, time, K, KP, BT) * reach
             wanted = load_rows(dy + r * V, t, G * R * V, time, V, VP, BT).to(DTYPE)
-            state = tl.dot(tl.trans(reading.to(DTYPE)), wanted, state, input_precision=PRECISION)
+            state = tl.dot(reading.to(DTYPE), wanted, state, input_precision=PRECISION)
     if MODE == "sums":
         store_matrix(sums + (row * segments + n) * K * V, state, K, V, KP, VP)
 
@@ -112,7 +117,7 @@ def queries_kernel(
     for i in range(0, C // BT):
         t = n * C + i * BT
         log_decay = key_gates(k_plain, t, k_t, time, bias, inverse, K, KP, BT)
-        reach = tl.exp(tl.cumsum(log_decay, 0))
+        reach = tl.exp(tl.cumsum(log_decay, 0) if STRONG else since_rows(log_decay, BT, DTYPE))
         phi_k = key_features(k_plain, t, k_t, time, bias, inverse, sharpness, K, KP, BT, HGRN2)
         if not STRONG:
             early = (phi_k / reach).to(DTYPE)
@@ -161,7 +166,7 @@ def keys_kernel(
     for i in range(0, C // BT):
         t = n * C + C - BT - i * BT
         log_decay = key_gates(k_plain, t, k_t, time, bias, inverse, K, KP, BT)
-        reach = tl.exp(tl.cumsum(log_decay, 0))
+        reach = tl.exp(tl.cumsum(log_decay, 0) if STRONG else since_rows(log_decay, BT, DTYPE))
         values = load_rows(v, t, v_t, time, V, VP, BT).to(DTYPE)
         if STRONG:
             since = tl.exp(tl.cumsum(log_decay, 0, reverse=True) - log_decay)
@@ -212,27 +217,30 @@ def values_kernel(
     for i in range(0, C // BT):
         t = n * C + C - BT - i * BT
         log_decay = key_gates(k_plain, t, k_t, time, bias, inverse, K, KP, BT)
-        reach = tl.exp(tl.cumsum(log_decay, 0))
         phi_k = key_features(k_plain, t, k_t, time, bias, inverse, sharpness, K, KP, BT, HGRN2)
         if STRONG:
+            reach = tl.exp(tl.cumsum(log_decay, 0))
             late = (phi_k * tl.exp(tl.cumsum(log_decay, 0, reverse=True) - log_decay)).to(DTYPE)
             found = tl.dot(late, state.to(DTYPE), input_precision=PRECISION)
             state = state * tl.exp(tl.sum(log_decay, 0))[:, None]
         else:
-            early = phi_k / reach
+            early = phi_k * tl.exp(-since_rows(log_decay, BT, DTYPE))
             late = (early * tl.exp(tl.sum(log_decay, 0))[None, :]).to(DTYPE)
             early = early.to(DTYPE)
+            log_decay = key_gates_by_columns(k_plain, t, k_t, time, bias, inverse, K, KP, BT)
+            reach = tl.exp(since_columns(log_decay, BT, DTYPE))
             state = load_matrix(fine + tile * K * V, K, V, KP, VP)
             found = tl.dot(late, state, input_precision=PRECISION)
         for r in range(0, R):
-            phi_q = query_features(q_plain + r * q_h, t, q_t, time, K, KP, BT)
-            reading = (phi_q * reach).to(DTYPE)
             wanted = load_rows(dy + r * V, t, G * R * V, time, V, VP, BT).to(DTYPE)
             if STRONG:
+                phi_q = query_features(q_plain + r * q_h, t, q_t, time, K, KP, BT)
+                reading = (phi_q * reach).to(DTYPE)
                 scores = run_scores(phi_q, phi_k, log_decay, KP, DTYPE, PRECISION, True)
                 state = tl.dot(tl.trans(reading), wanted, state, input_precision=PRECISION)
             else:
-                scores = tl.dot(early, tl.trans(reading), input_precision=PRECISION)
+                reading = query_features_by_columns(q_plain + r * q_h, t, q_t, time, K, KP, BT) * reach
+                scores = tl.dot(early, reading.to(DTYPE), input_precision=PRECISION)
                 scores = tl.where(earlier(C, True), scores, 0.0)
             found = tl.dot(scores.to(DTYPE), wanted, found, input_precision=PRECISION)
         found = found * factor
@@ -247,7 +255,7 @@ def gates_kernel(
     q_b, q_t, q_h, k_b, k_t, k_h,
     time, bias, inverse, sharpness, factor,
     G: tl.constexpr, R: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, V: tl.constexpr, VP: tl.constexpr,
-    HGRN2: tl.constexpr, C: tl.constexpr,
+    HGRN2: tl.constexpr, C: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """dphi_q phi_q comes back from dq = phi_q (dphi_q - phi_q . dphi_q) and the inner product."""
     n, g, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
@@ -278,7 +286,7 @@ def gates_kernel(
             kept = tl.load(before + (tile + 1) * K * V + at, mask=there, other=0.0).to(tl.float32)
             read = tl.load(behind + tile * K * V + at, mask=there, other=0.0).to(tl.float32)
             later += tl.sum(kept * read, 1)
-    of_gate = tl.cumsum(change, 0, reverse=True) + (later * factor)[None, :]
+    of_gate = change + until_rows(change, C, DTYPE) + (later * factor)[None, :]
     raw = load_rows(k_plain, t, k_t, time, K, KP, C).to(tl.float32)
     if HGRN2:
         of_gate -= (1.0 - phi_k) * of_features
@@ -394,7 +402,7 @@ def gates(
     gates_kernel[(shape.tiles, shape.groups, shape.batch)](
         q_plain, k_plain, dq, inner, dphi, before, behind, dk, *steps_of(q_plain), *steps_of(k_plain),
         shape.time, *gate_of(terms), terms.mix_recurrent, G=shape.groups, R=shape.per_group, **shape.widths,
-        HGRN2=terms.hgrn2, C=shape.tile, **options,
+        HGRN2=terms.hgrn2, C=shape.tile, DTYPE=gated_dtype(dq.dtype)[0], **options,
     )  # fmt: skip
     return dk
 

@@ -20,9 +20,9 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU"),
 ]
 SIZES = Sizes(heads=8, kv_heads=2, head_dim=128, tokens=1000, batch=3)
-ROUNDING = (
-    1e-2  # of the norm: sums of bf16 products in another order; an error of a kernel is of another size
-)
+# Of the norm, between two computations in bf16: twice what the table allows each, and a third more for the gradients of
+# STILL's maps (.031). Compiled wrongly, kernels have been off by .12 and more.
+ROUNDING = 4e-2
 
 
 def differing(method: str, kind: str, device: torch.device) -> dict[str, float]:
