@@ -18,7 +18,7 @@ SPILLS = {
     "gated_liger_values 128": 48,
     "gated_lawcat_outputs 128": 64,
     "gated_lawcat_outputs_strong 128": 64,
-    "gated_lawcat_keys 128": 16,
+    "gated_lawcat_keys": 16,
     "gated_lawcat_values 128": 64,
     "gated_lawcat_queries_strong 128": 16,
 }
