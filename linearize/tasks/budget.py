@@ -8,11 +8,11 @@ the reference implementations, which leave more room.
 import bisect
 import hashlib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
-from typing import Any, Literal
+from typing import Literal
 
 from ..modeling.errors import DataError
 from .recall import FILLER, Tokenizer, piece, prefix
