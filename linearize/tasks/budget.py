@@ -106,12 +106,12 @@ class Counter:
         return piece(self.tokenizer, f" {text}")
 
 
-def largest(cost: Callable[[int], int], room: int, most: int | None = None) -> int:
+def largest(cost: Callable[[int], int], room: int, most: int | None = None, step: int = 8) -> int:
     """The largest k from 0 to `most` whose `cost`, which grows with k, is at most `room`; 0 where none is.
 
-    By interpolation, with halves between: a cost is a tokenizer's work on a whole prompt.
+    By interpolation, with halves between: a cost is a tokenizer's work on a whole prompt. `step` is tried first.
     """
-    low, at_low, high, at_high, step, turn = 0, cost(0), None, 0, 8, 0
+    low, at_low, high, at_high, turn = 0, cost(0), None, 0, 0
     while most is None or low < most:
         if high is None:
             guess = low + step if most is None else min(low + step, most)
@@ -162,4 +162,5 @@ def fill(
     if smallest > length - reserve:
         raise short(name, length, smallest + reserve)
     most = None if limit is None else largest(size, limit)
-    return build(size(largest(lambda k: count(build(size(k))), room, most)))
+    step = 8 if how == "grid" else 1  # units are small and even, rungs are neither
+    return build(size(largest(lambda k: count(build(size(k))), room, most, step)))
