@@ -47,6 +47,34 @@ Rate = Annotated[float, BeforeValidator(read_number), Field(ge=0)]
 PositiveRate = Annotated[float, BeforeValidator(read_number), Field(gt=0)]
 Share = Annotated[float, BeforeValidator(read_number), Field(ge=0, le=1)]
 RecallTask = Literal["passkey", "number_in_noise", "number_in_text", "uuid_in_text"]
+SuiteTask = Literal[
+    "niah_single_1",
+    "niah_single_2",
+    "niah_single_3",
+    "niah_multikey_1",
+    "niah_multikey_2",
+    "niah_multikey_3",
+    "niah_multivalue",
+    "niah_multiquery",
+    "vt",
+    "cwe",
+    "fwe",
+    "passkey",
+    "passkey_legacy",
+    "kv_number",
+    "kv_uuid",
+    "copying_fresh_16",
+    "copying_fresh_64",
+    "copying_fresh_256",
+    "copying_fresh_1024",
+    "copying_natural_16",
+    "copying_natural_64",
+    "copying_natural_256",
+    "copying_natural_1024",
+    "qa1",
+    "qa2",
+    "qa3",
+]
 
 
 class Section(BaseModel):
@@ -223,6 +251,27 @@ class Control(Section):
         return self
 
 
+class Suite(Section):
+    """The recall suite, in generated answers and by likelihood; empty of tasks and preset, it is not run.
+
+    A preset sets the prompts of each task and length (50, 100 or 500), and means every task where none is named.
+    ``haystack`` is ``held_out``, ``noise``, or a text file.
+    """
+
+    preset: Literal["smoke", "standard", "publication"] | None = None
+    tasks: list[SuiteTask] = []
+    lengths: Annotated[list[Positive], Field(min_length=1)] | None = None
+    samples: Positive | None = None
+    depths: list[Share] = [0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0]
+    fill: Literal["grid", "ruler"] = "grid"
+    haystack: Annotated[str, Field(min_length=1)] = "held_out"
+    seed: Annotated[Count, Field(lt=2**32)] = 42
+
+    @property
+    def wanted(self) -> bool:
+        return bool(self.tasks or self.preset)
+
+
 class Evaluate(Section):
     """What is measured on the saved folder, reloaded, beside a separately loaded teacher."""
 
@@ -234,6 +283,7 @@ class Evaluate(Section):
     recall_samples: Positive = 50
     generate_tokens: Count = 60
     prompt: str | None = None
+    suite: Suite = Suite()
 
 
 class Recipe(Section):

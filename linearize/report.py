@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from .evaluate import TEACHER, Cell, Results
+from .evaluate import TEACHER, Cell, Results, SuiteCell
 from .evaluate.likelihood import difference
 from .evaluate.statistics import Interval, mcnemar
 
@@ -30,6 +30,7 @@ def tables(
 ) -> list[Table]:
     """All tables of the results; with `buckets`, fidelity by position too. Nothing measured, no table."""
     made = [fidelity(results), *(positions(results) if buckets else ()), recall(results)]
+    made += [suite(results), suite_not_run(results)]
     return [table for table in [*made, comparison(results), memory(results, memory_lens)] if table.rows]
 
 
@@ -121,6 +122,69 @@ def recall(results: Results) -> Table:
         f"Prompts with every answer token right [95 % Wilson]; the same for all models (seed {results.seed})."
     )
     return Table("Recall", note, ["task", "length", *results.models, "prompts"], rows)
+
+
+def suite(results: Results) -> Table:
+    """One row per task and length of the recall suite: every model's score, and likelihood against generation."""
+    found = results.suite
+    lines = found.lines() if found else []
+    students = [name for name in results.models if name != TEACHER]
+    header = ["task", "length", *results.models, *(f"{name} minus {TEACHER}" for name in students)]
+    header += [*(f"likelihood, {name}" for name in results.models), "prompts", "remarks"]
+    rows = []
+    for task, length in dict.fromkeys((cell.task, cell.length) for cell in lines):
+        at = {cell.model: cell for cell in lines if (cell.task, cell.length) == (task, length)}
+        base = at[TEACHER]
+        remarks = [f"teacher below {'chance' if task.startswith('qa') else 'gate'}"] if base.gated else []
+        remarks += [] if base.reportable else ["not reportable"]
+        if found:
+            same = [cell for cell in found.baselines if (cell.task, cell.length) == (task, length)]
+            remarks += [f"{cell.model} {100 * cell.score:.0f} %" for cell in same]
+        rows.append(
+            [
+                base.label,
+                f"{length:,}" if length else "facts alone" if task.startswith("qa") else "no filler",
+                *(_score(at[name]) for name in results.models),
+                *(_apart(at[name]) for name in students),
+                *(_likely(at[name]) for name in results.models),
+                str(base.samples),
+                "; ".join(remarks),
+            ]
+        )
+    note = " ".join(
+        [
+            "Generated answers, mean score [95 %: Wilson, or bootstrap where an answer is right in part]; strict: "
+            "the first answer given is right; likelihood: points by which it exceeds generation in brackets; "
+            f"gate: the teacher's lower bound is at least {100 * GATE:.0f} %, or above chance.",
+            *(found.notes if found else []),
+        ]
+    )
+    return Table("Recall suite", note, header, rows)
+
+
+def suite_not_run(results: Results) -> Table:
+    """Tasks of the suite that were asked for and not measured, with the reason."""
+    missing = results.suite.not_run if results.suite else []
+    rows = [[entry.label, f"{entry.length:,}", f"not run: {entry.reason}"] for entry in missing]
+    return Table("Recall suite, not run", "Nothing is said of these.", ["task", "length", "why"], rows)
+
+
+def _score(cell: SuiteCell) -> str:
+    told = f"{100 * cell.score:.0f} % {_between((100 * cell.low, 100 * cell.high), '.0f')}"
+    return told + (f", strict {100 * cell.strict:.0f} %" if abs(cell.strict - cell.score) > 1e-9 else "")
+
+
+def _apart(cell: SuiteCell) -> str:
+    if cell.difference is None or cell.difference_interval is None:
+        return ""
+    low, high = cell.difference_interval
+    return f"{100 * cell.difference:+.0f} {_between((100 * low, 100 * high), '+.0f')}"
+
+
+def _likely(cell: SuiteCell) -> str:
+    if cell.likelihood is None or cell.gap is None:
+        return ""
+    return f"{100 * cell.likelihood:.0f} % ({cell.gap:+.0f})"
 
 
 def comparison(results: Results) -> Table:

@@ -7,6 +7,7 @@
   student/              the checkpoint: what is measured, and what may be published
   control/<method>/     transfer/, finetune/ and student/ of each control that the recipe asks for
   timings.json          seconds per phase, over all the calls that it took
+  suite/                the recall suite's prompts and answers, where the recipe asks for it
   results.json table.md what was measured, with its origin; written last
 """
 
@@ -96,7 +97,9 @@ def run(recipe: Recipe, *, progress: Watch | None = None) -> RunResult:
     with clock("evaluate"):
         students = {name: checkpoint.load(at, device=device)[0] for name, at in saved.items()}
         teacher, tokenizer = load_teacher(recipe.teacher, device)
-        results = evaluate(students, teacher, tokenizer, corpus, recipe.evaluate, recipe.seed, progress)
+        results = evaluate(
+            students, teacher, tokenizer, corpus, recipe.evaluate, recipe.seed, progress, folder / "suite"
+        )
         prompt, text = _continuation(students["student"], tokenizer, corpus, recipe)
     return _finish(folder, recipe, results, prompt, text, clock.seconds)
 
@@ -140,13 +143,17 @@ def _teach(
 
 
 def evaluate_checkpoint(
-    folder: str | Path, overrides: Sequence[str] = (), *, progress: Watch | None = None
+    folder: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    progress: Watch | None = None,
+    suite_folder: Path | None = None,
 ) -> Results:
     """The measurements of a saved student beside its teacher, by the recipe that was saved with it.
 
     ``overrides`` change it: ``data.held_out=[{kind: text, path: my.txt}]`` for other text, say. Without other text,
     what was held out in training is found again: other sources or lengths would move its border. ``method.field=value``
-    sets what no weight depends on (:func:`linearize.adjust`).
+    sets what no weight depends on (:func:`linearize.adjust`). The recall suite keeps its answers in ``suite_folder``.
     """
     folder = Path(folder)
     fields, overrides = method_words(overrides)
@@ -185,7 +192,9 @@ def evaluate_checkpoint(
     )
     _refuse_other_data(folder.parent, corpus, recipe)
     students = {"student": student.to(device)}
-    return evaluate(students, teacher, tokenizer, corpus, recipe.evaluate, recipe.seed, progress)
+    return evaluate(
+        students, teacher, tokenizer, corpus, recipe.evaluate, recipe.seed, progress, suite_folder
+    )
 
 
 def folder_of(recipe: Recipe) -> Path:

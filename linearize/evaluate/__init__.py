@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from hashlib import sha256
+from pathlib import Path
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -12,10 +13,11 @@ from torch import Tensor, nn
 from ..modeling.errors import EvaluationError
 from ..progress import Progress, Watch
 from ..recipe import Evaluate
-from . import likelihood, recall
+from . import likelihood, recall, suite
 from .likelihood import TEACHER, Bucket, Likelihood
 from .memory import LayerMemory, Memory, memory
 from .recall import Cell
+from .suite import SuiteCell, SuiteResults
 
 __all__ = [
     "TEACHER",
@@ -26,6 +28,8 @@ __all__ = [
     "Likelihood",
     "Memory",
     "Results",
+    "SuiteCell",
+    "SuiteResults",
     "check",
     "digest_of_windows",
     "evaluate",
@@ -63,6 +67,8 @@ class Results:
     memory: dict[str, Memory]
     windows: dict[int, str] = field(default_factory=dict)
     """Length -> sha256 of the held-out windows."""
+    suite: SuiteResults | None = None
+    """The recall suite, where the recipe asks for it."""
 
     def cell(self, model: str, task: str, length: int) -> Cell:
         for cell in self.recall:
@@ -89,6 +95,7 @@ class Results:
                 for name, entry in tree["memory"].items()
             },
             windows={int(length): digest for length, digest in tree["windows"].items()},
+            suite=SuiteResults.from_dict(tree["suite"]) if tree.get("suite") else None,
         )
 
 
@@ -100,8 +107,12 @@ def evaluate(
     config: Evaluate,
     seed: int = 0,
     progress: Watch | None = None,
+    suite_folder: Path | None = None,
 ) -> Results:
-    """Measures teacher and students on the corpus' held-out text and on recall prompts drawn with `seed`."""
+    """Measures teacher and students on the corpus' held-out text and on recall prompts drawn with `seed`.
+
+    The recall suite, if the recipe asks for it, keeps its answers in `suite_folder`.
+    """
     models = {TEACHER: teacher, **students}
     check(teacher, tokenizer, corpus, config)
     windows = {length: corpus.held_out(length, config.sequences) for length in config.seq_lens}
@@ -137,6 +148,7 @@ def evaluate(
                 progress=meter.part(config.recall_samples * length),
             )
         ]
+        suited = _suite(models, tokenizer, corpus, config, progress, suite_folder)
     return Results(
         source=corpus.label,
         models=list(models),
@@ -145,6 +157,7 @@ def evaluate(
         recall=found,
         memory=memory(teacher, students),
         windows={length: digest_of_windows(batch) for length, batch in windows.items()},
+        suite=suited,
     )
 
 
@@ -157,6 +170,30 @@ def check(teacher: nn.Module, tokenizer: Any, corpus: HeldOut, config: Evaluate)
     for task in config.recall_tasks:
         for length in config.recall_lens:
             recall.prompts(tokenizer, task, length, samples=1, seed=0, haystack_tokens=text)
+    if config.suite.wanted:
+        suite.haystack_of(config.suite, tokenizer, text, corpus.label)
+
+
+def _suite(
+    models: dict[str, nn.Module],
+    tokenizer: Any,
+    corpus: HeldOut,
+    config: Evaluate,
+    progress: Watch | None,
+    folder: Path | None,
+) -> SuiteResults | None:
+    if not config.suite.wanted:
+        return None
+    return suite.measure(
+        models,
+        tokenizer,
+        config.suite,
+        suite.haystack_of(config.suite, tokenizer, corpus.held_out_tokens, corpus.label),
+        limit=_context(models[TEACHER]),
+        batch_size=config.batch_size,
+        folder=folder,
+        progress=progress,
+    )
 
 
 class _Meter:
@@ -189,8 +226,14 @@ def _in_eval_mode(models: Any) -> Iterator[None]:
             model.train()
 
 
+def _context(teacher: nn.Module) -> int | None:
+    return getattr(teacher.config, "max_position_embeddings", None)
+
+
 def _check_lengths(teacher: nn.Module, config: Evaluate) -> None:
-    limit = getattr(teacher.config, "max_position_embeddings", None)
+    limit = _context(teacher)
+    if config.suite.wanted:
+        suite.lengths_of(config.suite, limit)
     for key, lengths in (("seq_lens", config.seq_lens), ("recall_lens", config.recall_lens)):
         if limit and max(lengths, default=0) > limit:
             raise EvaluationError(

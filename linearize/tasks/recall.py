@@ -118,10 +118,12 @@ class Task:
         return Prompt(ids, answer, (len(start) + cut) / len(ids))
 
 
-def generator(task: str, length: int, index: int, seed: int, depth: float | None = None) -> random.Random:
+def generator(
+    task: str, length: int, index: int, seed: int, depth: float | None = None, version: int = VERSION
+) -> random.Random:
     """The random numbers of one sample: adding a length, a task or a sample moves no other."""
     where = "random" if depth is None else f"{depth:g}"
-    return random.Random(_digest(f"{task}|{VERSION}|{length}|{where}|{index}|{seed}"))
+    return random.Random(_digest(f"{task}|{version}|{length}|{where}|{index}|{seed}"))
 
 
 def from_tokens(tokens: Sequence[int], rng: random.Random) -> Haystack:

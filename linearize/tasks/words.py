@@ -46,3 +46,14 @@ willow window winter wise witness wolf wonder wooden wool worker yard yarn yello
 """
 
 WORDS: tuple[str, ...] = tuple(_LIST.split())
+
+_ADJECTIVES = """
+brave bright broken brown clean common crimson distant double early famous gentle giant golden great green
+grey happy hidden hollow honest humble idle inland large little lively lonely mighty modest narrow
+native noble north proud quick quiet rapid rough round royal scarlet shallow sharp short silent silver simple
+slate small smooth soft solemn south steep stern strong sweet swift tall tender thick thin upper velvet violet
+vivid warm weary white wild wise wooden yellow young
+"""
+
+ADJECTIVES: tuple[str, ...] = tuple(_ADJECTIVES.split())
+NOUNS: tuple[str, ...] = tuple(word for word in WORDS if word not in ADJECTIVES)

@@ -1,0 +1,166 @@
+"""What every task of the suite shares: the question it makes, the text it hides things in, the exact budget.
+
+A prompt and the tokens that the task may generate never pass the length asked for, counted with the tokenizer
+under test. Two ways of filling: "grid" takes as much haystack as fits, to one unit; "ruler" takes the steps of
+the reference implementations, which leave more room.
+"""
+
+import bisect
+import hashlib
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import accumulate
+from typing import Literal
+
+from ..modeling.errors import DataError
+from .recall import FILLER, Tokenizer, piece, prefix
+
+Fill = Literal["grid", "ruler"]
+LEAST_FILL = 0.97  # of the length, in "grid"; with less, two models' lengths would no longer mean the same
+
+# The space between two sentences: after a stop and perhaps a closing quote, before a new start.
+_BETWEEN = re.compile(r"(?:(?<=[.!?])|(?<=[.!?][\"')\]”’]))\s+(?=[\"'(\[“‘]?[A-Z0-9])")
+
+
+@dataclass(frozen=True)
+class Question:
+    """One prompt and what is right. `ids` is all that a model sees before it answers."""
+
+    ids: list[int]
+    references: tuple[str, ...]
+    """Every string that the answer has to contain; their order means nothing unless the task says so."""
+    depth: float | None = None
+    """Start of the needle that is asked for, as a share of the prompt's tokens."""
+    answer: list[int] | None = None
+    """The tokens of the one right continuation, where there is one."""
+    choices: tuple[tuple[int, ...], ...] = ()
+    """Continuations to rank, where the task is multiple choice; `right` is the index of the true one."""
+    right: int = 0
+    asked: str = ""
+    """The words of the question itself, where the scorer must leave them out of the answer."""
+    guesses: dict[str, str] = field(default_factory=dict)
+    """What rules that understand nothing would answer, by their names."""
+
+
+@dataclass(frozen=True)
+class Haystack:
+    """Text to hide needles in, as sentences of words; white space is collapsed to single spaces."""
+
+    name: str
+    text: str
+    line: str = ""
+    """What counts as one sentence where the text is one line again and again."""
+
+    @cached_property
+    def sha256(self) -> str:
+        return hashlib.sha256(self.text.encode()).hexdigest()
+
+    @cached_property
+    def sentences(self) -> list[str]:
+        if self.line:
+            return [self.line] * self.text.count(self.line)
+        return [part for part in _BETWEEN.split(" ".join(self.text.split())) if part]
+
+    @cached_property
+    def _ends(self) -> list[int]:
+        return list(accumulate(len(sentence.split()) for sentence in self.sentences))
+
+    @property
+    def words(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    def first(self, count: int) -> list[str]:
+        """The sentences of the first `count` words; the last may be cut short."""
+        whole = bisect.bisect_right(self._ends, count)
+        rest = count - (self._ends[whole - 1] if whole else 0)
+        cut = [" ".join(self.sentences[whole].split()[:rest])] if rest and whole < len(self.sentences) else []
+        return self.sentences[:whole] + cut
+
+
+def noise(words: int = 400_000) -> Haystack:
+    """The filler line for ever: a haystack where there is no text."""
+    line = FILLER.strip()
+    return Haystack("the filler line, repeated", " ".join([line] * (words // len(line.split()) + 1)), line)
+
+
+class Counter:
+    """Token ids of a whole prompt, opened as the tokenizer opens a text, and never closed."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self.tokenizer, self.opening = tokenizer, prefix(tokenizer)
+
+    def ids(self, text: str) -> list[int]:
+        return [*self.opening, *self.tokenizer.encode(text, add_special_tokens=False)]
+
+    def __call__(self, text: str) -> int:
+        """Tokens of a prompt."""
+        return len(self.ids(text))
+
+    def depth(self, text: str, needle: str) -> float:
+        """Where `needle` starts, as a share of the tokens of the whole; the last of equal ones."""
+        return self(text[: text.rindex(needle)]) / self(text)
+
+    def continuation(self, text: str) -> list[int]:
+        return piece(self.tokenizer, f" {text}")
+
+
+def largest(cost: Callable[[int], int], room: int, most: int | None = None, step: int = 8) -> int:
+    """The largest k from 0 to `most` whose `cost`, which grows with k, is at most `room`; 0 where none is.
+
+    By interpolation, with halves between: a cost is a tokenizer's work on a whole prompt. `step` is tried first.
+    """
+    low, at_low, high, at_high, turn = 0, cost(0), None, 0, 0
+    while most is None or low < most:
+        if high is None:
+            guess = low + step if most is None else min(low + step, most)
+        elif high - low == 1:
+            break
+        elif turn % 3 == 2:
+            guess = (low + high) // 2
+        else:
+            share = (room - at_low) / max(1, at_high - at_low)
+            guess = min(high - 1, max(low + 1, low + int(share * (high - low))))
+        turn += 1
+        found = cost(guess)
+        if found <= room:
+            pace = max(0.01, (found - at_low) / (guess - low))
+            step = max(1, int((room - found) / pace) + 1)
+            low, at_low = guess, found
+        else:
+            high, at_high = guess, found
+    return low
+
+
+def short(name: str, length: int, least: int) -> DataError:
+    """What is said where not even the smallest prompt of a task fits."""
+    return DataError(f"{name}: {length} tokens cannot hold its smallest prompt; give {least} or more")
+
+
+def fill(
+    build: Callable[[int], str],
+    count: Counter,
+    length: int,
+    reserve: int,
+    how: Fill,
+    *,
+    name: str,
+    rung: Callable[[int], int] = lambda k: k,
+    extra: int = 0,
+    limit: int | None = None,
+) -> str:
+    """The longest prompt `build(n)` whose tokens and `reserve` stay within `length`.
+
+    "grid" takes every n from `rung(0)` on; "ruler" takes `rung(k)`, k = 0, 1, ..., and counts `extra` tokens
+    (of the answers) too, as the reference does. `limit` is the most units that there are.
+    """
+    least = rung(0)
+    size = (lambda k: least + k) if how == "grid" else rung
+    room = length - reserve - (0 if how == "grid" else extra)
+    smallest = count(build(least))
+    if smallest > length - reserve:
+        raise short(name, length, smallest + reserve)
+    most = None if limit is None else largest(size, limit)
+    step = 8 if how == "grid" else 1  # units are small and even, rungs are neither
+    return build(size(largest(lambda k: count(build(size(k))), room, most, step)))
