@@ -327,20 +327,20 @@ def _generate(subject: _Subject) -> Gate:
     check = _Comparison(subject, "one function: generate")
     length = _room(subject, subject.windows[-1] + 1, NEW_TOKENS)
     ids = subject.ids(2, length)
-    terms: dict[str, Any] = {
-        "attention_mask": torch.ones_like(ids),
-        "generation_config": GenerationConfig(
-            max_new_tokens=NEW_TOKENS, do_sample=False, return_dict_in_generate=True, output_logits=True,
-            pad_token_id=0, bos_token_id=None, eos_token_id=None,
-        ),
-    }  # fmt: skip
+    def write(use_cache: bool) -> Any:
+        config = GenerationConfig(
+            max_new_tokens=NEW_TOKENS, do_sample=False, use_cache=use_cache, return_dict_in_generate=True,
+            output_logits=True, pad_token_id=0, bos_token_id=None, eos_token_id=None,
+        )  # fmt: skip
+        return subject.model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)
+
     with subject.watched() as layers:
-        cached = subject.model.generate(ids, use_cache=True, **terms)
+        cached = write(True)
     whole = subject.run(cached.sequences[:, :-1])
     expected = Seen(whole.logits[:, length - 1 :], whole.layers)
     logits = torch.stack(cached.logits, 1)[..., : subject.vocab]
     check.add(Seen(logits, {i: torch.cat(ys, 1) for i, ys in layers.items()}), expected, length + NEW_TOKENS)
-    plain = subject.model.generate(ids, use_cache=False, **terms)
+    plain = write(False)
     same = (plain.sequences == cached.sequences).all(0).long()[length:].cumprod(0)
     alike = min(int(same.sum()) + 1, NEW_TOKENS)  # the logits before the first different choice, at a tie, still agree
     uncached = torch.stack(plain.logits, 1)[:, :alike, : subject.vocab]
