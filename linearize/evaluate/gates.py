@@ -9,39 +9,34 @@ finite          every layer's output and every logit up to eight times the train
 reload          the folder, loaded by plain transformers in a clean process, gives the same bits
 start           in softmax mode the student is the plain model of the same weights, bit for bit
 
-A difference is relative: the largest of a logit over the largest logit (at least 1). In half precision it is that of
-the median token, by norms, and beside it :data:`AGREEMENT` of the tokens must choose alike: a near tie may fall
-otherwise after rounding. A failed gate names the first layer whose attention output differs.
+``subject.py`` has the tolerances, and how two runs are compared. A failed gate names the first layer whose attention
+output differs, the length and the difference.
 """
 
-import contextlib
 import copy
 import math
 import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import DynamicCache, GenerationConfig
+from transformers import GenerationConfig
 
 from ..convert import describe, unconvert
 from ..modeling.attention import attention_mode
 from ..modeling.errors import EvaluationError, LinearizeError
 from ..modeling.model import write_code
 from ..progress import Progress, Watch
+from .subject import Comparison, Seen, Subject
 
 PASSED, FAILED, NOT_RUN = "passed", "failed", "not run"
-TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 2e-2}
-"""The one table, by the dtype of the checkpoint; nothing relaxes it."""
-AGREEMENT = 0.99
-"""Least share of tokens with the same choice in half precision; a choice within the tolerance of the best is the same."""
 NEW_TOKENS = 8  # what ``generate`` writes
 STRIDE = 256  # tokens of a chunk on the long way
 MARKS = (1024, 65536)  # lengths at which states are weighed, beside 2 W and the end
@@ -60,6 +55,14 @@ class Gate:
     bound: float | None = None
     note: str = ""
 
+    @property
+    def measured(self) -> str:
+        """Where, the difference, and what is allowed."""
+        parts = [self.where]
+        if self.difference is not None and self.bound is not None:
+            parts.append(f"differs by {self.difference:.2g}, allowed {self.bound:.2g}")
+        return ", ".join(filter(None, parts))
+
 
 @dataclass(frozen=True)
 class Gates:
@@ -77,12 +80,8 @@ class Gates:
 
     def failures(self) -> list[str]:
         """One line for each failed gate."""
-        return [
-            f"{gate.name}: {' '.join(filter(None, (gate.where, gate.note)))}"
-            + (f" (differs by {gate.difference:.3g}, {gate.bound:.3g} is allowed)" if gate.bound is not None else "")
-            for gate in self.gates
-            if gate.status == FAILED
-        ]
+        failed = [gate for gate in self.gates if gate.status == FAILED]
+        return [f"{gate.name}: {', '.join(filter(None, (gate.measured, gate.note)))}" for gate in failed]
 
 
 @torch.no_grad()
@@ -103,7 +102,7 @@ def integrity(
     """
     if not getattr(student.config, "linearize", None):
         raise EvaluationError(f"{type(student).__name__}: is not a converted model; gates are for students")
-    subject = _Subject(student, vocab_size, seed)
+    subject = Subject(student, vocab_size, seed)
     checks: dict[str, Callable[[], list[Gate]]] = {
         "one function": lambda: _one_function(subject),
         "generate": lambda: [_generate(subject)],
@@ -143,166 +142,27 @@ def _guarded(name: str, check: Callable[[], list[Gate]]) -> list[Gate]:
     except torch.OutOfMemoryError:
         return [Gate(name, NOT_RUN, note="out of memory")]
     except (LinearizeError, RuntimeError, ValueError, IndexError, TypeError, AttributeError) as error:
-        return [Gate(name, FAILED, note=f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}")]
-
-
-# Running a student, and seeing every layer.
-
-
-class Seen(NamedTuple):
-    """What a run gave: logits [B, T, vocab], and the attention outputs [B, T, M] of every layer."""
-
-    logits: Tensor
-    layers: dict[int, Tensor]
-
-    def pick(self, function: Callable[[Tensor], Tensor]) -> "Seen":
-        return Seen(function(self.logits), {index: function(y) for index, y in self.layers.items()})
-
-
-class _Subject:
-    """A student, with what all gates need of it."""
-
-    def __init__(self, model: Any, vocab_size: int | None, seed: int):
-        self.model = model
-        self.vocab = min(vocab_size or model.config.vocab_size, model.config.vocab_size)
-        self.device = model.get_input_embeddings().weight.device
-        self.dtype = model.dtype
-        self.bound = TOLERANCES[self.dtype]
-        self.generator = torch.Generator().manual_seed(seed)
-        self.spec = {int(i): layer for i, layer in model.config.linearize["layers"].items()}
-        self.limit = _position_limit(model)
-
-    @property
-    def windows(self) -> list[int]:
-        """W of the converted layers: windows, or chunks; 64 where there are none."""
-        methods = [layer["method"] for layer in self.spec.values()]
-        return sorted({m.get("window") or m.get("chunk") or 64 for m in methods if m["name"] != "softmax"}) or [64]
-
-    def ids(self, batch: int, length: int) -> Tensor:
-        """Random token ids [batch, length]."""
-        return torch.randint(self.vocab, (batch, length), generator=self.generator).to(self.device)
-
-    def cache(self) -> Any:
-        return DynamicCache(config=self.model.config)
-
-    @contextlib.contextmanager
-    def watched(self) -> Iterator[dict[int, list[Tensor]]]:
-        """Layer index -> what its attention put out in each forward inside the block."""
-        found: dict[int, list[Tensor]] = {index: [] for index in self.spec}
-        handles = []
-        for index, layer in self.spec.items():
-
-            def hook(_module: nn.Module, _args: Any, output: Any, index: int = index) -> None:
-                found[index].append(output[0] if isinstance(output, tuple) else output)
-
-            handles.append(self.model.get_submodule(layer["module"]).register_forward_hook(hook))
-        try:
-            yield found
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def run(
-        self, ids: Tensor, pieces: Sequence[int] = (), mask: Tensor | None = None, cache: Any = None
-    ) -> Seen:
-        """ids [B, T] in one forward without a cache, or in pieces through one."""
-        logits, start = [], 0
-        if pieces and cache is None:
-            cache = self.cache()
-        with self.watched() as layers:
-            for piece in pieces or (ids.shape[1],):
-                stop = start + piece
-                terms: dict[str, Any] = {"use_cache": bool(pieces)}
-                if pieces:
-                    terms["past_key_values"] = cache
-                if mask is not None:
-                    positions = (mask.cumsum(1) - 1).clamp_min(0)
-                    terms |= {"attention_mask": mask[:, :stop], "position_ids": positions[:, start:stop]}
-                logits.append(self.model(input_ids=ids[:, start:stop], **terms).logits[..., : self.vocab])
-                start = stop
-        assert start == ids.shape[1]
-        return Seen(torch.cat(logits, 1), {index: torch.cat(ys, 1) for index, ys in layers.items()})
-
-
-def _position_limit(model: Any) -> int | None:
-    """Most tokens of a model with learned positions; None where positions are computed."""
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    words = model.get_input_embeddings()
-    learned = [
-        module
-        for module in model.modules()
-        if isinstance(module, nn.Embedding) and module is not words and context
-    ]
-    return context if any(x.num_embeddings in (context, context + 2) for x in learned) else None
-
-
-class _Comparison:
-    """The largest difference of all cases of one gate, and where it is."""
-
-    def __init__(self, subject: _Subject, name: str, *, every_token: bool = False):
-        self.subject, self.name, self.every_token = subject, name, every_token
-        self.worst, self.where, self.failed, self.note = 0.0, "", False, ""
-
-    def add(self, actual: Seen, expected: Seen, length: int) -> None:
-        subject = self.subject
-        difference = self._difference(actual.logits, expected.logits)
-        failed, note = difference > subject.bound, ""
-        if not failed and self._is_half:
-            agreement = _agreement(actual.logits, expected.logits, subject.bound)
-            if agreement < AGREEMENT:
-                failed, note = True, f"{100 * agreement:.1f} % of the tokens chosen alike, {100 * AGREEMENT:.0f} % needed"
-        if (failed, difference) < (self.failed, self.worst) or (self.where and difference == self.worst):
-            return
-        self.failed, self.worst, self.note = failed, difference, note
-        self.where = f"length {length}"
-        if failed:
-            self.where = f"layer {self._layer(actual, expected)}, {self.where}"
-
-    def gate(self, note: str = "") -> Gate:
-        status = FAILED if self.failed else PASSED
-        return Gate(self.name, status, self.where, self.worst, self.subject.bound, self.note or note)
-
-    @property
-    def _is_half(self) -> bool:
-        return self.subject.dtype.itemsize == 2 and not self.every_token
-
-    def _difference(self, actual: Tensor, expected: Tensor) -> float:
-        actual, expected = actual.double(), expected.double()
-        if not (bool(actual.isfinite().all()) and bool(expected.isfinite().all())):
-            return math.inf
-        if not actual.numel():
-            return 0.0
-        if self._is_half:
-            norms = (actual - expected).norm(dim=-1) / expected.norm(dim=-1).clamp_min(1e-12)
-            return norms.median().item()
-        return ((actual - expected).abs().max() / expected.abs().max().clamp_min(1.0)).item()
-
-    def _layer(self, actual: Seen, expected: Seen) -> int:
-        """The first layer whose output differs by more than is allowed, else the one that differs most."""
-        found = {}
-        for index, y in actual.layers.items():
-            size = expected.layers[index].double().abs().max().clamp_min(1e-12)
-            # Outputs of a layer may be small: relative to themselves, not to 1.
-            found[index] = self._difference(y.double() / size, expected.layers[index].double() / size)
-        return next((i for i, d in found.items() if d > self.subject.bound), max(found, key=found.__getitem__))
-
-
-def _agreement(actual: Tensor, expected: Tensor, bound: float) -> float:
-    """Share of tokens whose arg-max is the expected one, or as good within ``bound`` of the largest logit."""
-    best = expected.double().max(-1).values
-    chosen = expected.double().gather(-1, actual.argmax(-1, keepdim=True))[..., 0]
-    return (best - chosen <= bound * expected.double().abs().amax(-1)).double().mean().item()
+        return [
+            Gate(
+                name, FAILED, note=f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
+            )
+        ]
 
 
 # The gates.
 
 
-def _one_function(subject: _Subject) -> list[Gate]:
+def _gate(check: Comparison, note: str = "") -> Gate:
+    status = FAILED if check.failed else PASSED
+    return Gate(check.name, status, check.where, check.worst, check.subject.bound, check.note or note)
+
+
+def _one_function(subject: Subject) -> list[Gate]:
     """Chunks and single steps against one forward, at lengths around every window."""
     wanted = sorted({1, 63, *(n for w in subject.windows for n in (w - 1, w, w + 1, 2 * w + 1) if n > 0)})
     lengths = [n for n in wanted if subject.limit is None or n <= subject.limit]
     ids = subject.ids(2, lengths[-1])
-    chunks, steps = (_Comparison(subject, f"one function: {how}") for how in ("chunks", "single steps"))
+    chunks, steps = (Comparison(subject, f"one function: {how}") for how in ("chunks", "single steps"))
     stepped = subject.run(ids, [1] * lengths[-1])
     for length in lengths:
         whole = subject.run(ids[:, :length])
@@ -312,21 +172,26 @@ def _one_function(subject: _Subject) -> list[Gate]:
     note = f"lengths {', '.join(map(str, lengths))}"
     if lengths != wanted:
         note += f"; its positions end at {subject.limit}"
-    return [chunks.gate(note), steps.gate(note)]
+    return [_gate(chunks, note), _gate(steps, note)]
 
 
 def _splits(length: int) -> list[list[int]]:
     if length == 63:
         return [[63], [32, 1, 30]]
     third = length // 3
-    return [[length], *([[third, 1, length - third - 1]] if third else []), *([[1, length - 1]] if length > 1 else [])]
+    return [
+        [length],
+        *([[third, 1, length - third - 1]] if third else []),
+        *([[1, length - 1]] if length > 1 else []),
+    ]
 
 
-def _generate(subject: _Subject) -> Gate:
+def _generate(subject: Subject) -> Gate:
     """Greedy text with a cache, without one, and the logits of one forward over it."""
-    check = _Comparison(subject, "one function: generate")
+    check = Comparison(subject, "one function: generate")
     length = _room(subject, subject.windows[-1] + 1, NEW_TOKENS)
     ids = subject.ids(2, length)
+
     def write(use_cache: bool) -> Any:
         config = GenerationConfig(
             max_new_tokens=NEW_TOKENS, do_sample=False, use_cache=use_cache, return_dict_in_generate=True,
@@ -342,20 +207,22 @@ def _generate(subject: _Subject) -> Gate:
     check.add(Seen(logits, {i: torch.cat(ys, 1) for i, ys in layers.items()}), expected, length + NEW_TOKENS)
     plain = write(False)
     same = (plain.sequences == cached.sequences).all(0).long()[length:].cumprod(0)
-    alike = min(int(same.sum()) + 1, NEW_TOKENS)  # the logits before the first different choice, at a tie, still agree
+    alike = min(
+        int(same.sum()) + 1, NEW_TOKENS
+    )  # the logits before the first different choice, at a tie, still agree
     uncached = torch.stack(plain.logits, 1)[:, :alike, : subject.vocab]
     at = Seen(whole.logits[:, length - 1 : length - 1 + alike], whole.layers)
     check.add(Seen(uncached, whole.layers), at, length + NEW_TOKENS)
-    return check.gate(f"{NEW_TOKENS} tokens after {length}, greedy")
+    return _gate(check, f"{NEW_TOKENS} tokens after {length}, greedy")
 
 
-def _room(subject: _Subject, length: int, after: int = 0) -> int:
+def _room(subject: Subject, length: int, after: int = 0) -> int:
     return length if subject.limit is None else min(length, subject.limit - after)
 
 
-def _padding(subject: _Subject, side: str) -> Gate:
+def _padding(subject: Subject, side: str) -> Gate:
     """Rows of unequal length beside each other against each alone; steps follow the padding."""
-    check, steps = _Comparison(subject, f"padding: {side}"), 3
+    check, steps = Comparison(subject, f"padding: {side}"), 3
     longest = _room(subject, max(2 * subject.windows[-1] + 1, 24))
     lengths = [longest, longest - 5, longest // 2]
     rows = [subject.ids(1, length) for length in lengths]
@@ -374,12 +241,14 @@ def _padding(subject: _Subject, side: str) -> Gate:
         for row, length in enumerate(lengths):
             real = mask[row].bool()
             check.add(seen.pick(lambda y, r=row, m=real: y[r : r + 1, m.to(y.device)]), alone[row], length)
-    return check.gate(f"rows of {', '.join(map(str, lengths))} tokens, pads of random ids; {steps} steps after them")
+    return _gate(
+        check, f"rows of {', '.join(map(str, lengths))} tokens, pads of random ids; {steps} steps after them"
+    )
 
 
-def _batch(subject: _Subject) -> Gate:
+def _batch(subject: Subject) -> Gate:
     """Rows in another order, one alone, and beams: reordered and repeated in the cache."""
-    check = _Comparison(subject, "batch")
+    check = Comparison(subject, "batch")
     length = _room(subject, 2 * subject.windows[-1] + 1, 2)
     ids, order = subject.ids(4, length + 2), torch.tensor([2, 0, 3, 1], device=subject.device)
     whole = subject.run(ids[:, :length])
@@ -397,12 +266,12 @@ def _batch(subject: _Subject) -> Gate:
         after = subject.run(ids[chosen, length:], [1, 1], cache=cache)
         expected = subject.run(ids[chosen]).pick(lambda y: y[:, length:])
         check.add(after, expected, length + 2)
-    return check.gate("rows permuted, alone, and beams reordered and repeated in the cache")
+    return _gate(check, "rows permuted, alone, and beams reordered and repeated in the cache")
 
 
-def _causality(subject: _Subject) -> Gate:
+def _causality(subject: Subject) -> Gate:
     """Another token at t, for some t: what comes before it stays."""
-    check = _Comparison(subject, "causality", every_token=True)
+    check = Comparison(subject, "causality", every_token=True)
     length = _room(subject, 2 * subject.windows[-1] + 8)
     ids = subject.ids(1, length)
     before, silent = subject.run(ids), []
@@ -414,11 +283,13 @@ def _causality(subject: _Subject) -> Gate:
         if torch.equal(after.logits[:, at], before.logits[:, at]):
             silent.append(str(at))
     if silent:
-        return Gate(check.name, FAILED, f"token {', '.join(silent)}", note="another token changes nothing at all")
-    return check.gate(f"the tokens at {sorted({1, length // 2, length - 1})} of {length} changed")
+        return Gate(
+            check.name, FAILED, f"token {', '.join(silent)}", note="another token changes nothing at all"
+        )
+    return _gate(check, f"the tokens at {sorted({1, length // 2, length - 1})} of {length} changed")
 
 
-def _long_way(subject: _Subject, train_len: int | None) -> list[Gate]:
+def _long_way(subject: Subject, train_len: int | None) -> list[Gate]:
     """One long text through the cache: bytes of the states on the way, and whether all stays finite."""
     first = 2 * subject.windows[-1]
     target = max(first + NEW_TOKENS, MARKS[0], 8 * (train_len or 0))
@@ -452,7 +323,7 @@ def layer_bytes(layer: Any) -> int:
     return sum(t.numel() * t.element_size() for t in tensors if isinstance(t, Tensor))
 
 
-def _constant_state(subject: _Subject, weighed: dict[int, list[int]]) -> Gate:
+def _constant_state(subject: Subject, weighed: dict[int, list[int]]) -> Gate:
     """Every state against its size after the first token, and what its method says that a token adds."""
     name, notes, growing, worst = "constant state", [], [], (0.0, "", 0.0, 0.0)
     converted = [report for report in describe(subject.model) if report.method != "softmax"]
@@ -473,7 +344,9 @@ def _constant_state(subject: _Subject, weighed: dict[int, list[int]]) -> Gate:
     kept = [i for i, layer in subject.spec.items() if layer["method"]["name"] == "softmax"]
     if kept:
         total = sum(weighed[last][i] for i in kept)
-        notes.append(f"softmax stays in layers {', '.join(map(str, kept))}: {total:,} bytes at {last:,} tokens")
+        notes.append(
+            f"softmax stays in layers {', '.join(map(str, kept))}: {total:,} bytes at {last:,} tokens"
+        )
     notes.insert(0, f"{sum(weighed[last][r.index] for r in converted):,} bytes in converted layers at "
                     f"{', '.join(f'{n:,}' for n in weighed)} tokens")  # fmt: skip
     status = FAILED if worst[0] else PASSED
@@ -481,7 +354,7 @@ def _constant_state(subject: _Subject, weighed: dict[int, list[int]]) -> Gate:
     return Gate(name, status, worst[1], size, bound, "; ".join(notes))
 
 
-def _finite(subject: _Subject, broken: str | None, end: int, train_len: int | None) -> Gate:
+def _finite(subject: Subject, broken: str | None, end: int, train_len: int | None) -> Gate:
     name = "finite"
     if broken is not None:
         return Gate(name, FAILED, broken, note="an output is not finite")
@@ -515,7 +388,7 @@ save_file({"logits": logits.cpu().contiguous()}, made)
 """
 
 
-def _reload(subject: _Subject, folder: str | Path | None) -> Gate:
+def _reload(subject: Subject, folder: str | Path | None) -> Gate:
     """The saved folder in a process of its own; by plain transformers where its code is ours, which may be run."""
     name = "reload"
     if folder is None:
@@ -527,13 +400,13 @@ def _reload(subject: _Subject, folder: str | Path | None) -> Gate:
         given, made = Path(temporary, "ids.safetensors"), Path(temporary, "logits.safetensors")
         save_file({"ids": ids.cpu().contiguous()}, given)
         root = str(Path(__file__).parents[2])
-        paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
+        path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
         kind = str(subject.dtype).removeprefix("torch.")
         words = [str(folder), str(given), str(made), str(subject.device), kind, str(torch.get_num_threads())]
         ended = subprocess.run(
             [sys.executable, "-c", _CHILD, *words, "plain" if own else "package"],
             cwd=temporary,
-            env=os.environ | {"HF_MODULES_CACHE": temporary, "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join(paths)},
+            env=os.environ | {"HF_MODULES_CACHE": temporary, "HF_HUB_OFFLINE": "1", "PYTHONPATH": path},
             capture_output=True,
             text=True,
         )
@@ -544,8 +417,12 @@ def _reload(subject: _Subject, folder: str | Path | None) -> Gate:
     here = subject.model(input_ids=ids, use_cache=False).logits.cpu()
     how = "plain transformers" if own else "this package, because the folder's code is not its own"
     if torch.equal(logits, here):
-        return Gate(name, PASSED, f"length {ids.shape[1]}", 0.0, 0.0, f"bit-equal in a clean process, by {how}")
-    difference = (logits.double() - here.double()).abs().max().item() if logits.shape == here.shape else math.inf
+        return Gate(
+            name, PASSED, f"length {ids.shape[1]}", 0.0, 0.0, f"bit-equal in a clean process, by {how}"
+        )
+    difference = (
+        (logits.double() - here.double()).abs().max().item() if logits.shape == here.shape else math.inf
+    )
     return Gate(name, FAILED, f"length {ids.shape[1]}", difference, 0.0, f"loaded by {how}")
 
 
@@ -558,7 +435,7 @@ def _code_is_ours(model: Any, folder: Path) -> bool:
     return written == {path.name: path.read_bytes() for path in folder.rglob("*.py")}
 
 
-def _start(subject: _Subject, teacher: Any) -> Gate:
+def _start(subject: Subject, teacher: Any) -> Gate:
     """Softmax mode against the plain model of the same weights; the teacher too, where it has the same."""
     ids = subject.ids(2, _room(subject, 2 * subject.windows[-1] + 1))
     with subject.watched() as layers, attention_mode("softmax"):
@@ -566,7 +443,7 @@ def _start(subject: _Subject, teacher: Any) -> Gate:
     # Classes and configuration are copied, tensors are shared.
     tensors = [*subject.model.parameters(), *subject.model.buffers()]
     plain = unconvert(copy.deepcopy(subject.model, {id(t): t for t in tensors}))
-    twin = _Subject.__new__(_Subject)
+    twin = Subject.__new__(Subject)
     twin.model, twin.spec = plain, subject.spec
     with twin.watched() as own:
         expected = plain(input_ids=ids, use_cache=False).logits
@@ -591,5 +468,6 @@ def _start(subject: _Subject, teacher: Any) -> Gate:
 def _same_weights(plain: nn.Module, teacher: nn.Module) -> bool:
     mine, theirs = plain.state_dict(), teacher.state_dict()
     return mine.keys() == theirs.keys() and all(
-        x.dtype == theirs[name].dtype and torch.equal(x, theirs[name].to(x.device)) for name, x in mine.items()
+        x.dtype == theirs[name].dtype and torch.equal(x, theirs[name].to(x.device))
+        for name, x in mine.items()
     )
