@@ -208,8 +208,8 @@ class Finetune(Stage):
 class Control(Section):
     """Students that have a part of the method and the same training: what the whole has to beat.
 
-    ``matched_window`` is a window of as many bytes as the student's state; ``softmax`` is the teacher, fine-tuned alike,
-    with nothing converted.
+    ``matched_window`` is a window of as many bytes as the student's state; ``softmax`` is the teacher,
+    fine-tuned alike, with nothing converted.
     """
 
     enabled: bool = False

@@ -28,6 +28,7 @@ from . import checkpoint, report
 from .convert import convert, describe, unconvert
 from .data import Corpus, build
 from .evaluate import Results, check, evaluate
+from .files import write_text
 from .generate import generate
 from .methods import adjust, build_method, method_words
 from .modeling.errors import LinearizeError, RecipeError

@@ -103,8 +103,8 @@ def ablate(
         # Until its state was zeroed the student was intact: only what follows tells them apart.
         context = before if kind == STATE_ZEROED else None
         tokens = count * (length - (half if context else 0))
-        pair = [_sums(measured[which], context) for which in (name, "intact")]
-        rows.append(_row(name, kind, layers, length, *pair, tokens, seed))
+        own, intact = (_sums(measured[which], context) for which in (name, "intact"))
+        rows.append(_row(name, kind, layers, length, own, intact, tokens, seed))
     return rows
 
 
@@ -113,8 +113,8 @@ def control_rows(by_model: Mapping[str, Likelihood], length: int, student: str, 
     rows = []
     for name, measured in by_model.items():
         if name not in (TEACHER, student):
-            pair = [_sums(found, None) for found in (measured, by_model[student])]
-            rows.append(_row(name, CONTROL, [], length, *pair, measured.tokens, seed))
+            own, intact = (_sums(found, None) for found in (measured, by_model[student]))
+            rows.append(_row(name, CONTROL, [], length, own, intact, measured.tokens, seed))
     return rows
 
 

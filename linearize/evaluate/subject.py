@@ -99,14 +99,14 @@ class Subject:
 
 def _position_limit(model: Any) -> int | None:
     """Most tokens of a model with learned positions; None where positions are computed."""
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 0
     words = model.get_input_embeddings()
     learned = [
         module
         for module in model.modules()
         if isinstance(module, nn.Embedding) and module is not words and context
     ]
-    return context if any(x.num_embeddings in (context, context + 2) for x in learned) else None
+    return context if any(0 <= x.num_embeddings - context <= 2 for x in learned) else None
 
 
 class Comparison:
