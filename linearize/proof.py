@@ -2,7 +2,8 @@
 
 import contextlib
 import logging
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from .data import Corpus, build
 from .evaluate import Gates, Results, digest_of_windows
 from .evaluate.gates import integrity, not_run
 from .methods import adjust, method_words
-from .modeling.errors import RecipeError, TeacherError
+from .modeling.errors import LinearizeError, TeacherError
 from .progress import Watch
 from .recipe import Recipe
 from .teacher import load_teacher
@@ -53,34 +54,54 @@ def verify_checkpoint(folder: str | Path) -> certificate.Verified:
     """Every hash of a student's certificate made again: its files, and teacher and data where they are at hand."""
     folder = Path(folder)
 
-    def data() -> dict[str, str]:
+    def data(tree: Mapping[str, Any], sound: bool) -> tuple[dict[str, str], str]:
         cache = data_folder(folder)
         if cache is None:
-            raise RecipeError("the run's data folder is not beside the student")
-        tree = certificate.read(folder)
-        files = certificate.file_hashes(cache)
-        if files.get("data.files") != tree["identity"].get("data.files"):
-            return files  # what they would make is not worth the time: they are others
-        recipe = Recipe.from_dict(tree["evaluation"])
-        teacher, tokenizer = load_teacher(recipe.teacher)
-        corpus = text_of(folder, recipe, tree["training"]["seed"], teacher, tokenizer, None)
-        lengths = recipe.evaluate.seq_lens
-        windows = {n: digest_of_windows(corpus.held_out(n, recipe.evaluate.sequences)) for n in lengths}
-        return certificate.data_hashes(corpus, windows, cache)
+            return {}, "the run's data folder is not beside the student"
+        found = certificate.file_hashes(cache)
+        if found.get("data.files") != tree["identity"].get("data.files"):
+            return found, "its files are others"
+        if not sound:  # what it names might have to be sampled first
+            return found, "the teacher or the certificate itself has changed"
+        try:
+            return found | _data_again(folder, tree, cache), ""
+        except (LinearizeError, OSError) as error:
+            return found, str(error)
 
     return certificate.verify(folder, data=data)
+
+
+def _data_again(folder: Path, tree: Mapping[str, Any], cache: Path) -> dict[str, str]:
+    """Hashes of the training data and of the windows measured on, from kept tokens; nothing is written beside them."""
+    trained, measured = Recipe.from_file(folder / "recipe.yaml"), Recipe.from_dict(tree["evaluation"])
+    teacher, tokenizer = load_teacher(measured.teacher, device_of(measured))
+    with tempfile.TemporaryDirectory() as temporary:
+        for path in cache.resolve().iterdir():
+            Path(temporary, path.name).symlink_to(path)
+        at = {"cache_dir": Path(temporary), "seed": trained.seed, "device": device_of(measured)}
+        full = build(trained.data, tokenizer, teacher=teacher, **at)
+        text = build(_measured_data(measured), tokenizer, teacher=teacher, **at)
+        lengths, count = measured.evaluate.seq_lens, measured.evaluate.sequences
+        windows = {length: digest_of_windows(text.held_out(length, count)) for length in lengths}
+    return certificate.data_hashes(full.fingerprint, windows)
+
+
+def _measured_data(recipe: Recipe) -> Any:
+    """The recipe's ``data`` without what only training needs."""
+    data = recipe.data
+    if data.held_out is None:
+        return data
+    # What the teacher samples and what is generated serve training alone.
+    kept = [source for source in data.sources if source.kind not in ("self", "recall")]
+    return data.model_copy(update={"sources": kept})
 
 
 def text_of(
     folder: Path, recipe: Recipe, seed: int, teacher: Any, tokenizer: Any, progress: Watch | None
 ) -> Corpus:
     """The text that a saved student is measured on."""
-    data = recipe.data
-    if data.held_out is not None:  # what the teacher samples and what is generated serve training alone
-        kept = [source for source in data.sources if source.kind not in ("self", "recall")]
-        data = data.model_copy(update={"sources": kept})
     return build(
-        data,
+        _measured_data(recipe),
         tokenizer,
         teacher=teacher,
         cache_dir=data_folder(folder),
@@ -129,7 +150,9 @@ def gates_of(
     return found
 
 
-def certify(folder: Path, results: Results, recipe: Recipe, corpus: Corpus) -> None:
-    data = certificate.data_hashes(corpus, results.windows, data_folder(folder))
+def certify(folder: Path, results: Results, recipe: Recipe) -> None:
+    """Write the certificate of a checkpoint from what was measured, and from the run that it lies in."""
+    trained = certificate.trained_on(folder)
+    data = certificate.data_hashes(trained, results.windows, data_folder(folder))
     made = certificate.certify(folder, results, recipe, data=data, device=device_of(recipe))
     logger.debug("%s: certificate %s", folder, made["status"])

@@ -106,7 +106,7 @@ def run(recipe: Recipe, *, progress: Watch | None = None) -> RunResult:
         prompt, text = _continuation(students["student"], tokenizer, corpus, recipe)
         for name, at in saved.items():
             own = results if name == "student" else replace(results, gates=None, ablations=None)
-            certify(at, own, recipe, corpus)
+            certify(at, own, recipe)
     return _finish(folder, recipe, results, prompt, text, clock.seconds)
 
 
@@ -207,7 +207,7 @@ def evaluate_checkpoint(
     results = replace(results, gates=gates)
     if at is not None:
         try:
-            certify(at, results, recipe, corpus)
+            certify(at, results, recipe)
         except OSError as error:
             logger.warning("%s: its certificate cannot be written (%s)", folder, error.strerror or error)
     return results

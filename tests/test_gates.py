@@ -5,7 +5,6 @@ import json
 import pytest
 import torch
 from tiny import student, tiny
-from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 from linearize import checkpoint
@@ -17,7 +16,6 @@ from linearize.evaluate.subject import TOLERANCES, Comparison, Seen, Subject
 from linearize.modeling.errors import EvaluationError
 from linearize.modeling.lolcats import LolcatsConfig
 from linearize.modeling.still import StillConfig
-from linearize.teacher import BUNDLED
 
 CONFIG = LolcatsConfig(window=4)
 
@@ -111,22 +109,18 @@ def test_a_mixer_whose_softmax_is_not_the_models_is_seen(subject):
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    tokenizer = AutoTokenizer.from_pretrained(BUNDLED["books-5m"])
-    model = convert(tiny("gpt_neox", vocab_size=len(tokenizer)), CONFIG, [0, 2])
-    return checkpoint.save(model, tokenizer, tmp_path_factory.mktemp("gates") / "student")
+    model = convert(tiny("gpt_neox"), CONFIG, [0, 2])
+    return checkpoint.save(model, None, tmp_path_factory.mktemp("gates") / "student")
 
 
-def test_a_sound_student_passes_every_gate(saved):
+def test_a_sound_student_passes_every_gate_that_can_be_run(saved):
+    """The one that cannot, a reload, is run by the whole road, and where it fails below."""
     seen = []
-    model, tokenizer = checkpoint.load(saved)
-    teacher = tiny("gpt_neox", vocab_size=len(tokenizer))
-    found = integrity(
-        model, teacher=teacher, folder=saved, train_len=64, vocab_size=len(tokenizer), progress=seen.append
-    )
-    assert found.status == "passed", found.failures()
+    found = integrity(checkpoint.load(saved)[0], teacher=tiny("gpt_neox"), train_len=64, progress=seen.append)
     by_name = {gate.name: gate for gate in found.gates}
     assert len(by_name) == len(found.gates) == 11
-    assert by_name["reload"].note.endswith("by plain transformers")
+    assert {name for name, gate in by_name.items() if gate.status != "passed"} == {"reload"}
+    assert found.status == "incomplete" and not found.failures()
     assert by_name["start"].note == "bit-equal to the teacher"
     assert "softmax stays in layers 1: 262,144 bytes at 1,024 tokens" in by_name["constant state"].note
     assert Gates.from_dict(json.loads(json.dumps(found.to_dict()))) == found
@@ -134,10 +128,11 @@ def test_a_sound_student_passes_every_gate(saved):
 
 
 def test_another_folder_than_the_students_is_seen_and_foreign_code_is_not_run(saved, tmp_path):
-    model, tokenizer = checkpoint.load(saved)
+    model, _ = checkpoint.load(saved)
+    assert gates._code_is_ours(model, saved)
     with torch.no_grad():
         model.get_output_embeddings().weight[5] += 0.5
-    other = checkpoint.save(model, tokenizer, tmp_path / "student")
+    other = checkpoint.save(model, None, tmp_path / "student")
     (other / "lolcats.py").write_text("raise SystemExit('this must not run')\n")
     subject = Subject(checkpoint.load(saved)[0], None, 0)
     gate = gates._reload(subject, other)
