@@ -42,7 +42,8 @@ WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 TOKENIZER = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "chat_template*", "*.model",
 )  # fmt: skip
-Data = Callable[[], Mapping[str, str]]
+Data = Callable[[Mapping[str, Any], bool], tuple[Mapping[str, str | None], str]]
+"""(certificate, whether it and the teacher are as they were) -> hashes that could be made, and why not all of them."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ def certify(
     results: Results,
     recipe: Recipe,
     *,
-    data: Mapping[str, str] | None = None,
+    data: Mapping[str, str | None] | None = None,
     device: str | None = None,
 ) -> dict[str, Any]:
     """Write a checkpoint's certificate, whole or not at all; returns what it says.
@@ -129,7 +130,7 @@ def read(folder: str | Path) -> dict[str, Any]:
 def verify(folder: str | Path, *, data: Data | None = None) -> Verified:
     """Every hash of a checkpoint's certificate made again and compared.
 
-    ``data`` gives those of the data where it is at hand; what it raises says why they are not checked.
+    ``data`` gives those of the data where it is at hand.
     """
     folder = Path(folder)
     tree = read(folder)
@@ -142,21 +143,18 @@ def verify(folder: str | Path, *, data: Data | None = None) -> Verified:
     made = (tree.get("origin") or {}).get("versions", {}).get("linearize")
     if made != __version__:
         absent["package"] = f"it was made by linearize {made}, this is {__version__}"
-    if any(name.startswith("data.") for name in recorded):
-        try:
-            now |= dict(data() if data is not None else {})
-            reason = "the data is not at hand"
-        except (LinearizeError, OSError) as error:
-            reason = str(error)
-        absent |= {n: reason for n in recorded if n.startswith("data.") and n not in now}
+    sealed = tree.get("seal") == _hash_of({key: value for key, value in tree.items() if key != "seal"})
+    same = all(
+        recorded.get(name) == now[name] for name in now if name.startswith(("teacher.", "student.recipe"))
+    )
+    again, reason = data(tree, sealed and same) if data is not None else ({}, "")
+    now |= again
+    reason = reason or "the data is not at hand"
+    absent |= {n: reason for n in recorded if n.startswith("data.") and n not in now}
     absent |= {
         n: "it could not be made when the certificate was written" for n, h in recorded.items() if h is None
     }
-    matched, mismatched = [], []
-    if tree.get("seal") == _hash_of({key: value for key, value in tree.items() if key != "seal"}):
-        matched.append("seal")
-    else:
-        mismatched.append("seal")
+    matched, mismatched = (["seal"], []) if sealed else ([], ["seal"])
     for name in {**recorded, **now}:
         if name not in absent:
             (matched if name in recorded and recorded[name] == now.get(name) else mismatched).append(name)
@@ -196,18 +194,36 @@ def teacher_folder(teacher: Teacher) -> Path | None:
     return Path(found).parent if isinstance(found, str) else None
 
 
-def data_hashes(corpus: Any, windows: Mapping[int, str], cache: Path | None = None) -> dict[str, str]:
-    """Hashes of a corpus, of the held-out windows that were measured on, and of the token files in ``cache``."""
-    found = {"data.fingerprint": corpus.fingerprint}
+def data_hashes(
+    fingerprint: str | None, windows: Mapping[int, str], cache: Path | None = None
+) -> dict[str, str | None]:
+    """Hashes of the training data, of the held-out windows measured on, and of the token files in ``cache``."""
+    found: dict[str, str | None] = {"data.fingerprint": fingerprint}
     found |= {f"data.held-out windows of {length}": digest for length, digest in windows.items()}
-    files = file_hashes(cache)
-    return found | files
+    return found | file_hashes(cache)
 
 
 def file_hashes(cache: Path | None) -> dict[str, str]:
     """Hash of the tokens that were sampled or read once, where they were kept."""
     found = None if cache is None else _files(cache, ("*.safetensors",))
     return {} if found is None else {"data.files": found}
+
+
+def trained_on(folder: Path) -> str | None:
+    """The fingerprint of the data that a checkpoint's run was trained on, where it says so."""
+    for stage in ("finetune", "transfer"):
+        settings = _done(folder.parent / stage).get("settings") or {}
+        if isinstance(found := settings.get("corpus"), str):
+            return found
+    return None
+
+
+def _done(stage: Path) -> dict[str, Any]:
+    """What a finished stage of training left; empty where there is none."""
+    try:
+        return json.loads((stage / "done.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
 
 
 def training(folder: Path, recipe: Recipe) -> dict[str, Any]:
@@ -217,10 +233,7 @@ def training(folder: Path, recipe: Recipe) -> dict[str, Any]:
     trained: dict[str, int | None] = {}
     for stage in ("transfer", "finetune"):
         at = folder.parent / stage
-        try:
-            record = json.loads((at / "done.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            record = {}
+        record = _done(at)
         tokens[stage], seconds[stage] = record.get("tokens"), record.get("seconds")
         trained[stage] = 0 if record.get("skipped") else _elements([at / "weights.safetensors"])
     total = _elements(sorted(folder.glob("*.safetensors")))

@@ -14,7 +14,7 @@ from .data import Corpus, build
 from .evaluate import Gates, Results, digest_of_windows
 from .evaluate.gates import integrity, not_run
 from .methods import adjust, method_words
-from .modeling.errors import LinearizeError, TeacherError
+from .modeling.errors import LinearizeError, RecipeError, TeacherError
 from .progress import Watch
 from .recipe import Recipe
 from .teacher import load_teacher
@@ -54,24 +54,24 @@ def verify_checkpoint(folder: str | Path) -> certificate.Verified:
     """Every hash of a student's certificate made again: its files, and teacher and data where they are at hand."""
     folder = Path(folder)
 
-    def data(tree: Mapping[str, Any], sound: bool) -> tuple[dict[str, str], str]:
+    def data(tree: Mapping[str, Any], sound: bool) -> tuple[Mapping[str, str | None], str]:
         cache = data_folder(folder)
         if cache is None:
             return {}, "the run's data folder is not beside the student"
         found = certificate.file_hashes(cache)
         if found.get("data.files") != tree["identity"].get("data.files"):
             return found, "its files are others"
-        if not sound:  # what it names might have to be sampled first
-            return found, "the teacher or the certificate itself has changed"
+        if not sound:  # what they name might have to be sampled first
+            return found, "teacher, recipe or certificate have changed"
         try:
-            return found | _data_again(folder, tree, cache), ""
+            return {**found, **_data_again(folder, tree, cache)}, ""
         except (LinearizeError, OSError) as error:
             return found, str(error)
 
     return certificate.verify(folder, data=data)
 
 
-def _data_again(folder: Path, tree: Mapping[str, Any], cache: Path) -> dict[str, str]:
+def _data_again(folder: Path, tree: Mapping[str, Any], cache: Path) -> Mapping[str, str | None]:
     """Hashes of the training data and of the windows measured on, from kept tokens; nothing is written beside them."""
     trained, measured = Recipe.from_file(folder / "recipe.yaml"), Recipe.from_dict(tree["evaluation"])
     teacher, tokenizer = load_teacher(measured.teacher, device_of(measured))

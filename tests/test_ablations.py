@@ -45,7 +45,11 @@ def logits(model, x, without=None, pieces=()):
         (LigerConfig(window=6), WindowConfig(window=6), "linear"),
         (LawcatConfig(window=6), WindowConfig(window=6), "linear"),
         (LigerConfig(window=6), LigerConfig(window=None, mix_recurrent=1.0), "window"),
-        (LigerConfig(window=6, variant="gsa"), LigerConfig(window=None, variant="gsa", mix_recurrent=1.0), "window"),
+        (
+            LigerConfig(window=6, variant="gsa"),
+            LigerConfig(window=None, variant="gsa", mix_recurrent=1.0),
+            "window",
+        ),
         (LawcatConfig(window=6), LawcatConfig(window=None, eps=0.0), "window"),
     ],
 )
@@ -114,7 +118,10 @@ def test_every_layer_and_all_of_them_have_a_row(rows):
     for row in found:
         assert (row.kl is None) == (row.not_run is not None) and row.length == 64
         if row.kl is not None:
-            assert row.windows == 6 and row.difference_interval[0] <= row.kl_difference <= row.difference_interval[1]
+            assert (
+                row.windows == 6
+                and row.difference_interval[0] <= row.kl_difference <= row.difference_interval[1]
+            )
             assert abs(row.kl_difference) > 1e-4 and math.isfinite(row.ppl)
 
 
@@ -152,9 +159,12 @@ def cell(model, length, right, samples=100, task="passkey"):
     ],
 )
 def test_the_verdict_follows_its_rule(student_, control, teacher, length, used):
-    cells = [cell("teacher", length, teacher), cell("student", length, student_), cell("window control", length, control)]
+    found = {"teacher": teacher, "student": student_, "window control": control}
+    cells = [cell(name, length, right) for name, right in found.items()]
     told = verdict(cells, 64)
-    assert told.startswith("the linear branch is used: passkey at 512: 90 % against 40 %" if used else NO_EVIDENCE)
+    assert told.startswith(
+        "the linear branch is used: passkey at 512: 90 % against 40 %" if used else NO_EVIDENCE
+    )
 
 
 def test_without_a_control_there_is_no_evidence():
@@ -170,7 +180,7 @@ def test_ablations_are_a_part_of_the_evaluation_where_they_are_asked_for():
         "window control": student("llama", WindowConfig(window=8), **sizes),
     }
     text = Text(torch.randint(10, 8000, (900,), generator=torch.Generator().manual_seed(0)))
-    words = dict(seq_lens=[48, 64], sequences=3, batch_size=3, recall_lens=[128], recall_samples=2, recall_tasks=["passkey"])
+    words = dict(seq_lens=[48, 64], sequences=3, batch_size=3, recall_lens=[128], recall_samples=2)
     config = Evaluate(**words, ablations={"enabled": True, "per_layer": False})
     teacher = tiny("llama", vocab_size=len(tokenizer), num_hidden_layers=1)
     results = evaluate(students, teacher, tokenizer, text, config)

@@ -45,7 +45,7 @@ def test_a_run_certifies_what_it_made(made, teacher):  # noqa: F811
     assert tree["identity"]["student.recipe"] == sha256_of(made.checkpoint / "recipe.yaml")
     assert None not in tree["identity"].values()
     assert {"data.fingerprint", "data.files", "data.held-out windows of 64"} <= tree["identity"].keys()
-    assert tree["training"]["tokens"] == {"transfer": 512, "finetune": 512}
+    assert tree["training"]["tokens"] == {"transfer": 384, "finetune": 384}  # whole batches of 2 x 192
     mixer = sum(p.numel() for p in load(made.checkpoint)[0].mixers()[0].parameters() if p.requires_grad)
     assert tree["training"]["parameters"]["trained"]["transfer"] == mixer
     assert tree["training"]["device"] == "cpu" and tree["training"]["seconds"]["finetune"] > 0
@@ -67,16 +67,18 @@ def test_the_controls_are_what_their_names_say(made):
     )
     assert matched[0].method == "window" and {matched[1].method, matched[2].method} == {"softmax"}
     token = matched[0].kv_bytes_per_token
-    assert -token - 16 < matched[0].state_bytes - student[0].state_bytes <= 16  # two counters beside the tokens
+    assert (
+        -token - 16 < matched[0].state_bytes - student[0].state_bytes <= 16
+    )  # two counters beside the tokens
     softmax, _ = load(below / "softmax" / "student")
     assert not softmax.mixers()
     likelihood = made.results.likelihood[64]
     assert 0 < likelihood["softmax control"].kl < likelihood["window control"].kl
     done = json.loads((below / "softmax" / "finetune" / "done.json").read_text())
-    assert done["tokens"] == 512
+    assert done["tokens"] == 384
     for name in ("window", "matched_window", "softmax"):
         own = certificate.read(below / name / "student")
-        assert own["training"]["tokens"]["finetune"] == 512 and own["measured"]["gates"] is None
+        assert own["training"]["tokens"]["finetune"] == 384 and own["measured"]["gates"] is None
 
 
 def test_an_untouched_student_verifies(made):
@@ -115,7 +117,6 @@ TAMPERED = {
     "teacher.tokenizer": lambda at, t: (t / "tokenizer_config.json", (b"{", b"{ ")),
     "teacher.config": lambda at, t: (t / "config.json", (b"{", b"{ ")),
     "data.files": lambda at, t: (first(at.parent / "data", "self*.safetensors"), None),
-    "data.fingerprint": lambda at, t: (at / "certificate.json", (b'"data.fingerprint": "', b'"data.fingerprint": "0')),
     "seal": lambda at, t: (at / "certificate.json", (b'"status": "incomplete"', b'"status": "complete"')),
 }
 
@@ -132,6 +133,14 @@ def test_every_hashed_thing_is_watched(made, teacher, name):  # noqa: F811
     assert result.exit_code == 2
     assert name in result.stderr and "measure it again" in result.stderr
     assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
+
+
+def test_data_that_has_changed_is_named(made, monkeypatch):
+    """As where a text file of the recipe is another than the one that was read."""
+    real = certificate.data_hashes
+    monkeypatch.setattr(certificate, "data_hashes", lambda fingerprint, *rest: real(f"{fingerprint}0", *rest))
+    result = command(made, "--verify")
+    assert result.exit_code == 2 and "student: data.fingerprint: not what" in result.stderr
 
 
 def test_the_packages_code_is_watched_for_as_long_as_its_version_stays(made, monkeypatch):
@@ -154,13 +163,13 @@ def test_what_is_not_at_hand_is_said_and_not_passed_over(made, teacher):  # noqa
     assert found.exit_code == 0
     record = json.loads(found.stdout)
     assert record["not_checked"]["teacher.weights"] == "the teacher is not at hand"
-    assert "teacher.name" in record["not_checked"]["data.fingerprint"]
+    assert "teacher" in record["not_checked"]["data.fingerprint"]
     assert not {"teacher.weights", "data.fingerprint"} & set(record["matched"])
 
 
 def test_measuring_again_renews_the_certificate_and_keeps_what_it_did_not_measure(made):
     before = certificate.read(made.checkpoint)
-    words = ["evaluate.gates=false", "evaluate.recall_tasks=[]", "seed=4"]
+    words = ["evaluate.gates=false", "evaluate.ablations.enabled=false", "evaluate.recall_tasks=[]", "seed=4"]
     evaluate_checkpoint(made.checkpoint, words)
     after = certificate.read(made.checkpoint)
     assert after["measured"]["recall"] == before["measured"]["recall"]
@@ -234,13 +243,19 @@ def test_the_verb_runs_the_gates_alone(made, monkeypatch):
 
     def integrity(student, **terms):
         seen.append(terms)
-        return Gates("failed", [Gate("batch", "failed", "layer 1, length 9", 1.0, 0.1), Gate("start", "passed")])
+        return Gates(
+            "failed", [Gate("batch", "failed", "layer 1, length 9", 1.0, 0.1), Gate("start", "passed")]
+        )
 
     monkeypatch.setattr("linearize.proof.integrity", integrity)
     result = command(made, "--gates")
     assert result.exit_code == 2
     assert "batch: layer 1, length 9, differs by 1, allowed 0.1" in result.stderr
     assert "passed  start" in result.stdout and result.stdout.endswith("Integrity: failed\n")
-    assert seen[0]["folder"] == made.checkpoint and seen[0]["train_len"] == 192 and seen[0]["teacher"] is not None
+    assert (
+        seen[0]["folder"] == made.checkpoint
+        and seen[0]["train_len"] == 192
+        and seen[0]["teacher"] is not None
+    )
     command(made, "--gates", "method.sparse_cache=4")
     assert seen[1]["folder"] is None

@@ -212,6 +212,8 @@ def verdict(
     student finds more than the window-only control: with a paired difference whose lower 95 % bound is above 0.
     """
     by_model = {(cell.task, cell.length, cell.model): cell for cell in cells}
+    if not cells:
+        return f"{NO_EVIDENCE}: no recall was measured"
     if not any(cell.model == control for cell in cells):
         return f"{NO_EVIDENCE}: no window-only control was measured beside the student"
     reach = [cell for cell in cells if cell.model == student and cell.length > 4 * window]
@@ -222,7 +224,9 @@ def verdict(
         if other is None:
             continue
         hits = torch.tensor([[int(a), int(b)] for a, b in zip(mine.hits, other.hits, strict=True)])
-        low, high = bootstrap(hits, lambda totals, n=mine.samples: (totals[:, 0] - totals[:, 1]) / n, seed=seed)
+        low, high = bootstrap(
+            hits, lambda totals, n=mine.samples: (totals[:, 0] - totals[:, 1]) / n, seed=seed
+        )
         points = 100 * (mine.share - other.share)
         words = (
             f"{mine.task} at {mine.length:,}: {100 * mine.share:.0f} % against {100 * other.share:.0f} % "
