@@ -234,10 +234,16 @@ class Finetune(Stage):
 
 
 class Control(Section):
-    """Students that have a part of the method and the same training: what the whole has to beat."""
+    """Students that have a part of the method and the same training: what the whole has to beat.
+
+    ``matched_window`` is a window of as many bytes as the student's state; ``softmax`` is the teacher,
+    fine-tuned alike, with nothing converted.
+    """
 
     enabled: bool = False
-    methods: list[Literal["window", "linear"]] = Field(default=["window"], min_length=1)
+    methods: list[Literal["window", "linear", "matched_window", "softmax"]] = Field(
+        default=["window"], min_length=1
+    )
     window: Positive | None = None
     sinks: Count = 0
 
@@ -270,6 +276,11 @@ class Suite(Section):
     @property
     def wanted(self) -> bool:
         return bool(self.tasks or self.preset)
+class Ablations(Section):
+    """Branches switched off and states zeroed at evaluation; ``per_layer`` for each layer too, not only for all."""
+
+    enabled: bool = False
+    per_layer: bool = True
 
 
 class Evaluate(Section):
@@ -282,6 +293,8 @@ class Evaluate(Section):
     recall_tasks: list[RecallTask] = ["passkey", "number_in_text"]
     recall_samples: Positive = 50
     generate_tokens: Count = 60
+    gates: bool = True
+    ablations: Ablations = Ablations()
     prompt: str | None = None
     suite: Suite = Suite()
 

@@ -4,7 +4,7 @@
   recipe.yaml           resolved, every default included; a run of another recipe is refused here
   data/                 the tokens, sampled or read once
   transfer/ finetune/   metrics.jsonl, checkpoints while they run, then the weights (see train/resume.py)
-  student/              the checkpoint: what is measured, and what may be published
+  student/              the checkpoint: what is measured, and what may be published; certificate.json says what was
   control/<method>/     transfer/, finetune/ and student/ of each control that the recipe asks for
   timings.json          seconds per phase, over all the calls that it took
   suite/                the recall suite's prompts and answers, where the recipe asks for it
@@ -15,6 +15,7 @@ import contextlib
 import copy
 import dataclasses
 import json
+import logging
 import shutil
 import time
 from collections.abc import Iterator, Sequence
@@ -25,7 +26,7 @@ from typing import Any
 import torch
 
 from . import checkpoint, report
-from .convert import convert, unconvert
+from .convert import convert, describe, unconvert
 from .data import Corpus, build
 from .evaluate import Results, check, evaluate
 from .files import write_text
@@ -35,11 +36,14 @@ from .modeling.errors import LinearizeError, RecipeError
 from .modeling.linear import LinearConfig
 from .modeling.mixer import MethodConfig
 from .progress import Progress, Watch
+from .proof import certify, controls_of, device_of, gates_of, text_of
 from .provenance import origin
 from .recipe import Recipe
 from .teacher import load_teacher
 from .train.finetune import finetune
 from .train.transfer import transfer
+
+logger = logging.getLogger(__name__)
 
 PROMPT_TOKENS = 48
 MEASURES = ("teacher", "data", "evaluate", "seed", "device")  # what may change once the student exists
@@ -87,20 +91,25 @@ def run(recipe: Recipe, *, progress: Watch | None = None) -> RunResult:
 
     saved = {"student": folder / "student"}
     if recipe.control.enabled:
-        for method in control_methods(recipe):
-            name, below = f"{method.name} control", folder / "control" / method.name
+        for method in dict.fromkeys(recipe.control.methods):
+            name, below = f"{method} control", folder / "control" / method
             model, _ = load_teacher(recipe.teacher, device)
-            model = _converted(model, recipe, method)
+            model = _control(model, recipe, method)
             _teach(model, tokenizer, corpus, recipe, below, clock.under(name), _under(name, progress))
             saved[name] = below / "student"
 
     with clock("evaluate"):
         students = {name: checkpoint.load(at, device=device)[0] for name, at in saved.items()}
         teacher, tokenizer = load_teacher(recipe.teacher, device)
+        gates = gates_of(students["student"], teacher, tokenizer, saved["student"], recipe, progress)
         results = evaluate(
             students, teacher, tokenizer, corpus, recipe.evaluate, recipe.seed, progress, folder / "suite"
         )
+        results = replace(results, gates=gates)
         prompt, text = _continuation(students["student"], tokenizer, corpus, recipe)
+        for name, at in saved.items():
+            own = results if name == "student" else replace(results, gates=None, ablations=None)
+            certify(at, own, recipe)
     return _finish(folder, recipe, results, prompt, text, clock.seconds)
 
 
@@ -112,6 +121,24 @@ def _converted(model: Any, recipe: Recipe, control: MethodConfig | None = None) 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
         return convert(model, control or recipe.method, layers, convert_sliding=recipe.convert_sliding)
+
+
+def _control(model: Any, recipe: Recipe, name: str) -> Any:
+    """A control: the teacher converted to a part of the student's method, or to nothing (``softmax``)."""
+    if name == "softmax":
+        return convert(model, build_method({"name": name}))
+    if name != "matched_window":
+        method = next(method for method in control_methods(recipe) if method.name == name)
+        return _converted(model, recipe, method)
+    student = [layer for layer in describe(_converted(model, recipe)) if layer.method != "softmax"]
+    unconvert(model)
+    width = model.dtype.itemsize
+    windows = {}
+    for layer in student:
+        shape = layer.geometry
+        token = shape.kv_heads * (shape.key_dim + shape.value_dim) * width
+        windows[layer.index] = build_method({"name": "window", "window": max(1, layer.state_bytes // token)})
+    return convert(model, windows)
 
 
 def _teach(
@@ -174,27 +201,25 @@ def evaluate_checkpoint(
             f"{moved[0]}: another value would take training text for held-out text; "
             "leave it, or name the text to measure on with data.held_out"
         )
-    data = recipe.data
-    if data.held_out is not None:  # what the teacher samples and what is generated serve training alone
-        kept = [source for source in data.sources if source.kind not in ("self", "recall")]
-        data = data.model_copy(update={"sources": kept})
     device = device_of(recipe)
     teacher, tokenizer = load_teacher(recipe.teacher, device)
-    cache = folder.parent / "data"
-    corpus = build(
-        data,
-        tokenizer,
-        teacher=teacher,
-        cache_dir=cache if cache.is_dir() else None,
-        seed=saved.seed,
-        device=device,
-        progress=progress,
-    )
+    corpus = text_of(folder, recipe, saved.seed, teacher, tokenizer, progress)
     _refuse_other_data(folder.parent, corpus, recipe)
     students = {"student": student.to(device)}
-    return evaluate(
+    if recipe.evaluate.ablations.enabled:  # whether the linear branch is used, the control says
+        students |= {name: checkpoint.load(at, device=device)[0] for name, at in controls_of(folder).items()}
+    at = folder if not fields else None  # with other fields it is another student than the folder's
+    gates = gates_of(students["student"], teacher, tokenizer, at, recipe, progress)
+    results = evaluate(
         students, teacher, tokenizer, corpus, recipe.evaluate, recipe.seed, progress, suite_folder
     )
+    results = replace(results, gates=gates)
+    if at is not None:
+        try:
+            certify(at, results, recipe)
+        except OSError as error:
+            logger.warning("%s: its certificate cannot be written (%s)", folder, error.strerror or error)
+    return results
 
 
 def folder_of(recipe: Recipe) -> Path:
@@ -205,7 +230,8 @@ def folder_of(recipe: Recipe) -> Path:
 
 
 def control_methods(recipe: Recipe) -> list[MethodConfig]:
-    """The controls asked for: the student's exact window and nothing behind it; its maps without a window."""
+    """The controls made of the method's fields: the student's exact window and nothing behind it; its maps without a
+    window. :func:`_control` makes the others."""
     method, window = recipe.method, {"sinks": recipe.control.sinks}
     if chunk := getattr(method, "chunk", None):  # a query sees its own and the one before
         window |= {"window": chunk, "window_kind": "terraced"}
@@ -221,17 +247,8 @@ def control_methods(recipe: Recipe) -> list[MethodConfig]:
             if isinstance(method, LinearConfig)
         },
     }
-    return [build_method({"name": name, **fields[name]}) for name in dict.fromkeys(recipe.control.methods)]
-
-
-def device_of(recipe: Recipe) -> str:
-    """``cuda`` where there is one, unless the recipe says otherwise."""
-    found = "cuda" if torch.cuda.is_available() else "cpu"
-    if recipe.device == "cuda" and found == "cpu":
-        raise RecipeError(
-            "device: 'cuda', but torch finds no GPU here; use device=cpu or a CUDA build of torch"
-        )
-    return found if recipe.device == "auto" else recipe.device
+    named = [name for name in dict.fromkeys(recipe.control.methods) if name in fields]
+    return [build_method({"name": name, **fields[name]}) for name in named]
 
 
 def precision_of(recipe: Recipe) -> str:
@@ -270,7 +287,7 @@ def _refuse_other_data(folder: Path, corpus: Corpus, recipe: Recipe) -> None:
     files = any(source.kind not in ("self", "recall") for source in recipe.data.sources)
     if recipe.data.held_out is not None or not files or not done.exists():
         return
-    if json.loads(done.read_text(encoding="utf-8"))["settings"]["corpus"] != corpus.fingerprint:
+    if json.loads(done.readtext_of(encoding="utf-8"))["settings"]["corpus"] != corpus.fingerprint:
         raise RecipeError(
             f"data.sources: {folder / 'student'} was trained on other data than they hold now; "
             "put the files back, or measure on other text: linearize eval STUDENT data.held_out=..."
@@ -319,7 +336,7 @@ def _finish(
 
 
 def _finished(folder: Path) -> RunResult:
-    record = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    record = json.loads((folder / "results.json").readtext_of(encoding="utf-8"))
     results = Results.from_dict(record["results"])
     return RunResult(
         folder, folder / "student", results, record["prompt"], record["continuation"], record["timings"]
@@ -339,7 +356,7 @@ class _Clock:
 
     def __init__(self, folder: Path):
         self.folder, self.path, self.prefix = folder, folder / "timings.json", ""
-        self.seconds: dict[str, float] = json.loads(self.path.read_text()) if self.path.exists() else {}
+        self.seconds: dict[str, float] = json.loads(self.path.readtext_of()) if self.path.exists() else {}
 
     def under(self, name: str) -> "_Clock":
         """The same clock, for phases whose names begin with ``name``."""

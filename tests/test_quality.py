@@ -30,6 +30,7 @@ SMALL = [
     "evaluate.recall_lens=[160]",
     "evaluate.recall_samples=2",
     "evaluate.generate_tokens=0",
+    "evaluate.gates=false",
     "device=cpu",
 ]
 

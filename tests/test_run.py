@@ -37,6 +37,7 @@ WORDS = [
     "evaluate.recall_lens=[128]",
     "evaluate.recall_samples=2",
     "evaluate.generate_tokens=4",
+    "evaluate.gates=false",
     "device=cpu",
 ]
 

@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from ..modeling.errors import EvaluationError
 from ..progress import Progress, Watch
 from ..recipe import Evaluate
-from . import likelihood, recall, suite
+from . import ablations, likelihood, recall, suite
+from .ablations import Ablations
+from .gates import Gates
 from .likelihood import TEACHER, Bucket, Likelihood
 from .memory import LayerMemory, Memory, memory
 from .recall import Cell
@@ -21,8 +23,10 @@ from .suite import SuiteCell, SuiteResults
 
 __all__ = [
     "TEACHER",
+    "Ablations",
     "Bucket",
     "Cell",
+    "Gates",
     "HeldOut",
     "LayerMemory",
     "Likelihood",
@@ -67,6 +71,10 @@ class Results:
     memory: dict[str, Memory]
     windows: dict[int, str] = field(default_factory=dict)
     """Length -> sha256 of the held-out windows."""
+    gates: Gates | None = None
+    """Of the first student; None where they were not run."""
+    ablations: Ablations | None = None
+    """Of the first student; None where they were not run."""
     suite: SuiteResults | None = None
     """The recall suite, where the recipe asks for it."""
 
@@ -95,6 +103,8 @@ class Results:
                 for name, entry in tree["memory"].items()
             },
             windows={int(length): digest for length, digest in tree["windows"].items()},
+            gates=Gates.from_dict(tree["gates"]) if tree.get("gates") else None,
+            ablations=Ablations.from_dict(tree["ablations"]) if tree.get("ablations") else None,
             suite=SuiteResults.from_dict(tree["suite"]) if tree.get("suite") else None,
         )
 
@@ -148,6 +158,9 @@ def evaluate(
                 progress=meter.part(config.recall_samples * length),
             )
         ]
+    switched = None
+    if config.ablations.enabled:
+        switched = _ablations(students, teacher, tokenizer, windows, measured, found, config, seed, progress)
         suited = _suite(models, tokenizer, corpus, config, progress, suite_folder)
     return Results(
         source=corpus.label,
@@ -157,8 +170,45 @@ def evaluate(
         recall=found,
         memory=memory(teacher, students),
         windows={length: digest_of_windows(batch) for length, batch in windows.items()},
+        ablations=switched,
         suite=suited,
     )
+
+
+def _ablations(
+    students: dict[str, nn.Module],
+    teacher: nn.Module,
+    tokenizer: Any,
+    windows: dict[int, Tensor],
+    measured: dict[int, dict[str, Likelihood]],
+    cells: list[Cell],
+    config: Evaluate,
+    seed: int,
+    progress: Watch | None,
+) -> Ablations | None:
+    """Of the first student, which is the one in question, on the longest windows."""
+    name, student = next(iter(students.items()), ("", None))
+    if student is None or not windows:
+        return None
+    length = max(windows)
+
+    def hear(done: int, total: int) -> None:
+        if progress is not None:
+            progress(Progress("ablations", done, total, unit="windows"))
+
+    rows = ablations.ablate(
+        student,
+        teacher,
+        windows[length],
+        batch_size=config.batch_size,
+        vocab_size=len(tokenizer),
+        per_layer=config.ablations.per_layer,
+        seed=seed,
+        progress=hear,
+    )
+    rows += ablations.control_rows(measured[length], length, name, seed)
+    told = ablations.verdict(cells, ablations.window_of(student), student=name, seed=seed)
+    return Ablations(rows, told)
 
 
 def check(teacher: nn.Module, tokenizer: Any, corpus: HeldOut, config: Evaluate) -> None:

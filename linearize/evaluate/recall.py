@@ -20,6 +20,9 @@ from ..tasks.recall import prefix
 from .likelihood import rows_per_call
 from .statistics import wilson
 
+GATE = 0.8
+"""The least lower bound of the teacher's own recall at which a cell can tell students apart."""
+
 
 @dataclass(frozen=True)
 class Cell:

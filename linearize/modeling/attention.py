@@ -12,7 +12,7 @@ import hashlib
 import inspect
 import sys
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,6 +23,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from .backend import reference_only
 from .cache import cache_layer, keys_layer
 from .errors import ConversionError, LinearizeError
 from .mixer import Fit, Mixer, MixerInput, Rows, rows_of
@@ -38,6 +39,8 @@ class Mode(NamedTuple):
     record: Record | None = None
     step: bool = False
     """Whether a forward gives every row one real token, whatever its mask says: a decode step of fixed shapes."""
+    without: Mapping[int, str] = {}
+    """Layer index -> the branch that its mixer leaves out."""
 
 
 LINEAR = Mode("linear")
@@ -92,6 +95,16 @@ def attention_mode(name: str, record: Record | None = None) -> Iterator[None]:
     if (name == "transfer") != (record is not None):
         raise LinearizeError("attention_mode: give record= with 'transfer', and only then")
     with MODE.hold(Mode(name, record)):
+        yield
+
+
+@contextlib.contextmanager
+def ablation(without: Mapping[int, str]) -> Iterator[None]:
+    """Run forwards inside the block with a branch left out in some layers: layer index -> ``linear`` or ``window``.
+
+    Such layers run references. Raises :class:`LinearizeError` in the forward where a layer's method cannot do without.
+    """
+    with MODE.hold(LINEAR._replace(without=dict(without))):
         yield
 
 
@@ -211,7 +224,11 @@ class LinearAttention(nn.Module):
         if linear_context.deferred:
             q, k = rotate(self, q, k, linear_context.rope)
         if mode.name == "linear":
-            y = self._mix(q, k, v, plain, mask, linear_context, kwargs)
+            without = mode.without.get(self.layer_idx)
+            if without and (reason := self.mixer.why_not_without(without)):
+                raise LinearizeError(f"ablation: layer {self.layer_idx}: {reason}; leave the layer out")
+            with reference_only() if without else contextlib.nullcontext():  # kernels know no ablations
+                y = self._mix(q, k, v, plain, mask, linear_context, kwargs, without=without)
             assert isinstance(y, Tensor)
             return y, None
         teacher, weights = attend_base(self, q, k, v, mask, **kwargs)
@@ -225,7 +242,7 @@ class LinearAttention(nn.Module):
             mode.record(self.layer_idx, student, teacher.detach(), valid)
         return teacher, weights
 
-    def _mix(self, q, k, v, plain, mask, context, kwargs, teacher=None) -> Tensor | Fit:
+    def _mix(self, q, k, v, plain, mask, context, kwargs, teacher=None, without=None) -> Tensor | Fit:
         if isinstance(mask, Tensor):
             raise LinearizeError(
                 f"attention_mask: shape {tuple(mask.shape)} is not supported by converted layers; "
@@ -255,7 +272,7 @@ class LinearAttention(nn.Module):
         if rows is not None:
             parts = {name: rows.gather(part) for name, part in parts.items()}
         layer = None if cache is None else cache_layer(cache, self.layer_idx)
-        in_place = layer is not None and time == 1 and rows is None and self._in_place(layer)
+        in_place = layer is not None and time == 1 and rows is None and not without and self._in_place(layer)
         x = MixerInput(
             **parts,
             scale=kwargs["scaling"] if kwargs.get("scaling") is not None else q.shape[-1] ** -0.5,
@@ -265,6 +282,7 @@ class LinearAttention(nn.Module):
             pending=0 if layer is None else layer.pending,
             in_place=in_place,
             transfer=teacher is not None,
+            without=without,
         )
         with torch.autocast(q.device.type, enabled=False):
             y, state = self.mixer(x, None if layer is None else layer.state)

@@ -163,6 +163,10 @@ class StateLayer(CacheLayerMixin):
     def batch_select_indices(self, indices: Tensor) -> None:
         self._map(lambda t: t[indices.to(t.device)])
 
+    def forget(self) -> None:
+        """Drop what the mixer remembers, and keep count of the columns: the next forward starts from nothing."""
+        self.state, self._recent, self._owned = None, None, False
+
     def offload(self) -> None:
         """Nothing: a state is small, and ``Cache.update`` offloads a layer before its mixer has run."""
 

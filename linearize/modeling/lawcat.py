@@ -295,6 +295,13 @@ class LawcatMixer(Mixer):
         tails = {name: getattr(state, name) for name in ("tail_q", "tail_k") if getattr(state, name).shape[1]}
         return state._replace(**{n: resize(t, state.seen, t.shape[1] + 1) for n, t in tails.items()})
 
+    def why_not_without(self, branch: str) -> str | None:
+        if self.config.window is None:
+            return "without a window, linear attention is all there is"
+        if branch == "window" and self.config.window_exclude:
+            return "its first tokens are in the window alone"
+        return None
+
     # The sums.
 
     @property
@@ -385,6 +392,10 @@ class LawcatMixer(Mixer):
     def _join(self, x: MixerInput, sums: Tensor, state: LawcatState | None) -> Tensor:
         terms: dict[str, Any] = {"scale": x.scale, "window": self.config.window, "softcap": x.softcap}
         factor = self.window_logit.sigmoid()
+        if x.without == "linear":
+            sums = torch.zeros_like(sums)
+        elif x.without == "window":
+            factor = torch.zeros_like(factor)
         if state is None:
             return joined_attention(x.q, x.k, x.v, sums, factor, **terms)
         return attend_through(

@@ -209,7 +209,7 @@ class LigerMixer(Mixer):
         total = state.seen + (x.q.shape[1] if x.lengths is None else x.lengths)
         limit = (total - x.pending).clamp_min(0).maximum(state.folded)
         branches, new = [], {"k": x.k, "v": x.v}
-        whole = fresh and x.softcap is None and self._plain
+        whole = fresh and x.softcap is None and x.without is None and self._plain
         if self.config.has_recurrence and (x.pending or not whole):
             log_decay = self._log_decay(x)
             key = self._key(x, log_decay)
@@ -225,7 +225,7 @@ class LigerMixer(Mixer):
             if self.config.has_recurrence:
                 o, state = self._recur(x, new["key"], new["log_decay"], state, limit, fresh)
                 branches.append(o)
-            y = self._mix(branches).to(x.v.dtype)
+            y = self._mix(branches, x.without).to(x.v.dtype)
         if not x.use_cache:
             return y, None
         rings = {name: write(getattr(state, name), t, state.seen, total) for name, t in new.items()}
@@ -270,7 +270,11 @@ class LigerMixer(Mixer):
     def _gate_steps(self) -> float:
         return self.config.gate_normalizer or (1.0 if self.config.variant == "hgrn2" else 16.0)
 
-    def _mix(self, branches: list[Tensor]) -> Tensor:
+    def why_not_without(self, branch: str) -> str | None:
+        both = self.config.has_window and self.config.has_recurrence
+        return None if both else "it has one branch alone"
+
+    def _mix(self, branches: list[Tensor], without: str | None) -> Tensor:
         config = self.config
         if config.train_mix is not None:
             weights = list(self.log_mix.exp()[..., None])  # [H, 1] or [1, 1]
@@ -283,6 +287,10 @@ class LigerMixer(Mixer):
                 )
                 if there
             ]
+        if without is not None:  # the other branch takes the whole weight
+            first, second = weights
+            total, off = first + second, 0 * first
+            weights = [total, off] if without == "linear" else [off, total]
         exact = accumulator(*branches)
         parts = [weight * y.to(exact) for weight, y in zip(weights, branches, strict=True)]
         return parts[0] + parts[1] if len(parts) == 2 else parts[0]

@@ -96,11 +96,14 @@ class LinearMixer(Mixer):
         if not self.config.tie_qk_map:
             self.map_k.reset_parameters()
 
+    def why_not_without(self, branch: str) -> str | None:
+        return "linear attention is all there is"
+
     def forward(self, x: MixerInput, state: Any = None) -> tuple[Tensor | Fit, Any]:
         if x.teacher is not None and self._is_plain:
             maps = (self.map_q, self._key_map)
             terms: dict[str, Any] = dict(teacher=x.teacher, lengths=x.lengths, **self._terms(x))
-            return mapped_error(x.q, x.k, x.v, *maps, *self._factors(), **terms), None
+            return mapped_error(x.q, x.k, x.v, *maps, *self._factors(x), **terms), None
         if state is None and not x.use_cache:
             return self._many(x, x.q, x.k, x.v)
         if x.in_place:
@@ -137,7 +140,7 @@ class LinearMixer(Mixer):
             v,
             self.map_q,
             self._key_map,
-            *self._factors(),
+            *self._factors(x),
             state=None if state is None or empty else (state.kv, state.z),
             stop=None if limit is None or state is None else limit - state.folded,
             pending=x.pending,
@@ -166,7 +169,7 @@ class LinearMixer(Mixer):
             v,
             self.map_q(x.q),
             self._map_k(k) if outside else None,
-            *self._factors(),
+            *self._factors(x),
             **self._positions(k, state, limit),
             state=(state.kv, state.z),
             **self._terms(x),
@@ -239,7 +242,7 @@ class LinearMixer(Mixer):
     def _map_k(self, k: Tensor) -> Tensor:
         return self._key_map(k)
 
-    def _factors(self) -> tuple[Tensor, Tensor | None]:
+    def _factors(self, x: MixerInput) -> tuple[Tensor, Tensor | None]:
         """Weights [H] of window and sums; without a window neither applies."""
         return self.map_q.weight.new_ones(self.geometry.heads), None
 

@@ -27,9 +27,9 @@ from torch import Tensor, nn
 
 from .errors import ConversionError
 from .linear import LinearConfig, LinearMixer
-from .mixer import Geometry, Method, MixerInput, check_window
+from .mixer import Fit, Geometry, Method, MixerInput, check_window
 from .ops import Sparse, sparse_attention, sparse_decode, sparse_hand_over
-from .ring import final
+from .ring import final, span
 
 
 @dataclass(frozen=True)
@@ -106,9 +106,29 @@ class LolcatsMixer(LinearMixer):
         super().reset_parameters()
         nn.init.constant_(self.window_logit, self.config.window_logit_init)
 
-    def _factors(self) -> tuple[Tensor, Tensor | None]:
+    def _factors(self, x: MixerInput) -> tuple[Tensor, Tensor | None]:
         g = self.window_logit.sigmoid()
+        if x.without is not None:
+            off, whole = torch.zeros_like(g), torch.ones_like(g)
+            return (whole, off) if x.without == "linear" else (off, whole)
         return g, 1 - g if self.config.affine_factors else None
+
+    def forward(self, x: MixerInput, state: Any = None) -> tuple[Tensor | Fit, Any]:
+        y, after = super().forward(x, state)
+        if x.without != "window":
+            return y, after
+        assert isinstance(y, Tensor)
+        seen = x.q.new_zeros(len(y), dtype=torch.long) if state is None else state.seen
+        position = seen[:, None] + torch.arange(y.shape[1], device=y.device)
+        # These tokens have nothing older than their window, and so neither numerator nor denominator.
+        return y.masked_fill((position < span(self.window, self.window_kind))[..., None, None], 0.0), after
+
+    def why_not_without(self, branch: str) -> str | None:
+        if self.config.window is None:
+            return "without a window, linear attention is all there is"
+        if branch == "window" and self.config.sparse_cache:
+            return "its sparse cache is weighed with the window, and may hold all that is older"
+        return None
 
     def _logit(self) -> dict[str, Any]:
         return {"window_logit": self.window_logit, "affine": self.config.affine_factors}
@@ -148,7 +168,7 @@ class LolcatsMixer(LinearMixer):
             v,
             self.map_q(q),
             self._map_k,
-            *self._factors(),
+            *self._factors(x),
             memory=_memory(older),
             leaving=leaving,
             scale=x.scale,
@@ -180,7 +200,7 @@ class LolcatsMixer(LinearMixer):
             k,
             v,
             self.map_q(x.q),
-            *self._factors(),
+            *self._factors(x),
             memory=met,
             **self._positions(k, state, limit),
             scale=x.scale,

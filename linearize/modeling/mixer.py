@@ -74,6 +74,9 @@ class MixerInput(NamedTuple):
     teacher: Tensor | None = None
     """[B, T, H, V], in stage 1 the output of the layer's softmax: a mixer may form its error against it, a
     :class:`Fit`, where that is faster than handing y out."""
+    without: str | None = None
+    """The branch that an ablation leaves out, ``linear`` or ``window``: what stays is normalised as the whole was, and
+    a token for which nothing stays gets 0. Only where ``Mixer.why_not_without`` says nothing against it."""
 
 
 class Fit(NamedTuple):
@@ -115,6 +118,10 @@ class Mixer(nn.Module):
     def why_not_in_place(self) -> str | None:
         """Why no step of this mixer can be one of ``MixerInput.in_place``, in words; None where all can."""
         return None
+
+    def why_not_without(self, branch: str) -> str | None:
+        """Why an ablation cannot leave out the ``linear`` branch or the ``window``, in words; None where it can."""
+        return f"{self.config.name} has no {branch} branch that can be switched off"
 
     def with_room(self, state: Any) -> Any:
         """The state as steps in place want it: the same tokens, with the room to put off what is costly."""

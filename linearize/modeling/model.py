@@ -116,7 +116,8 @@ class LinearModel(PreTrainedModel if TYPE_CHECKING else object):
         return StepGraph(self) if self._steps_by_graph() else super().get_compiled_call(compile_config)
 
     def _steps_by_graph(self) -> bool:
-        return MODE.get().name == "linear" and bool(self.mixers())
+        mode = MODE.get()
+        return mode.name == "linear" and not mode.without and bool(self.mixers())
 
     @staticmethod
     def create_masks_for_generate(*args: Any, attention_mask: Any = None, **request: Any) -> Any:

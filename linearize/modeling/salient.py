@@ -115,6 +115,11 @@ class SalientMixer(Mixer):
             self.context = nn.Linear(geometry.hidden, config.score_dim, bias=False)
         self.outer = nn.Linear(config.score_dim, geometry.kv_heads)
 
+    def why_not_without(self, branch: str) -> str | None:
+        if branch == "linear":
+            return "salient has no linear branch"
+        return "its local span and its kept tokens are one softmax, of which the span is no branch"
+
     def reset_parameters(self) -> None:
         for layer in (self.inner, self.context, self.outer):
             if layer is not None:

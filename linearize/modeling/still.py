@@ -277,7 +277,7 @@ class StillMixer(Mixer):
             x.q,
             k,
             v,
-            self.map_q(x.q),
+            self._map_q(x, x.q),
             *older,
             self._gate(x),
             **step_positions(k, state.seen, state.folded),
@@ -290,6 +290,8 @@ class StillMixer(Mixer):
     def _prefill(self, x: MixerInput, score: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
         """y of whole rows, and the sums of what is linear behind each, where they fall off on the way."""
         config = self.config
+        if x.without is not None:
+            return self._attend(x, x.q, x.k, x.v, score, self._gate(x)), None
         return routed_prefill(
             x.q,
             x.k,
@@ -322,7 +324,7 @@ class StillMixer(Mixer):
             q,
             k,
             v,
-            self.map_q(q),
+            self._map_q(x, q),
             self.map_k(k),
             score,
             gate,
@@ -403,6 +405,16 @@ class StillMixer(Mixer):
             groups = rho.unflatten(2, (self.select_heads, -1))
             score = rounded(groups.logsumexp(-1) - math.log(groups.shape[-1]))
         return score.masked_fill((position == 0)[..., None], torch.inf) if self.config.keep_first else score
+
+    def _map_q(self, x: MixerInput, q: Tensor) -> Tensor:
+        """Features of queries [B, T, H, F]; 0 where the linear branch is left out, and so its sums."""
+        phi = self.map_q(q)
+        return torch.zeros_like(phi) if x.without == "linear" else phi
+
+    def why_not_without(self, branch: str) -> str | None:
+        if branch == "linear":
+            return None
+        return "its local span and its picked tokens are one softmax, of which the span is no branch"
 
     def _gate(self, x: MixerInput) -> Tensor | None:
         """g [B, T, H, V or 1]."""

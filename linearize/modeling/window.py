@@ -60,6 +60,9 @@ class WindowState(NamedTuple):
 class WindowMixer(Mixer):
     """One sliding-window layer; it has no parameters."""
 
+    def why_not_without(self, branch: str) -> str | None:
+        return "window has no linear branch" if branch == "linear" else "the window is all there is"
+
     def forward(self, x: MixerInput, state: WindowState | None = None) -> tuple[Tensor, WindowState | None]:
         config = self.config
         y = self._step_in_place(x, state) if x.in_place else None

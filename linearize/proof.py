@@ -1,0 +1,158 @@
+"""What is shown of a saved student beside its quality: gates on its folder, its certificate, a second look at it."""
+
+import contextlib
+import logging
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import certificate, checkpoint
+from .data import Corpus, build
+from .evaluate import Gates, Results, digest_of_windows
+from .evaluate.gates import integrity, not_run
+from .methods import adjust, method_words
+from .modeling.errors import LinearizeError, RecipeError, TeacherError
+from .progress import Watch
+from .recipe import Recipe
+from .teacher import load_teacher
+
+logger = logging.getLogger(__name__)
+
+
+def device_of(recipe: Recipe) -> str:
+    """``cuda`` where there is one, unless the recipe says otherwise."""
+    found = "cuda" if torch.cuda.is_available() else "cpu"
+    if recipe.device == "cuda" and found == "cpu":
+        raise RecipeError(
+            "device: 'cuda', but torch finds no GPU here; use device=cpu or a CUDA build of torch"
+        )
+    return found if recipe.device == "auto" else recipe.device
+
+
+def gates_of_checkpoint(
+    folder: str | Path, overrides: Sequence[str] = (), *, progress: Watch | None = None
+) -> Gates:
+    """The integrity gates of a saved student, beside its teacher where that is at hand."""
+    folder = Path(folder)
+    fields, overrides = method_words(overrides)
+    student = adjust(checkpoint.load(folder)[0], **fields)
+    path = folder / "recipe.yaml"
+    recipe = Recipe.from_file(path, overrides=overrides) if path.is_file() else None
+    if recipe is None:
+        return integrity(student, folder=None if fields else folder, progress=progress)
+    device, teacher, tokenizer = device_of(recipe), None, None
+    with contextlib.suppress(TeacherError):
+        teacher, tokenizer = load_teacher(recipe.teacher, device)
+    at = folder if not fields else None
+    return gates_of(student.to(device), teacher, tokenizer, at, recipe, progress, asked=True)
+
+
+def verify_checkpoint(folder: str | Path) -> certificate.Verified:
+    """Every hash of a student's certificate made again: its files, and teacher and data where they are at hand."""
+    folder = Path(folder)
+
+    def data(tree: Mapping[str, Any], sound: bool) -> tuple[Mapping[str, str | None], str]:
+        cache = data_folder(folder)
+        if cache is None:
+            return {}, "the run's data folder is not beside the student"
+        found = certificate.file_hashes(cache)
+        if found.get("data.files") != tree["identity"].get("data.files"):
+            return found, "its files are others"
+        if not sound:  # what they name might have to be sampled first
+            return found, "teacher, recipe or certificate have changed"
+        try:
+            return {**found, **_data_again(folder, tree, cache)}, ""
+        except (LinearizeError, OSError) as error:
+            return found, str(error)
+
+    return certificate.verify(folder, data=data)
+
+
+def _data_again(folder: Path, tree: Mapping[str, Any], cache: Path) -> Mapping[str, str | None]:
+    """Hashes of the training data and of the windows measured on, from kept tokens; nothing is written beside them."""
+    trained, measured = Recipe.from_file(folder / "recipe.yaml"), Recipe.from_dict(tree["evaluation"])
+    teacher, tokenizer = load_teacher(measured.teacher, device_of(measured))
+    with tempfile.TemporaryDirectory() as temporary:
+        for path in cache.resolve().iterdir():
+            Path(temporary, path.name).symlink_to(path)
+        at = {"cache_dir": Path(temporary), "seed": trained.seed, "device": device_of(measured)}
+        full = build(trained.data, tokenizer, teacher=teacher, **at)
+        text = build(_measured_data(measured), tokenizer, teacher=teacher, **at)
+        lengths, count = measured.evaluate.seq_lens, measured.evaluate.sequences
+        windows = {length: digest_of_windows(text.held_out(length, count)) for length in lengths}
+    return certificate.data_hashes(full.fingerprint, windows)
+
+
+def _measured_data(recipe: Recipe) -> Any:
+    """The recipe's ``data`` without what only training needs."""
+    data = recipe.data
+    if data.held_out is None:
+        return data
+    # What the teacher samples and what is generated serve training alone.
+    kept = [source for source in data.sources if source.kind not in ("self", "recall")]
+    return data.model_copy(update={"sources": kept})
+
+
+def text_of(
+    folder: Path, recipe: Recipe, seed: int, teacher: Any, tokenizer: Any, progress: Watch | None
+) -> Corpus:
+    """The text that a saved student is measured on."""
+    return build(
+        _measured_data(recipe),
+        tokenizer,
+        teacher=teacher,
+        cache_dir=data_folder(folder),
+        seed=seed,
+        device=device_of(recipe),
+        progress=progress,
+    )
+
+
+def data_folder(student: Path) -> Path | None:
+    """``data`` of the run that a student, or one of its controls, lies in."""
+    parents = student.resolve().parents
+    places = [parent / "data" for parent in (parents[0], *parents[2:3])]
+    return next((place for place in places if place.is_dir()), None)
+
+
+def controls_of(student: Path) -> dict[str, Path]:
+    """The controls that were trained beside a student, by name."""
+    found = sorted((student.resolve().parent / "control").glob("*/student"))
+    return {f"{at.parent.name} control": at for at in found if checkpoint.is_checkpoint(at)}
+
+
+def gates_of(
+    student: Any,
+    teacher: Any,
+    tokenizer: Any,
+    folder: Path | None,
+    recipe: Recipe,
+    progress: Watch | None,
+    asked: bool = False,
+) -> Gates:
+    if not (recipe.evaluate.gates or asked):
+        return not_run("evaluate.gates is false")
+    vocab = None if tokenizer is None else len(tokenizer)
+    found = integrity(
+        student,
+        teacher=teacher,
+        folder=folder,
+        train_len=recipe.data.seq_len,
+        vocab_size=vocab,
+        seed=recipe.seed,
+        progress=progress,
+    )
+    for line in found.failures():
+        logger.warning("integrity gate failed: %s; no figure of this student can be relied on", line)
+    return found
+
+
+def certify(folder: Path, results: Results, recipe: Recipe) -> None:
+    """Write the certificate of a checkpoint from what was measured, and from the run that it lies in."""
+    trained = certificate.trained_on(folder)
+    data = certificate.data_hashes(trained, results.windows, data_folder(folder))
+    made = certificate.certify(folder, results, recipe, data=data, device=device_of(recipe))
+    logger.debug("%s: certificate %s", folder, made["status"])

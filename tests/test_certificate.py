@@ -1,0 +1,261 @@
+"""The certificate of a run: what it says, that it fails closed, and that every hashed thing is watched."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from test_run import WORDS, teacher  # noqa: F401  (a fixture)
+from typer.testing import CliRunner
+
+from linearize import certificate
+from linearize.cli import app
+from linearize.convert import describe
+from linearize.evaluate import Results
+from linearize.evaluate.gates import Gate, Gates
+from linearize.files import sha256_of
+from linearize.loading import load
+from linearize.modeling.errors import CheckpointError
+from linearize.recipe import Recipe
+from linearize.run import evaluate_checkpoint, run
+
+OWN = [
+    "control={enabled: true, methods: [window, matched_window, softmax]}",
+    "evaluate.gates=true",
+    "evaluate.ablations={enabled: true, per_layer: false}",
+    "layers=[0]",
+    "evaluate.recall_tasks=[passkey]",
+]
+
+
+@pytest.fixture(scope="module")
+def made(teacher, tmp_path_factory):  # noqa: F811
+    output = tmp_path_factory.mktemp("certified") / "run"
+    return run(Recipe.resolve(teacher, "lolcats", [*WORDS, *OWN, f"output={output}"]))
+
+
+def command(made, *words):
+    return CliRunner().invoke(app, ["eval", str(made.checkpoint), *words])
+
+
+def test_a_run_certifies_what_it_made(made, teacher):  # noqa: F811
+    tree = certificate.read(made.checkpoint)
+    assert tree["identity"]["student.weights"] == sha256_of(made.checkpoint / "model.safetensors")
+    assert tree["identity"]["teacher.weights"] == sha256_of(teacher / "model.safetensors")
+    assert tree["identity"]["student.recipe"] == sha256_of(made.checkpoint / "recipe.yaml")
+    assert None not in tree["identity"].values()
+    assert {"data.fingerprint", "data.files", "data.held-out windows of 64"} <= tree["identity"].keys()
+    assert tree["training"]["tokens"] == {"transfer": 384, "finetune": 384}  # whole batches of 2 x 192
+    mixer = sum(p.numel() for p in load(made.checkpoint)[0].mixers()[0].parameters() if p.requires_grad)
+    assert tree["training"]["parameters"]["trained"]["transfer"] == mixer
+    assert tree["training"]["device"] == "cpu" and tree["training"]["seconds"]["finetune"] > 0
+    assert tree["plan"]["0"]["method"]["window"] == 8 and tree["plan"]["1"]["method"]["name"] == "softmax"
+    assert tree["measured"] == json.loads(json.dumps(made.results.to_dict())) and tree["quoted"] == {}
+    assert set(tree["controls"].values()) == {"measured"}
+    assert tree["measured"]["gates"]["status"] == "passed"
+    assert tree["not_run"] == ["suite", "lm_eval", "speed"]
+    assert tree["status"] == "incomplete"
+    assert [r for r in tree["reasons"] if not r.startswith(("not run: ", "too few: "))] == []
+    assert "too few: 5 figures of recall rest on 2 samples" in tree["reasons"]
+
+
+def test_the_controls_are_what_their_names_say(made):
+    below = made.folder / "control"
+    student, matched = (
+        {r.index: r for r in describe(load(at)[0])}
+        for at in (made.checkpoint, below / "matched_window" / "student")
+    )
+    assert matched[0].method == "window" and {matched[1].method, matched[2].method} == {"softmax"}
+    token = matched[0].kv_bytes_per_token
+    assert (
+        -token - 16 < matched[0].state_bytes - student[0].state_bytes <= 16
+    )  # two counters beside the tokens
+    softmax, _ = load(below / "softmax" / "student")
+    assert not softmax.mixers()
+    likelihood = made.results.likelihood[64]
+    assert 0 < likelihood["softmax control"].kl < likelihood["window control"].kl
+    done = json.loads((below / "softmax" / "finetune" / "done.json").read_text())
+    assert done["tokens"] == 384
+    for name in ("window", "matched_window", "softmax"):
+        own = certificate.read(below / name / "student")
+        assert own["training"]["tokens"]["finetune"] == 384 and own["measured"]["gates"] is None
+
+
+def test_an_untouched_student_verifies(made):
+    result = command(made, "--verify", "--json")
+    assert result.exit_code == 0, result.output
+    record = json.loads(result.stdout)
+    assert record["mismatched"] == [] and record["not_checked"] == {}
+    assert {"seal", *certificate.read(made.checkpoint)["identity"]} == set(record["matched"])
+
+
+def edited(path, old, new):
+    content = path.read_bytes()
+    assert old in content, path
+    path.write_bytes(content.replace(old, new, 1))
+
+
+def first(folder, pattern):
+    return next(iter(sorted(folder.glob(pattern))))
+
+
+def flip(path):
+    """One bit of the last byte: the file still reads."""
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(bytes(content))
+
+
+TAMPERED = {
+    "student.weights": lambda at, t: (at / "model.safetensors", None),
+    "student.tokenizer": lambda at, t: (at / "tokenizer_config.json", (b"{", b"{ ")),
+    "student.config": lambda at, t: (at / "config.json", (b"{", b"{ ")),
+    "plan.layer 0": lambda at, t: (at / "config.json", (b'"window": 8', b'"window": 9')),
+    "student.code": lambda at, t: (at / "lolcats.py", (b"\n", b"\n\n")),
+    "student.recipe": lambda at, t: (at / "recipe.yaml", (b"seed: 0", b"seed: 1")),
+    "teacher.weights": lambda at, t: (t / "model.safetensors", None),
+    "teacher.tokenizer": lambda at, t: (t / "tokenizer_config.json", (b"{", b"{ ")),
+    "teacher.config": lambda at, t: (t / "config.json", (b"{", b"{ ")),
+    "data.files": lambda at, t: (first(at.parent / "data", "self*.safetensors"), None),
+    "seal": lambda at, t: (at / "certificate.json", (b'"status": "incomplete"', b'"status": "complete"')),
+}
+
+
+@pytest.mark.parametrize("name", TAMPERED)
+def test_every_hashed_thing_is_watched(made, teacher, name):  # noqa: F811
+    path, change = TAMPERED[name](made.checkpoint, teacher)
+    before = path.read_bytes()
+    try:
+        flip(path) if change is None else edited(path, *change)
+        result = command(made, "--verify")
+    finally:
+        path.write_bytes(before)
+    assert result.exit_code == 2
+    assert name in result.stderr and "measure it again" in result.stderr
+    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
+
+
+def test_data_that_has_changed_is_named(made, monkeypatch):
+    """As where a text file of the recipe is another than the one that was read."""
+    real = certificate.data_hashes
+    monkeypatch.setattr(certificate, "data_hashes", lambda fingerprint, *rest: real(f"{fingerprint}0", *rest))
+    result = command(made, "--verify")
+    assert result.exit_code == 2 and "student: data.fingerprint: not what" in result.stderr
+
+
+def test_the_packages_code_is_watched_for_as_long_as_its_version_stays(made, monkeypatch):
+    real = certificate.sha256_of_files
+    other = lambda paths, root: "0" if root.name == "linearize" else real(paths, root)  # noqa: E731
+    monkeypatch.setattr(certificate, "sha256_of_files", other)
+    assert certificate.verify(made.checkpoint).mismatched == ["package"]
+    monkeypatch.setattr(certificate, "__version__", "9.9")
+    found = certificate.verify(made.checkpoint)
+    assert found.mismatched == [] and found.not_checked["package"].endswith("this is 9.9")
+    assert found.not_checked["data.fingerprint"] == "the data is not at hand"
+
+
+def test_what_is_not_at_hand_is_said_and_not_passed_over(made, teacher):  # noqa: F811
+    away = teacher.rename(teacher.with_name("away"))
+    try:
+        found = command(made, "--verify", "--json")
+    finally:
+        away.rename(teacher)
+    assert found.exit_code == 0
+    record = json.loads(found.stdout)
+    assert record["not_checked"]["teacher.weights"] == "the teacher is not at hand"
+    assert "teacher" in record["not_checked"]["data.fingerprint"]
+    assert not {"teacher.weights", "data.fingerprint"} & set(record["matched"])
+
+
+def test_measuring_again_renews_the_certificate_and_keeps_what_it_did_not_measure(made):
+    before = certificate.read(made.checkpoint)
+    words = ["evaluate.gates=false", "evaluate.ablations.enabled=false", "evaluate.recall_tasks=[]", "seed=4"]
+    evaluate_checkpoint(made.checkpoint, words)
+    after = certificate.read(made.checkpoint)
+    assert after["measured"]["recall"] == before["measured"]["recall"]
+    assert after["measured"]["ablations"] == before["measured"]["ablations"]
+    assert after["evaluation"]["seed"] == 4
+    weights = ("student.weights", "student.config", "data.fingerprint")
+    assert [after["identity"][n] for n in weights] == [before["identity"][n] for n in weights]
+    evaluate_checkpoint(made.checkpoint, [*words, "method.sparse_cache=4"])
+    assert certificate.read(made.checkpoint) == after  # that student is not the folder's
+    assert command(made, "--verify").exit_code == 0
+
+
+def whole(made) -> Results:
+    """Results against which nothing can be said."""
+    model = {name: replace(m, sequences=50) for name, m in made.results.likelihood[64].items()}
+    rows = [replace(row, windows=50) for row in made.results.ablations.rows]
+    return replace(
+        made.results,
+        likelihood={64: model},
+        recall=[replace(cell, samples=50) for cell in made.results.recall],
+        gates=Gates("passed", [Gate("one function", "passed")]),
+        ablations=replace(made.results.ablations, rows=rows),
+    )
+
+
+def test_a_certificate_is_complete_only_without_any_doubt(made, tmp_path, monkeypatch):
+    recipe = Recipe.from_file(made.folder / "recipe.yaml")
+    folder = tmp_path / "run"
+    folder.mkdir()
+    for name in ("transfer", "finetune", "student"):
+        (folder / name).symlink_to(made.folder / name)
+    monkeypatch.setattr(certificate, "SECTIONS", ("likelihood", "recall", "memory", "gates", "ablations"))
+    monkeypatch.setattr(certificate, "write_json", lambda path, tree: None)
+    monkeypatch.setattr(certificate, "read", lambda folder: {"identity": {}})  # nothing measured before
+
+    def doubts(results, data=None):
+        data = {"data.fingerprint": "x"} if data is None else data
+        tree = certificate.certify(folder / "student", results, recipe, data=data)
+        assert tree["status"] == ("incomplete" if tree["reasons"] else "complete")
+        return tree["reasons"]
+
+    sound = whole(made)
+    assert doubts(sound) == []
+    assert doubts(sound, {}) == ["not hashed: data.fingerprint"]
+    failed = Gates("failed", [Gate("batch", "failed", "layer 1, length 9", 1.0, 0.1)])
+    assert doubts(replace(sound, gates=failed)) == ["failed: batch, layer 1, length 9"]
+    undone = Gates("incomplete", [Gate("reload", "not run", note="no folder")])
+    assert doubts(replace(sound, gates=undone)) == ["not run: gates.gates: reload (no folder)"]
+    assert doubts(replace(sound, gates=None)) == ["not run: gates"]
+    few = [replace(sound.recall[0], samples=49), *sound.recall[1:]]
+    assert doubts(replace(sound, recall=few)) == ["too few: 1 figures of recall rest on 49 samples"]
+    nan = {64: {n: replace(m, kl=torch.nan) for n, m in sound.likelihood[64].items() if n == "student"}}
+    assert doubts(replace(sound, likelihood=nan)) == ["not finite: likelihood.64.student.kl"]
+    named = [name for name in sound.models if name != "softmax control"]
+    assert doubts(replace(sound, models=named)) == ["control absent: softmax control"]
+    (folder / "finetune").unlink()
+    assert doubts(sound) == ["not known: tokens of finetune"]
+
+
+def test_a_folder_without_a_certificate_is_told_how_to_get_one(made, tmp_path):
+    (tmp_path / "config.json").write_text((made.checkpoint / "config.json").read_text())
+    result = CliRunner().invoke(app, ["eval", str(tmp_path), "--verify"])
+    assert result.exit_code == 2 and "has no certificate.json; `linearize eval" in result.stderr
+    (tmp_path / "certificate.json").write_text("[]")
+    with pytest.raises(CheckpointError, match="is no certificate"):
+        certificate.verify(tmp_path)
+
+
+def test_the_verb_runs_the_gates_alone(made, monkeypatch):
+    seen = []
+
+    def integrity(student, **terms):
+        seen.append(terms)
+        return Gates(
+            "failed", [Gate("batch", "failed", "layer 1, length 9", 1.0, 0.1), Gate("start", "passed")]
+        )
+
+    monkeypatch.setattr("linearize.proof.integrity", integrity)
+    result = command(made, "--gates")
+    assert result.exit_code == 2
+    assert "batch: layer 1, length 9, differs by 1, allowed 0.1" in result.stderr
+    assert "passed  start" in result.stdout and result.stdout.endswith("Integrity: failed\n")
+    assert (
+        seen[0]["folder"] == made.checkpoint
+        and seen[0]["train_len"] == 192
+        and seen[0]["teacher"] is not None
+    )
+    command(made, "--gates", "method.sparse_cache=4")
+    assert seen[1]["folder"] is None

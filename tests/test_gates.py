@@ -1,0 +1,193 @@
+"""Integrity gates: they pass what is sound, and see each way in which a mixer can be broken, in the layer that is."""
+
+import json
+
+import pytest
+import torch
+from tiny import student, tiny
+from typer.testing import CliRunner
+
+from linearize import checkpoint
+from linearize.cli import app
+from linearize.convert import convert
+from linearize.evaluate import gates
+from linearize.evaluate.gates import Gates, integrity
+from linearize.evaluate.subject import TOLERANCES, Comparison, Seen, Subject
+from linearize.modeling.errors import EvaluationError
+from linearize.modeling.lolcats import LolcatsConfig
+from linearize.modeling.still import StillConfig
+
+CONFIG = LolcatsConfig(window=4)
+
+
+@pytest.fixture
+def subject():
+    return Subject(student("llama", CONFIG, dtype=torch.float32), None, 0)
+
+
+def breaks(subject, change, layer=1):
+    """Have one layer's mixer do something else; ``change(forward, x, state) -> (y, state)``."""
+    mixer = subject.model.mixers()[layer]
+    forward = mixer.forward
+    mixer.forward = lambda x, state=None: change(forward, x, state)
+
+
+def forgetful(forward, x, state):
+    """A decode step from which the older state is missing."""
+    if state is not None:
+        state = state._replace(kv=state.kv * 0)
+    return forward(x, state)
+
+
+def leaking_pads(forward, x, state):
+    """Padding counts as tokens."""
+    if x.lengths is not None:
+        x = x._replace(lengths=torch.full_like(x.lengths, x.q.shape[1]))
+    return forward(x, state)
+
+
+def mixing_rows(forward, x, state):
+    y, after = forward(x, state)
+    return y + 0.01 * y.mean(0, keepdim=True), after
+
+
+def seeing_ahead(forward, x, state):
+    y, after = forward(x, state)
+    return y + 0.01 * y.roll(-1, 1), after
+
+
+def hoarding(forward, x, state):
+    """The state keeps what it should have summed."""
+    y, after = forward(x, state)
+    if after is not None:
+        held = after.kept_k if state is None else state.kept_k
+        after = after._replace(kept_k=torch.cat([held, x.k.new_zeros(len(x.k), 1, *held.shape[2:])], 1))
+    return y, after
+
+
+def overflowing(forward, x, state):
+    y, after = forward(x, state)
+    if after is not None and int(after.seen.max()) > 600:
+        y = y * torch.inf
+    return y, after
+
+
+@pytest.mark.parametrize(
+    ("change", "run", "names"),
+    [
+        (forgetful, gates._one_function, {"one function: chunks", "one function: single steps"}),
+        (forgetful, gates._generate, {"one function: generate"}),
+        (leaking_pads, lambda s: [gates._padding(s, "left"), gates._padding(s, "right")], {"padding: right"}),
+        (mixing_rows, gates._batch, {"batch"}),
+        (seeing_ahead, gates._causality, {"causality"}),
+        (hoarding, lambda s: gates._long_way(s, 8), {"constant state"}),
+        (overflowing, lambda s: gates._long_way(s, 100), {"finite"}),
+    ],
+)
+def test_a_broken_mixer_is_seen_in_its_layer(subject, change, run, names):
+    breaks(subject, change)
+    found = run(subject)
+    found = found if isinstance(found, list) else [found]
+    failed = {gate.name: gate for gate in found if gate.status == "failed"}
+    assert names <= failed.keys()
+    for name in names:
+        gate = failed[name]
+        assert gate.where.startswith("layer 1, length "), gate
+        assert gate.difference is None or gate.difference > gate.bound
+
+
+def test_a_mixer_whose_softmax_is_not_the_models_is_seen(subject):
+    attention = subject.model.converted()[2]
+    attend = type(attention).attend
+    type(attention).attend = lambda self, q, *a, **k: attend(
+        self, q * (1.01 if self.layer_idx == 2 else 1), *a, **k
+    )
+    try:
+        gate = gates._start(subject, None)
+    finally:
+        type(attention).attend = attend
+    assert gate.status == "failed" and gate.where.startswith("layer 2, length ")
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    model = convert(tiny("gpt_neox"), CONFIG, [0, 2])
+    return checkpoint.save(model, None, tmp_path_factory.mktemp("gates") / "student")
+
+
+def test_a_sound_student_passes_every_gate_that_can_be_run(saved):
+    """The one that cannot, a reload, is run by the whole road, and where it fails below."""
+    seen = []
+    found = integrity(checkpoint.load(saved)[0], teacher=tiny("gpt_neox"), train_len=64, progress=seen.append)
+    by_name = {gate.name: gate for gate in found.gates}
+    assert len(by_name) == len(found.gates) == 11
+    assert {name for name, gate in by_name.items() if gate.status != "passed"} == {"reload"}
+    assert found.status == "incomplete" and not found.failures()
+    assert by_name["start"].note == "bit-equal to the teacher"
+    assert "softmax stays in layers 1: 262,144 bytes at 1,024 tokens" in by_name["constant state"].note
+    assert Gates.from_dict(json.loads(json.dumps(found.to_dict()))) == found
+    assert [at.done for at in seen] == list(range(1, seen[-1].total + 1))
+
+
+def test_another_folder_than_the_students_is_seen_and_foreign_code_is_not_run(saved, tmp_path):
+    model, _ = checkpoint.load(saved)
+    assert gates._code_is_ours(model, saved)
+    with torch.no_grad():
+        model.get_output_embeddings().weight[5] += 0.5
+    other = checkpoint.save(model, None, tmp_path / "student")
+    (other / "lolcats.py").write_text("raise SystemExit('this must not run')\n")
+    subject = Subject(checkpoint.load(saved)[0], None, 0)
+    gate = gates._reload(subject, other)
+    assert gate.status == "failed" and gate.difference > 0.1
+    assert "its own" in gate.note and "must not run" not in gate.note
+
+
+def test_what_cannot_be_run_says_why(subject):
+    assert gates._reload(subject, None).status == "not run"
+    finite = gates._long_way(subject, None)[1]
+    assert (finite.status, finite.note) == ("not run", "the training length is not known")
+    learned = Subject(student("gpt2", CONFIG, dtype=torch.float32, n_positions=40), None, 0)
+    assert learned.limit == 40
+    finite = gates._long_way(learned, 8)[1]
+    assert finite.status == "not run" and "positions end at 40" in finite.note
+    assert "positions end at 40" in gates._one_function(learned)[0].note
+    with pytest.raises(EvaluationError, match="not a converted model"):
+        integrity(tiny("llama"))
+
+
+def test_a_student_that_raises_has_failed(subject):
+    def raising(forward, x, state):
+        raise RuntimeError("no such kernel")
+
+    breaks(subject, raising)
+    (gate,) = gates._guarded("batch", lambda: [gates._batch(subject)])
+    assert gate.status == "failed" and gate.note == "RuntimeError: no such kernel"
+
+
+def test_a_state_that_grows_is_held_to_what_its_method_declares():
+    model = student(
+        "llama", StillConfig(chunk=4, salient_per_chunk=1, budget=None), dtype=torch.float32, layers=[1]
+    )
+    subject = Subject(model, None, 0)
+    gate = gates._long_way(subject, None)[0]
+    assert gate.status == "passed" and "layers 1 (" in gate.note and "as still declares" in gate.note
+    model.mixers()[1].growth = lambda itemsize: 1.0
+    gate = gates._long_way(subject, None)[0]
+    assert gate.status == "failed" and gate.where == "layer 1, length 1024"
+
+
+def test_half_precision_has_its_own_bound_and_asks_for_the_same_choices():
+    subject = Subject(student("llama", CONFIG, dtype=torch.bfloat16), None, 0)
+    assert subject.bound == TOLERANCES[torch.bfloat16] == 2e-2
+    assert gates._generate(subject).status == "passed"
+    logits = torch.randn(1, 300, 97, dtype=torch.bfloat16)
+    other = logits.clone()
+    other[0, :9, 3] = 20.0  # 3 % of the tokens choose otherwise; the median token is untouched
+    check = Comparison(subject, "x")
+    check.add(Seen(other, {0: other}), Seen(logits, {0: logits}), 300)
+    assert check.failed and check.worst == 0 and "97.0 % of" in check.note
+
+
+def test_the_gates_are_a_verb(saved):
+    result = CliRunner().invoke(app, ["eval", str(saved), "--gates", "--ablations"])
+    assert result.exit_code == 2 and "give one of them" in result.stderr
