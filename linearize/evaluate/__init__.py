@@ -16,6 +16,7 @@ from . import likelihood, recall
 from .likelihood import TEACHER, Bucket, Likelihood
 from .memory import LayerMemory, Memory, memory
 from .recall import Cell
+from .speed import SpeedResults
 
 __all__ = [
     "TEACHER",
@@ -26,6 +27,7 @@ __all__ = [
     "Likelihood",
     "Memory",
     "Results",
+    "SpeedResults",
     "check",
     "digest_of_windows",
     "evaluate",
@@ -63,6 +65,8 @@ class Results:
     memory: dict[str, Memory]
     windows: dict[int, str] = field(default_factory=dict)
     """Length -> sha256 of the held-out windows."""
+    speed: SpeedResults | None = None
+    """Where `linearize bench` has timed the run's student."""
 
     def cell(self, model: str, task: str, length: int) -> Cell:
         for cell in self.recall:
@@ -89,6 +93,7 @@ class Results:
                 for name, entry in tree["memory"].items()
             },
             windows={int(length): digest for length, digest in tree["windows"].items()},
+            speed=SpeedResults.from_dict(tree["speed"]) if tree.get("speed") else None,
         )
 
 

@@ -7,9 +7,9 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from .evaluate import TEACHER, Cell, Results
-from .evaluate.likelihood import difference
-from .evaluate.statistics import Interval, mcnemar
+from ..evaluate import TEACHER, Cell, Results
+from ..evaluate.likelihood import difference
+from ..evaluate.statistics import Interval, mcnemar
 
 MEMORY_LENS = (1024, 8192, 32768)
 GATE = 0.8  # the least lower bound of the teacher's own recall at which a cell can tell students apart
