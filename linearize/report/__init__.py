@@ -1,6 +1,7 @@
 """What was measured, to be read: tables for terminals and Markdown, and one page for a run or several."""
 
 from .costs import estimate, speed_tables
+from .page import write_report
 from .tables import (
     GATE,
     MEMORY_LENS,
@@ -31,4 +32,5 @@ __all__ = [
     "recall",
     "speed_tables",
     "tables",
+    "write_report",
 ]
