@@ -8,6 +8,7 @@
   control/<method>/     transfer/, finetune/ and student/ of each control that the recipe asks for
   timings.json          seconds per phase, over all the calls that it took
   results.json table.md what was measured, with its origin; written last
+  report.html report.md the same as a page, where matplotlib is installed
 """
 
 import contextlib
@@ -306,6 +307,8 @@ def _finish(
     }
     write_text(folder / "table.md", report.markdown(results))
     write_text(folder / "results.json", json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+    if report.available():
+        report.write_report([folder])
     return made
 
 

@@ -92,9 +92,9 @@ def print_tables(tables: Any) -> None:
     console = stdout()
     for made in tables:
         title, note = Text(made.title), Text(made.note)  # as they are: [words] are no markup here
-        table = Table(
-            *map(Text, made.header), title=title, caption=note, title_justify="left", caption_justify="left"
-        )
+        table = Table(title=title, caption=note, title_justify="left", caption_justify="left")
+        for name in made.header:
+            table.add_column(Text(name))
         for row in made.rows:
             table.add_row(*map(Text, row))
         console.print(table)

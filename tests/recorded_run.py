@@ -15,7 +15,13 @@ MODELS = {TEACHER: 0.0, "student": 0.03, "window control": 0.06}
 
 
 def make_run(
-    folder: Path, *, bare: bool = False, note: str = "plain", seed: int = 0, layers: int = 4, gain: float = 1.0
+    folder: Path,
+    *,
+    bare: bool = False,
+    note: str = "plain",
+    seed: int = 0,
+    layers: int = 4,
+    gain: float = 1.0,
 ) -> Path:
     """Write results.json, speed.json and metrics; ``bare`` leaves out all that is optional, ``note`` is put wherever a
     record has free text."""
@@ -95,7 +101,12 @@ def _likelihood(name: str, kl: float, length: int) -> Likelihood:
         Bucket(low, high, 8 * (high - low), 36.0 + kl, kl * (0.6 + 0.1 * i), 1 - kl)
         for i, (low, high) in enumerate(zip(edges(length), edges(length)[1:], strict=False))
     ]
-    between = {"ppl": (34.0, 38.0), "kl": (kl * 0.9, kl * 1.1), "top1": (0.9, 1.0), "ppl_difference": (0.1, 0.3)}
+    between = {
+        "ppl": (34.0, 38.0),
+        "kl": (kl * 0.9, kl * 1.1),
+        "top1": (0.9, 1.0),
+        "ppl_difference": (0.1, 0.3),
+    }
     window_kl = [kl * length * (0.9 + 0.025 * i) for i in range(8)]
     return Likelihood(36 + kl, kl, 1 - kl, 8 * length, 8, between, buckets, [3.5 * length] * 8, window_kl)
 
@@ -137,7 +148,9 @@ def _ablations(note: str, layers: int) -> dict[str, Any]:
         }
         for where, kl in [("everywhere", 0.21), *((f"layer {i}", 0.04 + 0.02 * i) for i in range(layers - 1))]
     ]
-    rows.append({"name": "state zeroed", "kind": "state_zeroed", "layers": [0], "length": 1024, "not_run": note})
+    rows.append(
+        {"name": "state zeroed", "kind": "state_zeroed", "layers": [0], "length": 1024, "not_run": note}
+    )
     return {"rows": rows, "verdict": f"The linear branch is used ({note})."}
 
 
@@ -167,7 +180,13 @@ def _lm_eval(note: str) -> dict[str, Any]:
         | {"samples": 500, "chance": 0.25, "raw": 0.9375, "corrected": 0.90, "not_run": None}
         for model in (TEACHER, "student")
     ]
-    absent = {"task": "mmlu", "metric": "acc", "model": "student", "value": None, "not_run": f"no data {note}"}
+    absent = {
+        "task": "mmlu",
+        "metric": "acc",
+        "model": "student",
+        "value": None,
+        "not_run": f"no data {note}",
+    }
     return {"version": "0.4.13", "tasks": [*tasks, absent]}
 
 

@@ -31,7 +31,8 @@ def eval_(checkpoint: Checkpoint, overrides: Overrides = None, as_json: AsJson =
 def bench_(
     checkpoint: Checkpoint,
     teacher: Annotated[
-        str | None, typer.Option(help="The model to compare with; the student's recipe names it if not given.")
+        str | None,
+        typer.Option(help="The model to compare with; the student's recipe names it if not given."),
     ] = None,
     lengths: Annotated[
         str | None,
@@ -45,11 +46,10 @@ def bench_(
     dtype: Annotated[
         str, typer.Option(help="Of both models' weights: auto, float32, bfloat16 or float16.")
     ] = "auto",
-    seconds: Annotated[
-        float | None, typer.Option(help="Points predicted to end later are not run.")
-    ] = None,
+    seconds: Annotated[float | None, typer.Option(help="Points predicted to end later are not run.")] = None,
     force: Annotated[
-        bool, typer.Option("--force", help="Try what is predicted not to fit, and students whose gates failed.")
+        bool,
+        typer.Option("--force", help="Try what is predicted not to fit, and students whose gates failed."),
     ] = False,
     output: Annotated[
         Path | None, typer.Option(help="A JSON file; speed.json in the student's run if not given.")
@@ -86,6 +86,28 @@ def bench_(
     print_tables(speed_tables(made.results))
     if made.file is not None:
         typer.echo(f"Numbers: {made.file}")
+
+
+@app.command("report")
+def report_(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of finished runs.", show_default=False)],
+    output: Annotated[
+        Path | None,
+        typer.Option(help="An HTML file; report.html in the run's folder if not given, or here for several runs."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write one page about a run, or about several side by side.
+
+    A self-contained HTML file, which loads nothing and runs nothing, and the same in Markdown.
+    """
+    from ..report import write_report
+
+    page, twin = write_report(runs, output)
+    if as_json:
+        print_json(json.dumps({"html": str(page), "markdown": str(twin)}))
+    else:
+        typer.echo(f"Report: {page}, {twin}")
 
 
 def _numbers(option: str, text: str | None) -> list[int] | None:

@@ -71,14 +71,18 @@ def bench(
     if told is not None:
         told(planned)
     if all(point.not_run for point in planned):
-        raise EvaluationError(f"bench: nothing can be timed ({planned[0].not_run}); give other lengths or batches")
+        raise EvaluationError(
+            f"bench: nothing can be timed ({planned[0].not_run}); give other lengths or batches"
+        )
     results = speed.measure(models, planned, seed=seed, progress=progress)
     record = {
         "origin": origin() | {"cuda": torch.version.cuda},
         "student": student.name if run is None else f"{run.name}/{student.name}",
         "teacher": spec.name,
         "seed": seed,
-        "sha256": {name: sha256_of(student / name) for name in ("config.json", "recipe.yaml") if _is(student / name)},
+        "sha256": {
+            name: sha256_of(student / name) for name in ("config.json", "recipe.yaml") if _is(student / name)
+        },
         "speed": results.to_dict(),
     }
     if file is not None:
@@ -98,7 +102,9 @@ def _refuse_failed_gates(run: Path | None, force: bool) -> None:
         record = json.loads((run / "results.json").read_text(encoding="utf-8"))
         gates = (record["results"].get("gates") or {}).get("status")
     except (ValueError, KeyError, AttributeError):
-        raise EvaluationError(f"{run / 'results.json'}: cannot be read; make it again or give --force") from None
+        raise EvaluationError(
+            f"{run / 'results.json'}: cannot be read; make it again or give --force"
+        ) from None
     if gates == "failed":
         raise EvaluationError(
             f"{run / 'results.json'}: integrity gates failed, so what is timed is not one model; "

@@ -186,7 +186,7 @@ def measure(
                 done += at.seconds
             points.append(point)
             if progress is not None and total:
-                progress(Progress("bench", min(round(done, 1), round(total, 1)), round(total, 1), "s planned"))
+                progress(Progress("bench", round(1000 * done), round(1000 * total), "ms planned"))
     student = next((name for name in models if name != TEACHER), TEACHER)
     found = {batch: crossovers(points, batch, student) for batch in sorted({x.batch for x in points})}
     device = _device(teacher)
@@ -415,9 +415,7 @@ def _pace(model: Any, length: int, batch: int) -> tuple[float, float, int, int]:
     return read_seconds, step_seconds, length, batch
 
 
-def _seconds(
-    pace: tuple[float, float, int, int], size: Memory, part: str, length: int, batch: int
-) -> float:
+def _seconds(pace: tuple[float, float, int, int], size: Memory, part: str, length: int, batch: int) -> float:
     """Of a whole point. Prefill grows with the tokens, and where a cache grows with their square at the far end;
     a step grows with what it reads."""
     read, step, short, narrow = pace

@@ -2,6 +2,7 @@
 
 from .costs import estimate, speed_tables
 from .page import write_report
+from .plots import available
 from .tables import (
     GATE,
     MEMORY_LENS,
@@ -22,6 +23,7 @@ __all__ = [
     "MEMORY_LENS",
     "Table",
     "as_markdown",
+    "available",
     "bytes_text",
     "comparison",
     "estimate",

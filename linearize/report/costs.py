@@ -18,7 +18,10 @@ def speed_tables(results: SpeedResults) -> list[Table]:
 def crossover_table(results: SpeedResults) -> Table:
     """One row per batch: the length from which the student stays below the teacher."""
     rows = [
-        [str(batch), *(crossover_text(found.get(name), results.up_to) for name in ("prefill", "decode", "memory"))]
+        [
+            str(batch),
+            *(crossover_text(found.get(name), results.up_to) for name in ("prefill", "decode", "memory")),
+        ]
         for batch, found in (results.crossovers or {1: results.crossover}).items()
     ]
     note = (
@@ -43,9 +46,8 @@ def estimate(planned: Sequence[Planned]) -> str:
     seconds = sum(point.seconds for point in going)
     most = max(point.bytes for point in going)
     left = f"; {len(planned) - len(going)} will not run and say why" if len(going) < len(planned) else ""
-    return (
-        f"{len(going)} points: about {duration(seconds)}, and at most about {bytes_text(most)} beyond the weights{left}"
-    )
+    needs = f"about {duration(seconds)}, and at most about {bytes_text(most)} beyond the weights"
+    return f"{len(going)} points: {needs}{left}"
 
 
 def duration(seconds: float) -> str:
@@ -76,7 +78,9 @@ def _part(results: SpeedResults, part: str) -> Table:
         if point.ms is None:
             rows.append([*where, point.not_run or NOTHING, "", "", "", "", "0"])
             continue
-        between = f"{milliseconds(point.ms)} [{milliseconds(point.low or 0)}, {milliseconds(point.high or 0)}]"
+        between = (
+            f"{milliseconds(point.ms)} [{milliseconds(point.low or 0)}, {milliseconds(point.high or 0)}]"
+        )
         other = base.get((point.length, point.batch))
         times = ""
         if other is not None and other.ms and point.model != TEACHER:
@@ -92,8 +96,12 @@ def _part(results: SpeedResults, part: str) -> Table:
                 str(point.runs),
             ]
         )
-    what = "of a whole prompt" if part == "prefill" else "of one step of all rows, the last ones up to the length"
-    threads = f", {results.threads} threads" if results.threads else ""
+    what = (
+        "of a whole prompt"
+        if part == "prefill"
+        else "of one step of all rows, the last ones up to the length"
+    )
+    threads = f", {results.threads} thread{'s' if results.threads > 1 else ''}" if results.threads else ""
     note = (
         f"{results.device}{threads}, {results.dtype}; softmax by {results.attention}. Milliseconds {what}, median "
         f"[quartiles] after {results.warmups} warm-ups. Kept: states and KV caches of all rows."

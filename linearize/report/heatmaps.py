@@ -48,7 +48,8 @@ def _by_length(runs: Sequence[Run], series: Mapping[str, int | None]) -> list[Fi
         for run in runs:
             for model in run.results.models:
                 cells = sorted(
-                    (c for c in run.results.recall if (c.task, c.model) == (task, model)), key=lambda c: c.length
+                    (c for c in run.results.recall if (c.task, c.model) == (task, model)),
+                    key=lambda c: c.length,
                 )
                 name = TEACHER if model == TEACHER and TEACHER in series else run.label(model)
                 if cells and name not in lines:
@@ -57,10 +58,12 @@ def _by_length(runs: Sequence[Run], series: Mapping[str, int | None]) -> list[Fi
                     lines[name] = Line(name, x, y, low, high, series=series.get(name))
         alt = f"{task}: percent of prompts answered, by length"
         svg = plots.lines(
-            f"length{index}", list(lines.values()), x="tokens of prompt and answer", y=f"{plots.short(task)}, % answered",
-            alt=alt, lengths=True, zero=True, band=False,
+            f"length{index}", list(lines.values()), x="tokens of prompt and answer",
+            y=f"{plots.short(task)}, % answered", alt=alt, lengths=True, zero=True, band=False,
         )  # fmt: skip
-        figures.append(Figure(svg, f"{task}: prompts with every answer token right, with 95 % Wilson intervals."))
+        figures.append(
+            Figure(svg, f"{task}: prompts with every answer token right, with 95 % Wilson intervals.")
+        )
     return figures
 
 
@@ -97,7 +100,7 @@ def _heats(
         shares = {m: [[_score(at.get((m, r, n))) for n in lengths] for r in rows] for m in run.results.models}
         panels = [(name, shares[name], False) for name in run.results.models]
         panels += [
-            (f"{name} - teacher", _minus(shares[name], shares[TEACHER]), True) for name in run.students
+            (f"{name} minus teacher", _minus(shares[name], shares[TEACHER]), True) for name in run.students
         ]
         title = group or "every task"
         figures = [
@@ -124,7 +127,11 @@ def _row(run: Run, cell: Mapping[str, Any], group: str) -> str:
 
 def _order(rows: Sequence[str], group: str) -> list[str]:
     unique = list(dict.fromkeys(rows))
-    return sorted(unique, key=lambda row: float(row.removesuffix(" %")) if row != "all" else 1e9) if group else unique
+    return (
+        sorted(unique, key=lambda row: float(row.removesuffix(" %")) if row != "all" else 1e9)
+        if group
+        else unique
+    )
 
 
 def _gated(cell: Mapping[str, Any] | None) -> bool:

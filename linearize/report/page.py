@@ -7,7 +7,6 @@ their place.
 import html
 import re
 from collections.abc import Sequence
-from importlib import resources
 from pathlib import Path
 
 from ..files import write_text
@@ -28,7 +27,9 @@ def write_report(folders: Sequence[str | Path], output: str | Path | None = None
     runs = open_runs(folders)
     file = Path(output) if output else (Path(folders[0]) if len(runs) == 1 else Path()) / "report.html"
     if file.suffix not in (".html", ".htm"):
-        raise EvaluationError(f"output: {file} is not the name of a page; end it with .html (its twin will have .md)")
+        raise EvaluationError(
+            f"output: {file} is not the name of a page; end it with .html (its twin will have .md)"
+        )
     if file.is_dir():
         raise EvaluationError(f"output: {file} is a folder; name a file in it")
     made, twin = sections(runs), file.with_suffix(".md")
@@ -50,8 +51,10 @@ def as_html(heading: str, made: Sequence[Section]) -> str:
     """The page; every word of it is escaped but the SVGs, which escape their own."""
     import jinja2
 
-    source = resources.files(__package__).joinpath("page.html.jinja").read_text(encoding="utf-8")
-    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
+    source = Path(__file__).with_name("page.html.jinja").read_text(encoding="utf-8")
+    environment = jinja2.Environment(
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    )
     environment.tests |= {"block": lambda block, name: type(block).__name__ == name}
     return environment.from_string(source).render(title=heading, sections=made, colours=plots.SERIES)
 
@@ -78,7 +81,9 @@ def _markdown(block: object) -> list[str]:
             return [f"### {_plain(block.title)}", *([_plain(block.note)] if block.note else []), _rows(block)]
         case Figures():
             tables = [(f.caption, f.table) for f in block.figures] + [("", block.table)]
-            return [part for caption, table in tables if table for part in (_plain(caption), _rows(table)) if part]
+            return [
+                part for caption, table in tables if table for part in (_plain(caption), _rows(table)) if part
+            ]
         case Code(name, text):
             ticks = "`" * (max((len(run) for run in re.findall("`+", text)), default=0) + 3)
             return [f"### {_plain(name)}", f"{ticks}text\n{text.rstrip()}\n{ticks}"]

@@ -1,7 +1,7 @@
 """Plots as SVG for the inside of a page: no colours of paper or ink, so that they read on light and on dark.
 
-Series take Okabe and Ito's colours (Color Universal Design, 2008) in a fixed order, from variables that the page sets for
-either scheme, and a marker of their own; they are named where they end, not in a legend.
+Series take Okabe and Ito's colours (Color Universal Design, 2008) in a fixed order, from variables that the page sets
+for either scheme, and a marker of their own; they are named where they end, not in a legend.
 """
 
 import io
@@ -19,7 +19,10 @@ SERIES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 MARKERS = "os^Dvp"
 GREY = "#8d939c"
 WIDTH = 420
+NARROW = 4
+"""Values within this factor of each other are read from zero: a logarithm would make much of little."""
 NAME_CHARS = 26
+LONG_NAME = 32
 
 
 @dataclass(frozen=True)
@@ -85,37 +88,33 @@ def lines(
     bars that stand a little apart."""
     longest = max((len(short(line.name)) for line in series), default=0)
     with _style():
-        figure, axes = _figure(WIDTH, 270, right=18 + 6.3 * longest)
+        figure, axes = _figure(WIDTH, 270, right=18 + 6.3 * longest, top=48 if marks else 34)
         for index, line in enumerate(series):
             apart = 0.0 if band else 0.05 * (index - (len(series) - 1) / 2)
             _draw(axes, line, band, 2**apart)
         if lengths:
             axes.set_xscale("log", base=2)
             _length_ticks(axes, sorted({value for line in series for value in line.x}))
-        if log:
+        values = [value for line in series for value in line.y]
+        if log and min(values) > 0 and max(values) > NARROW * min(values):
             axes.set_yscale("log")
             _few_log_ticks(axes)
-        elif zero:
+        elif zero or log:
             axes.set_ylim(bottom=0)
         if whole:
             from matplotlib.ticker import MaxNLocator
 
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        for at, word in marks:
-            axes.axvline(at, color=INK, linewidth=1, linestyle=(0, (2, 2)))
-            axes.annotate(
-                word, (at, 1.0), xycoords=("data", "axes fraction"), xytext=(0, 4), textcoords="offset points",
-                ha="center", va="bottom", color=INK, fontsize=10.5,
-            )  # fmt: skip
+        _mark(axes, marks)
         axes.set_xlabel(x)
-        axes.set_title(y, loc="left", fontsize=11.5, pad=18 if marks else 8)
+        axes.set_title(y, loc="left", fontsize=11.5, pad=24 if marks else 8)
         _name_ends(figure, axes, series)
         return _svg(figure, key, alt)
 
 
-def dots(key: str, rows: Sequence[Dot], *, x: str, alt: str, log: bool = False, line: float | None = None) -> str:
+def dots(key: str, rows: Sequence[Dot], *, x: str, alt: str, line: float | None = None) -> str:
     """One row a value with its interval; ``line`` is an upright line to compare with."""
-    longest = max((len(short(row.name)) for row in rows), default=0)
+    longest = max((len(short(row.name, LONG_NAME)) for row in rows), default=0)
     with _style():
         figure, axes = _figure(WIDTH, 62 + 21 * len(rows), left=12 + 6.3 * longest, right=16)
         for index, row in enumerate(rows):
@@ -125,9 +124,8 @@ def dots(key: str, rows: Sequence[Dot], *, x: str, alt: str, log: bool = False, 
             axes.plot([row.value], [index], _marker(row.series), color=colour, markersize=6)
         if line is not None:
             axes.axvline(line, color=INK, linewidth=1, linestyle=(0, (2, 2)))
-        if log:
-            axes.set_xscale("log")
-        axes.set_yticks(range(len(rows)), [short(row.name) for row in rows])
+        axes.set_xlim(left=min(0.0, axes.get_xlim()[0]))
+        axes.set_yticks(range(len(rows)), [short(row.name, LONG_NAME) for row in rows])
         axes.set_ylim(len(rows) - 0.4, -0.6)
         axes.grid(False, axis="y")
         axes.set_xlabel(x)
@@ -150,7 +148,7 @@ def heat(
     """Percent by row and column, the number in every cell; ``grey`` cells say nothing; ``signed`` is a difference."""
     import matplotlib
 
-    colours = matplotlib.colormaps["PuOr" if signed else "cividis"]
+    colours = matplotlib.colormaps["PuOr" if signed else "viridis"]
     width = 300
     longest = max(map(len, rows), default=0)
     with _style():
@@ -286,6 +284,18 @@ def _draw(axes: Any, line: Line, band: bool, moved: float) -> None:
         if band:
             axes.fill_between(x, line.low, line.high, color=colour, alpha=0.18, linewidth=0)
         axes.vlines(x, line.low, line.high, color=colour, linewidth=1.2)
+
+
+def _mark(axes: Any, marks: Sequence[tuple[float, str]]) -> None:
+    """Upright lines, each with its word above the plot, inside its width."""
+    for at, word in marks:
+        axes.axvline(at, color=INK, linewidth=1, linestyle=(0, (2, 2)))
+        place = axes.transAxes.inverted().transform(axes.transData.transform((at, axes.get_ylim()[0])))[0]
+        side = "left" if place < 0.2 else "right" if place > 0.8 else "center"
+        axes.annotate(
+            word, (at, 1.0), xycoords=("data", "axes fraction"), xytext=(0, 4), textcoords="offset points",
+            ha=side, va="bottom", color=INK, fontsize=10.5,
+        )  # fmt: skip
 
 
 def _length_ticks(axes: Any, found: Sequence[float]) -> None:

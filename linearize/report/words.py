@@ -1,7 +1,7 @@
 """The summary: what a run shows, in sentences, and first of all what it does not show."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -73,10 +73,9 @@ def fidelity(run: Run) -> Iterator[str]:
     if name not in by_model or TEACHER not in by_model:
         return
     ours, theirs = by_model[name], by_model[TEACHER]
-    low, high = ours.intervals["kl"]
     yield (
         f"On {ours.sequences} x {length:,} tokens of text that it was not trained on, its KL to the teacher is "
-        f"{ours.kl:.3f} nats a token{_between(low, high, '.3f')}; perplexity goes from {theirs.ppl:.2f} to "
+        f"{ours.kl:.3f} nats a token{between(ours.intervals['kl'], '.3f')}; perplexity goes from {theirs.ppl:.2f} to "
         f"{ours.ppl:.2f}, and {100 * ours.top1:.1f} % of the likeliest next tokens are the teacher's."
     )
 
@@ -100,7 +99,7 @@ def recall(run: Run) -> Iterator[str]:
     yield (
         f"Recall: of {len(good)} cells that the teacher masters (of {len(pairs)}), the student's interval reaches the "
         f"teacher's share in {kept}. Its weakest is {ours['task']} at {ours['length']:,} tokens: "
-        f"{100 * ours['share']:.0f} %{_between(100 * ours['low'], 100 * ours['high'], '.0f')} "
+        f"{100 * ours['share']:.0f} %{between((100 * ours['low'], 100 * ours['high']), '.0f')} "
         f"where the teacher has {100 * theirs['share']:.0f} %."
     )
 
@@ -129,7 +128,9 @@ def speed(run: Run) -> Iterator[str]:
     found, up_to = run.speed.crossover, run.speed.up_to
     batch = min((point.batch for point in run.speed.points), default=1)
     ahead = [
-        f"{part} from {found[part]:,} tokens" if found.get(part) is not None else f"{part} nowhere up to {up_to:,}"
+        f"{part} from {found[part]:,} tokens"
+        if found.get(part) is not None
+        else f"{part} nowhere up to {up_to:,}"
         for part in ("prefill", "decode", "memory")
     ]
     yield f"Where it is ahead of the teacher, at batch {batch} on {run.speed.device}: {', '.join(ahead)}."
@@ -162,7 +163,11 @@ def linear_branch(run: Run) -> str | None:
         return None
     name, cells = run.students[0], []
     for by in _cells(run):
-        if {TEACHER, name, WINDOW} <= by.keys() and not by[TEACHER]["gated"] and by[name]["length"] > 4 * span:
+        if (
+            {TEACHER, name, WINDOW} <= by.keys()
+            and not by[TEACHER]["gated"]
+            and by[name]["length"] > 4 * span
+        ):
             ours, other = by[name]["hits"], by[WINDOW]["hits"]
             if ours and len(ours) == len(other):
                 cells.append((by[name], ours, other))
@@ -181,9 +186,10 @@ def linear_branch(run: Run) -> str | None:
         )
         if low > 0:
             gain = float((pairs[:, 0] - pairs[:, 1]).double().mean())
+            more = f"{100 * gain:.0f} points{between((100 * low, 100 * high), '.0f')} more often"
             return (
-                f"The linear branch is used: {cell['task']} at {cell['length']:,} tokens is answered "
-                f"{100 * gain:+.0f} points{_between(100 * low, 100 * high, '+.0f')} more often than by the window control."
+                f"The linear branch is used: {cell['task']} at {cell['length']:,} tokens is answered {more} than by "
+                "the window control."
             )
     return (
         f"No evidence that the linear branch is used: in none of {len(cells)} recall cells {where} does the student "
@@ -205,10 +211,10 @@ def _kl_gain(run: Run, name: str) -> str:
     if not {name, WINDOW} <= by_model.keys():
         return ""
     try:
-        value, (low, high) = difference(by_model[name], by_model[WINDOW], seed=run.results.seed)
+        value, interval = difference(by_model[name], by_model[WINDOW], seed=run.results.seed)
     except ValueError:
         return ""
-    return f" Its KL is {value:+.3f}{_between(low, high, '+.3f')} beside the control's."
+    return f" Its KL is {value:+.3f}{between(interval, '+.3f')} beside the control's."
 
 
 def _cells(run: Run) -> Iterator[dict[str, dict[str, Any]]]:
@@ -246,7 +252,11 @@ def _numbers(indices: list[int]) -> str:
     return f"{one} {', '.join(map(str, indices))}"
 
 
-def _between(low: float | None, high: float | None, form: str) -> str:
+def between(interval: Sequence[float | None] | None, form: str) -> str:
+    """Both ends in brackets after a blank, or nothing where an end is not known."""
+    if interval is None:
+        return ""
+    low, high = interval
     if low is None or high is None or math.isnan(low) or math.isnan(high):
         return ""
     return f" [{low:{form}}, {high:{form}}]"
