@@ -3,7 +3,7 @@ BIN := .venv/bin
 
 .PHONY: demo test check clean
 
-# The road once, on the embedded model: convert, transfer, finetune, evaluate, save, generate.
+# The road once, on the embedded model: convert, transfer, finetune, save, evaluate, generate, report.
 demo: .venv/demo
 	$(BIN)/linearize run
 
@@ -25,7 +25,7 @@ clean:
 	$(PYTHON) -m venv .venv
 
 .venv/demo: pyproject.toml constraints.txt | .venv/bin/python
-	$(BIN)/python -m pip install -q -c constraints.txt -e .
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[report]'
 	touch $@
 
 .venv/test: pyproject.toml constraints.txt | .venv/bin/python

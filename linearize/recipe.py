@@ -276,6 +276,8 @@ class Suite(Section):
     @property
     def wanted(self) -> bool:
         return bool(self.tasks or self.preset)
+
+
 class Ablations(Section):
     """Branches switched off and states zeroed at evaluation; ``per_layer`` for each layer too, not only for all."""
 

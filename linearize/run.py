@@ -9,6 +9,7 @@
   timings.json          seconds per phase, over all the calls that it took
   suite/                the recall suite's prompts and answers, where the recipe asks for it
   results.json table.md what was measured, with its origin; written last
+  report.html report.md the same as a page, where matplotlib is installed
 """
 
 import contextlib
@@ -332,6 +333,8 @@ def _finish(
     }
     write_text(folder / "table.md", report.markdown(results))
     write_text(folder / "results.json", json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+    if report.available():
+        report.write_report([folder])
     return made
 
 

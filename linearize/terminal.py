@@ -79,17 +79,24 @@ def watching() -> Iterator[Any]:
 
 def print_results(results: Any) -> None:
     """The tables of a run."""
-    from rich.table import Table
-
     from .report import tables
 
+    print_tables(tables(results))
+
+
+def print_tables(tables: Any) -> None:
+    """Tables as `report` makes them."""
+    from rich.table import Table
+    from rich.text import Text
+
     console = stdout()
-    for made in tables(results):
-        table = Table(
-            *made.header, title=made.title, caption=made.note, title_justify="left", caption_justify="left"
-        )
+    for made in tables:
+        title, note = Text(made.title), Text(made.note)  # as they are: [words] are no markup here
+        table = Table(title=title, caption=note, title_justify="left", caption_justify="left")
+        for name in made.header:
+            table.add_column(Text(name))
         for row in made.rows:
-            table.add_row(*row)
+            table.add_row(*map(Text, row))
         console.print(table)
 
 

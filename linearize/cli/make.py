@@ -45,6 +45,12 @@ def run_(
     spent = ", ".join(f"{phase} {seconds:.0f} s" for phase, seconds in made.timings.items() if seconds >= 1)
     typer.echo(f"\nTime: {total:.0f} s ({spent})")
     typer.echo(f"Tables and numbers: {made.folder / 'table.md'}, {made.folder / 'results.json'}")
+    if (page := made.folder / "report.html").is_file():
+        typer.echo(f"Report: {page}")
+    else:
+        typer.echo(
+            "Report: none, for want of matplotlib; pip install 'linearize[report]', then linearize report"
+        )
     typer.echo(f"Student: {made.checkpoint}")
     typer.echo(f'  linearize generate {made.checkpoint} "Once upon a time"')
     typer.echo(f'  AutoModelForCausalLM.from_pretrained("{made.checkpoint}", trust_remote_code=True)')

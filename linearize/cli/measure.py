@@ -1,4 +1,4 @@
-"""Verbs that measure: eval."""
+"""Verbs that measure: eval, bench; and the report of what was measured."""
 
 import json
 from enum import StrEnum
@@ -7,9 +7,7 @@ from typing import Annotated
 
 import typer
 
-import typer
-
-from ..terminal import print_json, print_results, print_rows, watching
+from ..terminal import print_json, print_results, print_rows, print_tables, watching
 from .app import AsJson, Checkpoint, Overrides, app, fail, must_be_student
 
 
@@ -79,6 +77,102 @@ def eval_(
         print_json(json.dumps(results.to_dict()))
     else:
         print_results(results)
+
+
+@app.command("bench")
+def bench_(
+    checkpoint: Checkpoint,
+    teacher: Annotated[
+        str | None,
+        typer.Option(help="The model to compare with; the student's recipe names it if not given."),
+    ] = None,
+    lengths: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N,N", help="Tokens; from 512 in doublings to the teacher's context if not given."
+        ),
+    ] = None,
+    batch: Annotated[str | None, typer.Option(metavar="N,N", help="Rows; 1 on a CPU, 1,8 on a GPU.")] = None,
+    parts: Annotated[str, typer.Option(metavar="A,B", help="Of prefill and decode.")] = "prefill,decode",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    dtype: Annotated[
+        str, typer.Option(help="Of both models' weights: auto, float32, bfloat16 or float16.")
+    ] = "auto",
+    seconds: Annotated[float | None, typer.Option(help="Points predicted to end later are not run.")] = None,
+    force: Annotated[
+        bool,
+        typer.Option("--force", help="Try what is predicted not to fit, and students whose gates failed."),
+    ] = False,
+    output: Annotated[
+        Path | None, typer.Option(help="A JSON file; speed.json in the student's run if not given.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Time a saved student beside its teacher.
+
+    Prefill and decode over lengths and batch sizes, what both keep in memory, and the length from which the student
+    stays ahead. What it will take is said first.
+    """
+    from ..evaluate.bench import bench
+    from ..report import estimate, speed_tables
+
+    must_be_student(checkpoint)
+    with watching() as watch:
+        made = bench(
+            checkpoint,
+            teacher=teacher,
+            lengths=_numbers("--lengths", lengths),
+            batches=_numbers("--batch", batch),
+            parts=[part.strip() for part in parts.split(",")],
+            device=device,
+            dtype=dtype,
+            output=output,
+            force=force,
+            seconds=seconds,
+            told=lambda planned: typer.echo(estimate(planned), err=True),
+            progress=watch,
+        )
+    if as_json:
+        print_json(json.dumps(made.record))
+        return
+    print_tables(speed_tables(made.results))
+    if made.file is not None:
+        typer.echo(f"Numbers: {made.file}")
+
+
+@app.command("report")
+def report_(
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN...", help="Folders of finished runs.", show_default=False)
+    ],
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            help="An HTML file; report.html in the run's folder if not given, or here for several runs."
+        ),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write one page about a run, or about several side by side.
+
+    A self-contained HTML file, which loads nothing and runs nothing, and the same in Markdown.
+    """
+    from ..report import write_report
+
+    page, twin = write_report(runs, output)
+    if as_json:
+        print_json(json.dumps({"html": str(page), "markdown": str(twin)}))
+    else:
+        typer.echo(f"Report: {page}, {twin}")
+
+
+def _numbers(option: str, text: str | None) -> list[int] | None:
+    if text is None:
+        return None
+    try:
+        return [int(word.strip().replace("_", "")) for word in text.split(",")]
+    except ValueError:
+        fail(f"{option}: {text!r} is not a list of whole numbers, such as 1024,4096")
 
 
 def _gates(checkpoint: Checkpoint, words: list[str], as_json: bool) -> None:

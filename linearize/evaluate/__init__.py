@@ -19,6 +19,7 @@ from .gates import Gates
 from .likelihood import TEACHER, Bucket, Likelihood
 from .memory import LayerMemory, Memory, memory
 from .recall import Cell
+from .speed import SpeedResults
 from .suite import SuiteCell, SuiteResults
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "Likelihood",
     "Memory",
     "Results",
+    "SpeedResults",
     "SuiteCell",
     "SuiteResults",
     "check",
@@ -77,6 +79,8 @@ class Results:
     """Of the first student; None where they were not run."""
     suite: SuiteResults | None = None
     """The recall suite, where the recipe asks for it."""
+    speed: SpeedResults | None = None
+    """Where `linearize bench` has timed the run's student."""
 
     def cell(self, model: str, task: str, length: int) -> Cell:
         for cell in self.recall:
@@ -106,6 +110,7 @@ class Results:
             gates=Gates.from_dict(tree["gates"]) if tree.get("gates") else None,
             ablations=Ablations.from_dict(tree["ablations"]) if tree.get("ablations") else None,
             suite=SuiteResults.from_dict(tree["suite"]) if tree.get("suite") else None,
+            speed=SpeedResults.from_dict(tree["speed"]) if tree.get("speed") else None,
         )
 
 
@@ -158,10 +163,10 @@ def evaluate(
                 progress=meter.part(config.recall_samples * length),
             )
         ]
+        suited = _suite(models, tokenizer, corpus, config, progress, suite_folder)
     switched = None
     if config.ablations.enabled:
         switched = _ablations(students, teacher, tokenizer, windows, measured, found, config, seed, progress)
-        suited = _suite(models, tokenizer, corpus, config, progress, suite_folder)
     return Results(
         source=corpus.label,
         models=list(models),

@@ -1,7 +1,7 @@
 """Wilson intervals and exact McNemar for right-or-wrong counts, the bootstrap for everything else."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -65,3 +65,12 @@ def mcnemar(wins: int, losses: int) -> float:
     """Two-sided exact p that two models differ, from the prompts that only the one or only the other answered."""
     tail = sum(math.comb(wins + losses, i) for i in range(min(wins, losses) + 1))
     return min(1.0, 2 * tail / 2 ** (wins + losses))
+
+
+def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
+    """Lower quartile, median and upper quartile, interpolated between neighbours."""
+    if not values:
+        raise ValueError("quartiles: no values; expected at least one")
+    points = torch.tensor([0.25, 0.5, 0.75], dtype=torch.double)
+    low, middle, high = torch.quantile(torch.tensor(values, dtype=torch.double), points).tolist()
+    return low, middle, high

@@ -7,10 +7,10 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from .evaluate import TEACHER, Cell, Results, SuiteCell
-from .evaluate.likelihood import difference
-from .evaluate.recall import GATE
-from .evaluate.statistics import Interval, mcnemar
+from ..evaluate import TEACHER, Cell, Results, SuiteCell
+from ..evaluate.likelihood import difference
+from ..evaluate.recall import GATE
+from ..evaluate.statistics import Interval, mcnemar
 
 MEMORY_LENS = (1024, 8192, 32768)
 

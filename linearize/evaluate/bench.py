@@ -1,0 +1,138 @@
+"""`linearize bench`: a saved student and its teacher loaded alike, planned, timed, and the file that is left."""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import checkpoint
+from ..files import sha256_of, write_json
+from ..modeling.errors import EvaluationError, RecipeError
+from ..progress import Watch
+from ..provenance import origin
+from ..recipe import Recipe, Teacher
+from ..teacher import load_teacher
+from . import speed
+from .likelihood import TEACHER
+from .speed import Planned, SpeedResults
+
+FILE = "speed.json"
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class Benched:
+    """What was measured, and the file that says so; None where there was no place for one."""
+
+    results: SpeedResults
+    file: Path | None
+    record: dict[str, Any]
+
+
+def bench(
+    student: str | Path,
+    *,
+    teacher: str | None = None,
+    lengths: Sequence[int] | None = None,
+    batches: Sequence[int] | None = None,
+    parts: Sequence[str] = speed.PARTS,
+    device: str = "auto",
+    dtype: str = "auto",
+    output: str | Path | None = None,
+    force: bool = False,
+    seconds: float | None = None,
+    seed: int = 0,
+    told: Callable[[list[Planned]], None] | None = None,
+    progress: Watch | None = None,
+) -> Benched:
+    """Time a saved student beside its teacher, which is the recipe's unless one is named.
+
+    `told` hears the plan before the first timed call. The record goes to `output`, or beside `results.json` of the run
+    that the student is of. Raises EvaluationError where integrity gates of that run failed, unless `force`.
+    """
+    student = Path(student)
+    run = student.parent if (student.parent / "results.json").is_file() else None
+    file = Path(output) if output is not None else run / FILE if run else None
+    _refuse_failed_gates(run, force)
+    place = _device(device)
+    if dtype not in DTYPES:
+        raise EvaluationError(f"dtype: {dtype!r} is unknown; choose from {', '.join(DTYPES)}")
+    spec = _teacher(student, teacher).model_copy(update={"dtype": dtype})
+    base, tokenizer = load_teacher(spec, place)
+    model, _ = checkpoint.load(student, dtype=base.dtype, device=place)
+    _refuse_other_vocabulary(student, model, len(tokenizer))
+    models = {TEACHER: base, "student": model.eval().requires_grad_(False)}
+    lengths = list(lengths or speed.grid(base, place))
+    batches = list(batches or speed.BATCHES.get(place, (1,)))
+    planned = speed.plan(models, lengths, batches, parts=parts, force=force, seconds=seconds)
+    if told is not None:
+        told(planned)
+    if all(point.not_run for point in planned):
+        raise EvaluationError(
+            f"bench: nothing can be timed ({planned[0].not_run}); give other lengths or batches"
+        )
+    results = speed.measure(models, planned, seed=seed, progress=progress)
+    record = {
+        "origin": origin() | {"cuda": torch.version.cuda},
+        "student": student.name if run is None else f"{run.name}/{student.name}",
+        "teacher": spec.name,
+        "seed": seed,
+        "sha256": {
+            name: sha256_of(student / name) for name in ("config.json", "recipe.yaml") if _is(student / name)
+        },
+        "speed": results.to_dict(),
+    }
+    if file is not None:
+        write_json(file, record)
+    return Benched(results, file, record)
+
+
+def _is(path: Path) -> bool:
+    return path.is_file()
+
+
+def _refuse_failed_gates(run: Path | None, force: bool) -> None:
+    """Speed of a student that is not one function means nothing."""
+    if run is None or force:
+        return
+    try:
+        record = json.loads((run / "results.json").read_text(encoding="utf-8"))
+        gates = (record["results"].get("gates") or {}).get("status")
+    except (ValueError, KeyError, AttributeError):
+        raise EvaluationError(
+            f"{run / 'results.json'}: cannot be read; make it again or give --force"
+        ) from None
+    if gates == "failed":
+        raise EvaluationError(
+            f"{run / 'results.json'}: integrity gates failed, so what is timed is not one model; "
+            "see `linearize eval --gates`, or give --force"
+        )
+
+
+def _device(device: str) -> str:
+    found = "cuda" if torch.cuda.is_available() else "cpu"
+    if device not in ("auto", "cpu", "cuda"):
+        raise EvaluationError(f"device: {device!r} is unknown; choose from auto, cpu, cuda")
+    if device == "cuda" and found == "cpu":
+        raise EvaluationError("device: 'cuda', but torch finds no GPU here; use cpu or a CUDA build of torch")
+    return found if device == "auto" else device
+
+
+def _teacher(student: Path, name: str | None) -> Teacher:
+    recipe = student / "recipe.yaml"
+    if name is not None:
+        return Teacher(name=name)
+    if not recipe.is_file():
+        raise RecipeError(f"{student}: has no recipe.yaml, which names its teacher; give --teacher")
+    return Recipe.from_file(recipe).teacher
+
+
+def _refuse_other_vocabulary(student: Path, model: Any, tokens: int) -> None:
+    rows = model.get_input_embeddings().weight.shape[0]
+    if rows < tokens:
+        raise EvaluationError(
+            f"{student}: has {rows} embeddings and the teacher {tokens} tokens; give the teacher that it was made from"
+        )

@@ -1,0 +1,38 @@
+"""What was measured, to be read: tables for terminals and Markdown, and one page for a run or several."""
+
+from .costs import estimate, speed_tables
+from .page import write_report
+from .plots import available
+from .tables import (
+    GATE,
+    MEMORY_LENS,
+    Table,
+    as_markdown,
+    bytes_text,
+    comparison,
+    fidelity,
+    markdown,
+    memory,
+    positions,
+    recall,
+    tables,
+)
+
+__all__ = [
+    "GATE",
+    "MEMORY_LENS",
+    "Table",
+    "as_markdown",
+    "available",
+    "bytes_text",
+    "comparison",
+    "estimate",
+    "fidelity",
+    "markdown",
+    "memory",
+    "positions",
+    "recall",
+    "speed_tables",
+    "tables",
+    "write_report",
+]

@@ -1,0 +1,154 @@
+"""The page's sections in their order; each says "not run" where the record has nothing for it."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import yaml
+
+from ..evaluate import TEACHER
+from . import plots, words
+from .blocks import Block, Code, Figure, Figures, Points, Section, Words, missing
+from .checks import ablations, gates, lm_eval
+from .heatmaps import recall_section
+from .names import colours, merged, of
+from .plots import Line
+from .record import Run
+from .savings import costs
+from .tables import Table, bytes_text, comparison, fidelity
+from .training import layer_errors, loss_curves
+
+
+def sections(runs: Sequence[Run]) -> list[Section]:
+    """All of them, in order."""
+    series = colours(runs)
+    return [
+        _summary(runs),
+        loss_curves(runs, series),
+        layer_errors(runs, series),
+        _fidelity(runs, series),
+        recall_section(runs, series),
+        costs(runs, series),
+        ablations(runs, series),
+        gates(runs),
+        lm_eval(runs),
+        _provenance(runs),
+    ]
+
+
+def _summary(runs: Sequence[Run]) -> Section:
+    if len(runs) == 1:
+        return Section("summary", "Summary", [Points(words.summary(runs[0]))])
+    blocks: list[Block] = [_overview(runs)]
+    texts = {json.dumps(run.results.windows, sort_keys=True) for run in runs}
+    if len(texts) > 1:
+        blocks.append(
+            Words("The runs were measured on different text, so their numbers are not paired.", "note")
+        )
+    for run in runs:
+        blocks += [Words(run.name, "heading"), Points(words.summary(run))]
+    return Section("summary", "Summary", blocks)
+
+
+def _overview(runs: Sequence[Run]) -> Table:
+    """One row per student: the numbers that are compared first."""
+    rows = []
+    for run in runs:
+        for name in run.students:
+            length = max(run.results.likelihood, default=0)
+            measured = run.results.likelihood.get(length, {}).get(name)
+            sizes, at = run.results.memory, words.LENGTHS[1]
+            cells = [cell for cell in run.results.recall if cell.model == name]
+            longest = max((cell.length for cell in cells), default=0)
+            found = ", ".join(
+                f"{cell.task} {100 * cell.share:.0f} %" for cell in cells if cell.length == longest
+            )
+            share = ""
+            if name in sizes and TEACHER in sizes and sizes[TEACHER].bytes_at(at):
+                share = f"{bytes_text(sizes[name].bytes_at(at))} ({_percent(sizes, name, at)})"
+            kl = "not run"
+            if measured is not None:
+                kl = f"{measured.kl:.3f}{words.between(measured.intervals['kl'], '.3f')} at {length:,}"
+            rows.append(
+                [
+                    run.label(name),
+                    words.methods(run),
+                    kl,
+                    f"{found} at {longest:,}" if found else "not run",
+                    share,
+                ]
+            )
+    header = ["student", "method", "KL, nats", "recall at the longest length", f"memory at {at:,} tokens"]
+    return Table("Students", "Intervals and counts are in the sections below.", header, rows)
+
+
+def _percent(sizes: Any, name: str, at: int) -> str:
+    return f"{100 * sizes[name].bytes_at(at) / sizes[TEACHER].bytes_at(at):.0f} %"
+
+
+def _fidelity(runs: Sequence[Run], series: dict[str, int | None]) -> Section:
+    title, figures = "KL by position", []
+    for length in sorted({n for run in runs for n in run.results.likelihood}):
+        lines, rows = [], []
+        for run in runs:
+            for name, measured in run.results.likelihood.get(length, {}).items():
+                if name != TEACHER and measured.buckets:
+                    lines.append(_positions(run, name, length, series))
+                    rows += [
+                        [
+                            run.label(name),
+                            f"{b.start:,} to {b.end - 1:,}",
+                            f"{b.kl:.4f}",
+                            f"{b.top1:.3f}",
+                            f"{b.tokens:,}",
+                        ]
+                        for b in measured.buckets
+                    ]
+        if lines:
+            alt = f"KL to the teacher by position in texts of {length:,} tokens"
+            svg = plots.lines(
+                f"kl{length}", lines, x="position, tokens (end of its bucket)", y="KL, nats a token", alt=alt,
+                lengths=True, zero=True,
+            )  # fmt: skip
+            table = Table("", "", ["model", "position", "KL", "top-1", "tokens"], rows)
+            figures.append(Figure(svg, f"Texts of {length:,} tokens.", table))
+    if not figures:
+        return Section("fidelity", title, [missing("likelihood on held-out text", "linearize eval")])
+    blocks: list[Block] = [Figures(figures), merged(runs, fidelity, 1)]
+    for run in runs:
+        if (table := comparison(run.results)).rows:
+            blocks.append(replace(table, title=of(run, runs, table.title)))
+    return Section("fidelity", title, blocks)
+
+
+def _positions(run: Run, name: str, length: int, series: dict[str, int | None]) -> Line:
+    """KL over the ends of the buckets, with intervals where the record has them."""
+    found = run.record["results"]["likelihood"][str(length)][name]["buckets"]
+    known = [between for bucket in found if (between := (bucket.get("intervals") or {}).get("kl"))]
+    low, high = ([ends[i] for ends in known] if len(known) == len(found) else None for i in (0, 1))
+    shown, ends = run.label(name), [bucket["end"] for bucket in found]
+    return Line(shown, ends, [bucket["kl"] for bucket in found], low, high, series=series.get(shown))
+
+
+def _provenance(runs: Sequence[Run]) -> Section:
+    blocks: list[Block] = []
+    for run in runs:
+        origin = run.record.get("origin") or {}
+        machine = origin.get("machine") or {}
+        rows = [["measured", str(origin.get("date") or "unknown")]]
+        rows += [[key, str(value)] for key, value in machine.items() if value is not None]
+        rows += [[f"version of {name}", str(value)] for name, value in (origin.get("versions") or {}).items()]
+        rows += [["seed", str(run.results.seed)], ["text", run.results.source]]
+        rows += [[f"sha256 of {n} tokens of windows", digest] for n, digest in run.results.windows.items()]
+        rows += [[f"sha256 of {name}", digest] for name, digest in run.hashes.items()]
+        spent = run.record.get("timings") or {}
+        rows += [[f"seconds of {phase}", f"{seconds:,.1f}"] for phase, seconds in spent.items()]
+        blocks.append(Table(of(run, runs, "Where the numbers come from"), "", ["what", "value"], rows))
+        if run.recipe:
+            recipe = yaml.safe_dump(dict(run.recipe), sort_keys=False, allow_unicode=True, width=100)
+            blocks.append(Code(of(run, runs, "Recipe, every default included"), recipe))
+        if run.record.get("continuation"):
+            text = f"{run.record.get('prompt') or ''}\n\n=> {run.record['continuation']}"
+            blocks.append(Code(of(run, runs, "A prompt, and how the student goes on"), text))
+    return Section("provenance", "Provenance", blocks)
