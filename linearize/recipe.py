@@ -223,6 +223,19 @@ class Control(Section):
         return self
 
 
+class LmEvalTasks(Section):
+    """Tasks of lm-eval by name, its own or those of a local ``folder``; also ``zero-shot`` and ``mmlu``.
+
+    ``limit`` takes the first samples of every task alone.
+    """
+
+    tasks: list[str] = []
+    folder: str | None = None
+    num_fewshot: Count | None = None
+    limit: Positive | None = None
+    batch_size: Positive = 4
+
+
 class Evaluate(Section):
     """What is measured on the saved folder, reloaded, beside a separately loaded teacher."""
 
@@ -234,6 +247,7 @@ class Evaluate(Section):
     recall_samples: Positive = 50
     generate_tokens: Count = 60
     prompt: str | None = None
+    lm_eval: LmEvalTasks = LmEvalTasks()
 
 
 class Recipe(Section):

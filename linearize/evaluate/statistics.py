@@ -65,7 +65,7 @@ def bootstrap_all(
     if count == 0:
         raise ValueError("bootstrap: no samples; expected at least one row")
     if count == 1:
-        return {name: (math.nan, math.nan) for name in statistics}
+        return dict.fromkeys(statistics, (math.nan, math.nan))
     generator = torch.Generator().manual_seed(seed)
     picks = torch.randint(count, (draws, count), generator=generator)
     times = torch.zeros(draws, count, dtype=torch.double).scatter_add_(
