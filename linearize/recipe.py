@@ -235,6 +235,12 @@ class LmEvalTasks(Section):
     limit: Positive | None = None
     batch_size: Positive = 4
 
+    @model_validator(mode="after")
+    def _a_folder_is_for_tasks(self) -> "LmEvalTasks":
+        if self.folder is not None and not self.tasks:
+            raise ValueError(f"folder: {self.folder} is given, but no tasks; name some of its own in tasks")
+        return self
+
 
 class Evaluate(Section):
     """What is measured on the saved folder, reloaded, beside a separately loaded teacher."""

@@ -41,9 +41,9 @@ def export(
 ) -> list[str]:
     """Writes the prompts of `recall.measure` with the same arguments to a new folder; returns the tasks' names.
 
-    Each task and length is an lm-eval task of type loglikelihood, whose `acc` is whether greedy decoding gives the whole
-    answer: the verdict of `recall.score`. `linearize_recall` is all of them. Prompts become text, which a tokenizer may
-    cut anew at the seams of its parts: lengths are those of the token lists, to a few tokens.
+    Each task and length is an lm-eval task of type loglikelihood, whose `acc` is whether greedy decoding gives the
+    whole answer: the verdict of `recall.score`. `linearize_recall` is all of them. Prompts become text, which a
+    tokenizer may cut anew at the seams of its parts: lengths are those of the token lists, to a few tokens.
     Raises EvaluationError for a folder that holds anything.
     """
     folder = Path(folder)

@@ -1,8 +1,8 @@
 """Tasks of lm-eval (the LM Evaluation Harness): teacher and students in one process, on the same prompts.
 
-Every model goes through one adapter, one task object and one order of requests, so each sample is a pair. lm-eval itself
-is imported when it is needed: `pip install 'linearize[eval]'`. Prompts are raw text, without a chat template. The
-columns that pad a head are cut off, as in every other measure.
+Every model goes through one adapter, one task object and one order of requests, so each sample is a pair. lm-eval
+itself is imported when it is needed: `pip install 'linearize[eval]'`. Prompts are raw text, without a chat template.
+The columns that pad a head are cut off, as in every other measure.
 
 Log-likelihood batches come padded on the right without a mask, which a causal model cannot see; prompts to be continued
 come padded on the left with one.
@@ -172,10 +172,10 @@ def _asked(tasks: Sequence[str]) -> list[Named]:
 
 
 def _manager(asked: Sequence[Named], folder: str | Path | None) -> Any:
-    """The index of tasks: of the folder alone, or lm-eval's own too where a name asks for them."""
+    """An index of tasks that has all those asked for, the folder's before lm-eval's own."""
     try:
         version("lm_eval")
-        from lm_eval.tasks import TaskManager
+        from lm_eval import tasks
     except (ImportError, PackageNotFoundError) as error:
         raise EvaluationError(
             f"evaluate.lm_eval: needs lm-eval ({_line(error)}); pip install 'linearize[eval]'"
@@ -184,21 +184,39 @@ def _manager(asked: Sequence[Named], folder: str | Path | None) -> Any:
         raise EvaluationError(
             f"evaluate.lm_eval.folder: {folder} is no folder; give one with lm-eval's task YAML"
         )
-    manager = None
+    local = [] if folder is None else [str(folder)]
     with _quiet():
-        if folder is not None:
-            manager = TaskManager(include_path=str(folder), include_defaults=False)
-        if manager is None or any(one.task not in manager.all_tasks for one in asked):
-            # Its own index is thousands of files, and seconds.
-            manager = TaskManager(include_path=str(folder) if folder is not None else None)
-    for one in asked:
-        if one.task not in manager.all_tasks:
-            names = [*GROUPS, *manager.all_tasks]  # thousands: only the nearest is of use
-            hint = near(one.task, difflib.get_close_matches(one.task, names, n=1))
+        # The whole of lm-eval is thousands of files, and a minute; most tasks stand in a folder of their first words.
+        manager = tasks.TaskManager(include_path=local, include_defaults=False)
+        missing = [one.task for one in asked if one.task not in manager.all_tasks]
+        if missing:
+            own = Path(next(iter(tasks.__path__)))
+            likely = sorted(
+                {str(own / start) for name in missing for start in _starts(name) if (own / start).is_dir()}
+            )
+            manager = tasks.TaskManager(include_path=[*likely, *local], include_defaults=False)
+        if any(name not in manager.all_tasks for name in missing):
+            manager = _everything(local)
+    for name in missing:
+        if name not in manager.all_tasks:
+            names = [*GROUPS, *manager.all_tasks]
+            hint = near(name, difflib.get_close_matches(name, names, n=1))
             raise EvaluationError(
-                f"evaluate.lm_eval.tasks: lm-eval {version('lm_eval')} has no task {one.task!r}{hint}"
+                f"evaluate.lm_eval.tasks: lm-eval {version('lm_eval')} has no task {name!r}{hint}"
             )
     return manager
+
+
+def _everything(local: list[str]) -> Any:
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_path=local)
+
+
+def _starts(name: str) -> list[str]:
+    """ "arc_easy" -> "arc", "arc_easy"."""
+    words = name.split("_")
+    return ["_".join(words[:count]) for count in range(1, len(words) + 1)]
 
 
 def _adapter(model: Any, tokenizer: Any, models: Mapping[str, Any], batch_size: int) -> Any:
