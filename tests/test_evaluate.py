@@ -17,7 +17,7 @@ from linearize.evaluate.vocabulary import refuse_other_vocabulary
 from linearize.modeling.errors import EvaluationError
 from linearize.modeling.registry import METHODS
 from linearize.modeling.still import StillConfig
-from linearize.recipe import Evaluate, Recipe
+from linearize.recipe import Data, Evaluate
 from linearize.report import markdown
 from linearize.teacher import BUNDLED
 
@@ -171,11 +171,11 @@ def test_a_corpus_tells_sources_documents_and_what_was_trained_on(students, toke
     (tmp_path / "new.txt").write_text(" ".join(f"Nobody knew {n} ships, or {n + 3}." for n in range(900)))
     held = [{"kind": "text", "path": str(tmp_path / name)} for name in ("known.txt", "new.txt")]
     sources = [{"kind": "text", "path": str(tmp_path / "trained.txt")}]
-    spec = Recipe.from_dict({"data": {"seq_len": 64, "sources": sources, "held_out": held}}).data
+    spec = Data.model_validate({"seq_len": 64, "sources": sources, "held_out": held})
     corpus = build(spec, tokenizer)
     assert torch.equal(corpus.held_out(96, 6), corpus.held_out_windows(96, 6)[0])
     assert corpus.held_out_windows(96, 6)[1:] == (["known.txt"] * 3 + ["new.txt"] * 3, [0] * 3 + [1] * 3)
-    config = Evaluate(seq_lens=[96], sequences=6, recall_tasks=[])
+    config = Evaluate(seq_lens=[96], sequences=6, recall_lens=[], recall_tasks=[])
     found = evaluate({"window": students["window"]}, llama(len(tokenizer)), tokenizer, corpus, config)
     measured = found.likelihood[96]["window"]
     assert [(s.name, s.sequences, s.tokens) for s in measured.sources] == [

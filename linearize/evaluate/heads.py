@@ -187,7 +187,7 @@ def _whole(model: nn.Module, ids: Tensor) -> Tensor:
 
 def _split(model: Any) -> Parts | None:
     """Trunk and head as the configuration tells them; None where there is no linear head or no trunk of its own."""
-    head = getattr(model, "get_output_embeddings", lambda: None)()
+    head: Any = getattr(model, "get_output_embeddings", lambda: None)()
     trunk = getattr(model, "base_model", model)
     if type(head) is not nn.Linear or trunk is model:  # a quantised or adapted head has no columns to take
         return None

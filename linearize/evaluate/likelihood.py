@@ -169,7 +169,8 @@ def compare(
     """
     _check(students, windows, vocab_size)
     models = {TEACHER: teacher, **students}
-    labels = windows[:, 1:] if labels is None else labels
+    if labels is None:
+        labels = windows[:, 1:]
     counted = labels != IGNORED
     if labels.shape != windows[:, 1:].shape or not bool(counted.any()):
         raise EvaluationError(
@@ -318,9 +319,11 @@ class _Summary:
         nll, mean, same, _, _, five = (totals.sum(0) / tokens).tolist()
         if self.blocks:
             totals = by_block(totals, torch.tensor(self.blocks)[rows].tolist())
-        ends = numpy.quantile(kl[counted].numpy(), [0.5, 0.99]).tolist()  # torch's takes 16 million at most
+        median, p99 = numpy.quantile(
+            kl[counted].numpy(), [0.5, 0.99]
+        ).tolist()  # torch's takes 16 million at most
         intervals = bootstrap_all(totals, STATISTICS, seed=self.seed)
-        return Bucket(low, high, tokens, _exp(nll), mean, same, *ends, five, intervals, label)
+        return Bucket(low, high, tokens, _exp(nll), mean, same, median, p99, five, intervals, label)
 
 
 STATISTICS: dict[str, Statistic] = {
