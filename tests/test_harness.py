@@ -1,5 +1,7 @@
 """Tasks of lm-eval: same prompts for all, scores by hand, what guessing gives, what was not run."""
 
+import importlib
+import importlib.util
 import json
 import random
 import sys
@@ -9,12 +11,14 @@ import torch
 import yaml
 from test_evaluate import llama
 from transformers import AutoTokenizer
+from typer.testing import CliRunner
 
+from linearize.cli import app
 from linearize.convert import convert
 from linearize.evaluate import LmEval, Results, recall
 from linearize.evaluate import harness as harness_module
 from linearize.evaluate.harness import GROUPS, check, export, measure
-from linearize.modeling.errors import EvaluationError
+from linearize.modeling.errors import EvaluationError, RecipeError
 from linearize.modeling.window import WindowConfig
 from linearize.recipe import Evaluate, Recipe
 from linearize.report import markdown
@@ -37,8 +41,30 @@ def test_the_recipe_names_tasks():
     assert Evaluate().lm_eval.tasks == []
 
 
+def test_the_command_line_names_tasks(monkeypatch):
+    seen = []
+
+    def stop(folder, overrides, progress):
+        seen.append(overrides)
+        raise EvaluationError("evaluate: stopped")
+
+    monkeypatch.setattr(importlib.import_module("linearize.run"), "evaluate_checkpoint", stop)
+    monkeypatch.setattr(importlib.import_module("linearize.cli.measure"), "must_be_student", lambda _: None)
+    words = ["eval", "student", "seed=3", "--lm-eval", "piqa,mmlu", "--lm-eval-tasks", "mine"]
+    made = CliRunner().invoke(app, words)
+    assert (made.exit_code, made.stderr) == (2, "error: evaluate: stopped\n")
+    found = Recipe.resolve(overrides=seen[0])
+    assert (found.seed, found.evaluate.lm_eval.tasks, found.evaluate.lm_eval.folder) == (
+        3,
+        ["piqa", "mmlu"],
+        "mine",
+    )
+    with pytest.raises(RecipeError, match=r"evaluate\.lm_eval\.folder: mine is given, but no tasks"):
+        Recipe.resolve(overrides=["evaluate.lm_eval.folder=mine"])
+
+
 lm_eval = pytest.mark.skipif(
-    __import__("importlib.util").util.find_spec("lm_eval") is None,
+    importlib.util.find_spec("lm_eval") is None,
     reason="lm-eval is not installed: pip install 'linearize[eval]'",
 )
 pytestmark = pytest.mark.filterwarnings("ignore")  # lm-eval's own, and of the libraries that it alone brings

@@ -300,6 +300,11 @@ def _metric_rows(
     shared = sorted(set.intersection(*keys))
     if one.metric:
         shared = [key for key in shared if key[0] == one.metric]
+    if not shared:
+        reason = f"it has no metric {one.metric}" if one.metric else "its tasks have no metric in common"
+        return [
+            Score(label, one.metric, name, None, None, None, 0, not_run=reason, group=group) for name in found
+        ]
     shots = {any_model["n-shot"].get(name) for name in names}
     num_fewshot = shots.pop() if len(shots) == 1 else None
     task_version = any_model["versions"].get(label, any_model["versions"].get(names[0]))

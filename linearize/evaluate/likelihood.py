@@ -179,7 +179,7 @@ def compare(
         )
     count, length = labels.shape
     parts = [take_apart(model, windows[:, :-1], vocab_size, name) for name, model in models.items()]
-    step = rows_per_call(batch_size, length, max(part.width for part in parts))
+    step = rows_per_call(batch_size, length, sum(part.width for part in parts))
     read = {name: _Readings.empty(count, length) for name in models}
     for start in range(0, count, step):
         rows = slice(start, min(start + step, count))
