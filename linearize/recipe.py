@@ -285,6 +285,25 @@ class Ablations(Section):
     per_layer: bool = True
 
 
+class LmEvalTasks(Section):
+    """Tasks of lm-eval by name, its own or those of a local ``folder``; also ``zero-shot`` and ``mmlu``.
+
+    ``limit`` takes the first samples of every task alone.
+    """
+
+    tasks: list[str] = []
+    folder: str | None = None
+    num_fewshot: Count | None = None
+    limit: Positive | None = None
+    batch_size: Positive = 4
+
+    @model_validator(mode="after")
+    def _a_folder_is_for_tasks(self) -> "LmEvalTasks":
+        if self.folder is not None and not self.tasks:
+            raise ValueError(f"folder: {self.folder} is given, but no tasks; name some of its own in tasks")
+        return self
+
+
 class Evaluate(Section):
     """What is measured on the saved folder, reloaded, beside a separately loaded teacher."""
 
@@ -299,6 +318,7 @@ class Evaluate(Section):
     ablations: Ablations = Ablations()
     prompt: str | None = None
     suite: Suite = Suite()
+    lm_eval: LmEvalTasks = LmEvalTasks()
 
 
 class Recipe(Section):

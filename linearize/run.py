@@ -30,6 +30,7 @@ from . import checkpoint, report
 from .convert import convert, describe, unconvert
 from .data import Corpus, build
 from .evaluate import Results, check, evaluate
+from .evaluate.vocabulary import refuse_other_vocabulary
 from .files import write_text
 from .generate import generate
 from .methods import adjust, build_method, method_words
@@ -185,7 +186,8 @@ def evaluate_checkpoint(
     """
     folder = Path(folder)
     fields, overrides = method_words(overrides)
-    student = adjust(checkpoint.load(folder)[0], **fields)
+    student, own_tokenizer = checkpoint.load(folder)
+    student = adjust(student, **fields)
     if not (folder / "recipe.yaml").is_file():
         raise RecipeError(
             f"{folder}: has no recipe.yaml, which names teacher and text; write one there with Recipe.to_yaml"
@@ -204,6 +206,7 @@ def evaluate_checkpoint(
         )
     device = device_of(recipe)
     teacher, tokenizer = load_teacher(recipe.teacher, device)
+    refuse_other_vocabulary(own_tokenizer, tokenizer, str(folder))
     corpus = text_of(folder, recipe, saved.seed, teacher, tokenizer, progress)
     _refuse_other_data(folder.parent, corpus, recipe)
     students = {"student": student.to(device)}

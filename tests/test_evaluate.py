@@ -3,17 +3,21 @@
 import json
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from linearize.convert import convert
+from linearize.data import build
+from linearize.data import overlap as overlaps
 from linearize.evaluate import Results, evaluate
 from linearize.evaluate.memory import memory
+from linearize.evaluate.vocabulary import refuse_other_vocabulary
 from linearize.modeling.errors import EvaluationError
 from linearize.modeling.registry import METHODS
 from linearize.modeling.still import StillConfig
-from linearize.recipe import Evaluate
+from linearize.recipe import Data, Evaluate
 from linearize.report import markdown
 from linearize.teacher import BUNDLED
 
@@ -138,3 +142,82 @@ def test_progress_counts_up_to_its_total(students, tokenizer, text):
 def test_lengths_beyond_the_teacher_are_refused(tokenizer, text):
     with pytest.raises(EvaluationError, match="seq_lens: 512 is longer than the teacher's context of 256"):
         evaluate({}, llama(len(tokenizer)), tokenizer, text, Evaluate(seq_lens=[512]))
+
+
+def test_old_files_are_read(results):
+    """Those without what was added later: medians, derived buckets, sources, overlap, tasks of lm-eval."""
+    tree = json.loads(json.dumps(results.to_dict()))
+    old = {"kl_median", "kl_p99", "top5", "derived", "sources", "window_tokens", "unit", "blocks"}
+    for key in ("overlap", "lm_eval"):
+        del tree[key]
+    for by_model in tree["likelihood"].values():
+        for entry in by_model.values():
+            for key in old:
+                del entry[key]
+            for bucket in entry["buckets"]:
+                for key in ("kl_median", "kl_p99", "top5", "intervals", "label"):
+                    del bucket[key]
+    again = Results.from_dict(tree)
+    assert again.likelihood[160]["window"].window_kl == results.likelihood[160]["window"].window_kl
+    assert again.likelihood[160]["window"].derived == []
+    assert "passkey" in markdown(again)
+
+
+def test_a_corpus_tells_sources_documents_and_what_was_trained_on(students, tokenizer, tmp_path):
+    """Two held-out texts are measured apart; the one that repeats the training text is found out."""
+    book = " ".join(f"The {n} old men went down to the sea and {n * 7} came back." for n in range(400))
+    (tmp_path / "trained.txt").write_text(book)
+    (tmp_path / "known.txt").write_text(book[: len(book) // 2] + " And so it ends.")
+    (tmp_path / "new.txt").write_text(" ".join(f"Nobody knew {n} ships, or {n + 3}." for n in range(900)))
+    held = [{"kind": "text", "path": str(tmp_path / name)} for name in ("known.txt", "new.txt")]
+    sources = [{"kind": "text", "path": str(tmp_path / "trained.txt")}]
+    spec = Data.model_validate({"seq_len": 64, "sources": sources, "held_out": held})
+    corpus = build(spec, tokenizer)
+    assert torch.equal(corpus.held_out(96, 6), corpus.held_out_windows(96, 6)[0])
+    assert corpus.held_out_windows(96, 6)[1:] == (["known.txt"] * 3 + ["new.txt"] * 3, [0] * 3 + [1] * 3)
+    config = Evaluate(seq_lens=[96], sequences=6, recall_lens=[], recall_tasks=[])
+    found = evaluate({"window": students["window"]}, llama(len(tokenizer)), tokenizer, corpus, config)
+    measured = found.likelihood[96]["window"]
+    assert [(s.name, s.sequences, s.tokens) for s in measured.sources] == [
+        ("known.txt", 3, 288),
+        ("new.txt", 3, 288),
+    ]
+    assert measured.kl == pytest.approx(sum(s.kl for s in measured.sources) / 2)
+    assert [(b.label, b.start, b.end) for b in measured.derived] == [
+        ("inside the window", 0, 8), ("window to training length", 8, 64), ("beyond the training length", 64, 96),
+    ]  # fmt: skip
+    assert measured.derived[0].kl < 1e-6 < measured.derived[1].kl  # inside its window it is the teacher
+    assert found.overlap["known.txt"].share > 0.95
+    assert found.overlap["new.txt"].seen == 0 < found.overlap["new.txt"].grams
+    text = markdown(found)
+    assert "0 to 7, inside the window" in text
+    assert "0 % of the runs of 13 tokens in new.txt stand in the training text too." in text
+    assert "| 96 | new.txt | window |" in text
+
+
+def test_overlap_counts_what_counting_words_counts(monkeypatch):
+    rng = np.random.default_rng(0)
+    text, trained = rng.integers(0, 4, 500), [rng.integers(0, 4, 300), rng.integers(0, 4, 3), text_of(rng)]
+    known = {tuple(part[i : i + 5]) for part in trained for i in range(len(part) - 4)}
+    expected = sum(tuple(text[i : i + 5]) in known for i in range(len(text) - 4))
+    assert 0 < expected < 496
+    for chunk in (7, 64, 1 << 20):  # runs that cross the border of a chunk are found too
+        monkeypatch.setattr(overlaps, "CHUNK", chunk)
+        assert overlaps.overlap(text, trained, 5) == (496, expected)
+    assert overlaps.overlap(text[:3], trained, 5) == (0, 0)
+
+
+def text_of(rng):
+    return rng.integers(0, 4, 2000).astype(np.uint16)
+
+
+def test_vocabularies_are_compared_token_by_token(tokenizer, caplog):
+    other = AutoTokenizer.from_pretrained(BUNDLED["books-5m"])
+    refuse_other_vocabulary(other, tokenizer, "student")
+    other.add_tokens(["<new>"])
+    with pytest.raises(
+        EvaluationError, match=r"student: its vocabulary .* '<new>' is \d+ in the one and None"
+    ):
+        refuse_other_vocabulary(other, tokenizer, "student")
+    refuse_other_vocabulary(None, tokenizer, "student")
+    assert "unchecked" in caplog.text

@@ -1,12 +1,20 @@
 """Perplexity, KL, agreement: equal to the dense definition, by bucket, whatever the padded columns hold."""
 
+import dataclasses
 import math
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
-from linearize.evaluate import likelihood
+from linearize.evaluate import heads, likelihood
 from linearize.evaluate.likelihood import compare, difference, edges, rows_per_call
 from linearize.modeling.errors import EvaluationError
 
@@ -123,17 +131,188 @@ def test_intervals_hold_their_values_and_the_difference_is_paired(teacher, windo
     )
 
 
-def test_logits_of_one_call_are_bounded(teacher, windows, monkeypatch):
+def test_one_call_is_bounded(teacher, windows, monkeypatch):
     assert rows_per_call(8, 1000, 50_000) == 5
     assert rows_per_call(8, 10**6, 10**6) == 1
-    monkeypatch.setattr(likelihood, "MAX_LOGITS", 2 * 150 * VOCAB)
-    seen, forward, done = [], teacher.forward, []
+    monkeypatch.setattr(likelihood, "MAX_LOGITS", 2 * 150 * 16)
+    seen, forward, done = [], teacher.model.forward, []
     monkeypatch.setattr(
-        teacher, "forward", lambda *a, **k: (seen.append(k["input_ids"].shape[0]), forward(*a, **k))[1]
+        teacher.model, "forward", lambda *a, **k: (seen.append(k["input_ids"].shape), forward(*a, **k))[1]
     )
     compare(teacher, {}, windows, batch_size=8, vocab_size=VOCAB, progress=lambda *at: done.append(at))
-    assert seen == [2, 2, 1]
+    assert seen[-3:] == [(2, 150), (2, 150), (1, 150)]
+    assert all(shape == (1, heads.PROBE_TOKENS) for shape in seen[:-3])  # the model and its parts, compared
     assert done == [(2, 5), (4, 5), (5, 5)]
+
+
+def gemma(seed: int) -> Gemma2ForCausalLM:
+    """Logits far above their soft-cap, so that leaving it out could not pass."""
+    torch.manual_seed(seed)
+    config = Gemma2Config(
+        vocab_size=VOCAB, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=8, max_position_embeddings=512, initializer_range=0.5,
+        final_logit_softcapping=3.0, attn_implementation="eager",
+    )  # fmt: skip
+    return Gemma2ForCausalLM(config).double().eval().requires_grad_(False)
+
+
+def granite(seed: int) -> GraniteForCausalLM:
+    torch.manual_seed(seed)
+    config = GraniteConfig(
+        vocab_size=VOCAB, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, max_position_embeddings=512, initializer_range=0.5, logits_scaling=4.0,
+    )  # fmt: skip
+    return GraniteForCausalLM(config).double().eval().requires_grad_(False)
+
+
+class Shifted(LlamaForCausalLM):
+    """A family with a rule for logits that no configuration tells."""
+
+    def forward(self, *args, **kwargs):
+        out = super().forward(*args, **kwargs)
+        out.logits = out.logits.sign() * out.logits.abs().sqrt()
+        return out
+
+
+def shifted(seed: int) -> Shifted:
+    model = llama(seed)
+    model.__class__ = Shifted
+    return model
+
+
+@pytest.mark.parametrize(
+    ("make", "chunked"), [(llama, True), (gemma, True), (granite, True), (shifted, False)]
+)
+@pytest.mark.parametrize("column_chunk", [3, 20, 8192])
+def test_blocks_of_columns_equal_the_dense_definition(make, chunked, column_chunk, windows):
+    """53 columns are a multiple of none of the chunks; heads that are more than linear are found out."""
+    teacher, student = make(0), make(1)
+    parts = [heads.take_apart(model, windows[:, :-1], VOCAB, "m") for model in (teacher, student)]
+    assert [part.chunked for part in parts] == [chunked, chunked]
+    got = compare(
+        teacher, {"s": student}, windows, batch_size=3, vocab_size=VOCAB, token_chunk=64,
+        column_chunk=column_chunk,
+    )["s"]  # fmt: skip
+    nll, kl, same = dense(teacher, student, windows)
+    truth, scores = (model(windows[:, :-1]).logits for model in (teacher, student))
+    five = (scores.topk(5).indices == truth.argmax(-1, keepdim=True)).any(-1).double()
+    assert got.ppl == pytest.approx(nll.mean().exp().item(), rel=1e-10)
+    assert got.window_nll == pytest.approx(nll.sum(1).tolist(), abs=1e-8)
+    assert got.kl == pytest.approx(kl.mean().item(), abs=1e-10)
+    assert got.top1 == same.mean().item()
+    assert got.top5 == five.mean().item() > got.top1
+    for bucket in got.buckets:
+        part = kl[:, bucket.start : bucket.end].flatten()
+        expected = torch.quantile(part, torch.tensor([0.5, 0.99], dtype=torch.double)).tolist()
+        assert [bucket.kl_median, bucket.kl_p99] == pytest.approx(expected, abs=1e-10)
+        for name in ("ppl", "kl", "top1"):
+            low, high = bucket.intervals[name]
+            assert low <= getattr(bucket, name) <= high
+
+
+def test_no_more_columns_than_a_chunk_exist_at_a_time(windows, monkeypatch):
+    """Neither model's whole logits are made, outside the one comparison of 32 tokens."""
+    teacher, sizes, linear = llama(0), [], torch.nn.functional.linear
+    teacher.lm_head.weight = torch.nn.Parameter(
+        torch.randn(4099, 16, dtype=torch.double), requires_grad=False
+    )
+
+    def spy(*args):
+        out = linear(*args)
+        sizes.append(tuple(out.shape))
+        return out
+
+    monkeypatch.setattr(torch.nn.functional, "linear", spy)
+    compare(teacher, {}, windows, batch_size=8, vocab_size=4099, token_chunk=100, column_chunk=512)
+    wide = [shape for shape in sizes if shape[-1] > 100]
+    assert [shape for shape in wide if shape[-1] > 512] == [(1, 32, 4099), (32, 4099)]
+    assert max(shape[0] for shape in wide if shape[-1] == 512) == 100
+    assert (50, 512) in wide
+
+
+def test_what_does_not_count_changes_no_bit(windows):
+    """Masked tokens may be anything, NaN in their hidden states included."""
+    models = [llama(seed, VOCAB + 11, torch.float32) for seed in (0, 1)]
+    labels = windows[:, 1:].clone()
+    labels[1, 40:] = labels[3] = labels[:, 100:110] = -100
+    parts = [heads.take_apart(model, windows[:, :-1], VOCAB, "m") for model in models]
+    ids = windows[:, :-1]
+
+    def readings(garbage):
+        found = []
+        for part, model in zip(parts, models, strict=True):
+            hidden = part.features(ids)
+            hidden[labels == -100] = garbage
+            model.lm_head.weight[VOCAB:] = garbage
+            found.append(hidden)
+        spoilt = [
+            dataclasses.replace(p, features=lambda _, x=x: x) for p, x in zip(parts, found, strict=True)
+        ]
+        read = [likelihood._Readings.empty(5, 150) for _ in models]
+        likelihood._read_rows(spoilt, ids, labels, VOCAB, (64, 20), read)
+        return torch.stack([getattr(r, name) for r in read for name in ("nll", "kl", "top1", "top5")])
+
+    clean = readings(0.0)
+    assert clean.isfinite().all() and clean.abs().sum() > 0
+    for garbage in (math.nan, math.inf, -1e30):
+        assert torch.equal(readings(garbage), clean)
+    got = compare(models[0], {"s": models[1]}, windows, batch_size=5, vocab_size=VOCAB, labels=labels)["s"]
+    assert got.tokens == int((labels != -100).sum())
+    assert got.window_tokens == (labels != -100).sum(1).tolist()
+    assert (got.window_kl[3], [b.tokens for b in got.buckets]) == (0, [4 * 64 - 24, 3 * 54, 3 * 22])
+    assert sum(b.kl * b.tokens for b in got.buckets) == pytest.approx(got.kl * got.tokens)
+    with pytest.raises(EvaluationError, match="with 0 tokens that count"):
+        compare(models[0], {}, windows, batch_size=5, vocab_size=VOCAB, labels=torch.full_like(labels, -100))
+
+
+def test_derived_buckets_and_sources_are_parts_of_the_whole(teacher, windows):
+    student = llama(1)
+    got = compare(
+        teacher, {"s": student}, windows, batch_size=5, vocab_size=VOCAB,
+        named_spans=likelihood.spans(150, 16, 100), sources=["a", "b", "a", "a", "b"],
+    )["s"]  # fmt: skip
+    _, kl, _ = dense(teacher, student, windows)
+    assert [(b.label, b.start, b.end, b.tokens) for b in got.derived] == [
+        ("inside the window", 0, 16, 80),
+        ("window to training length", 16, 100, 420),
+        ("beyond the training length", 100, 150, 250),
+    ]
+    for bucket in got.derived:
+        assert bucket.kl == pytest.approx(kl[:, bucket.start : bucket.end].mean().item(), abs=1e-10)
+    assert [(s.name, s.sequences, s.tokens) for s in got.sources] == [("a", 3, 450), ("b", 2, 300)]
+    assert got.sources[1].kl == pytest.approx(kl[[1, 4]].mean().item(), abs=1e-10)
+    low, high = got.sources[1].intervals["kl"]
+    assert [low, high] == pytest.approx(sorted(kl[[1, 4]].mean(1).tolist()))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ((100, 200, 400), {"inside the window": (0, 100)}),
+        ((100, None, 400), {"up to the training length": (0, 100)}),
+        ((100, None, 40), {"up to the training length": (0, 40), "beyond the training length": (40, 100)}),
+        ((100, 20, None), {"inside the window": (0, 20), "beyond the window": (20, 100)}),
+        ((100, None, None), {}),
+    ],
+)
+def test_spans_leave_out_what_is_empty_or_unknown(arguments, expected):
+    assert likelihood.spans(*arguments) == expected
+
+
+def test_documents_are_drawn_whole_where_there_are_enough(teacher):
+    tokens = torch.randint(VOCAB, (16, 41), generator=torch.Generator().manual_seed(2))
+    windows = tokens.repeat_interleave(3, 0)  # three equal windows a document
+    given = {"batch_size": 48, "vocab_size": VOCAB}
+    student = {"s": llama(1)}
+    by_document = compare(teacher, student, windows, documents=[i // 3 for i in range(48)], **given)["s"]
+    by_window = compare(teacher, student, windows, **given)["s"]
+    once = compare(teacher, student, tokens, **given)["s"]
+    assert (by_document.unit, by_window.unit, once.unit) == ("documents", "windows", "windows")
+    assert by_document.intervals["kl"] == pytest.approx(once.intervals["kl"], abs=1e-9)
+    value, interval = difference(by_document, by_document)
+    assert [value, *interval] == pytest.approx([0, 0, 0], abs=1e-12)
+    few = compare(teacher, student, windows, documents=[i // 24 for i in range(48)], **given)["s"]
+    assert (few.unit, few.intervals) == ("windows", by_window.intervals)
 
 
 @pytest.mark.parametrize(

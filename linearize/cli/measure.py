@@ -45,6 +45,15 @@ def eval_(
     verify: Annotated[
         bool, typer.Option("--verify", help="Only make the hashes of certificate.json again, and compare.")
     ] = False,
+    lm_eval: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TASK[,TASK]", help="Tasks of lm-eval too; zero-shot and mmlu are the usual sets."
+        ),
+    ] = None,
+    lm_eval_tasks: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="A folder of lm-eval task files of your own.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure a saved student beside its teacher.
@@ -71,6 +80,10 @@ def eval_(
 
     if suite:
         words.insert(0, f"evaluate.suite.preset={suite.value}")
+    if lm_eval is not None:
+        words.append(f"evaluate.lm_eval.tasks={json.dumps(lm_eval.split(','))}")
+    if lm_eval_tasks is not None:
+        words.append(f"evaluate.lm_eval.folder={json.dumps(str(lm_eval_tasks))}")
     with watching() as watch:
         results = evaluate_checkpoint(checkpoint, words, progress=watch, suite_folder=suite_folder)
     if as_json:

@@ -24,6 +24,7 @@ import torch
 
 from ..modeling.errors import DataError
 from ..tasks.recall import Haystack, prefix, separator, training_row
+from .overlap import Overlap, overlap
 from .pool import Pool
 
 BLOCK = 1000  # rows in which the mixture is exact
@@ -84,6 +85,10 @@ class Corpus:
 
         Several held-out texts share the windows by weight.
         """
+        return self.held_out_windows(length, sequences)[0]
+
+    def held_out_windows(self, length: int, sequences: int) -> tuple[torch.Tensor, list[str], list[int]]:
+        """`held_out`, and of each window the label of its text and the number of the document that it begins in."""
         if not self.held:
             raise DataError(
                 "data.held_out: recall documents alone leave no text to measure on; name a text source"
@@ -97,11 +102,28 @@ class Corpus:
             )
         weights = np.array([held.weight * (n > 0) for held, n in zip(self.held, room, strict=True)])
         wanted = _largest_remainder(weights / weights.sum(), max(sequences, int((weights > 0).sum())))
-        windows = [
-            held.pool.tokens[: (length + 1) * min(n, w)].reshape(-1, length + 1)
-            for held, n, w in zip(self.held, room, wanted, strict=True)
-        ]
-        return torch.from_numpy(np.concatenate(windows)[:sequences].astype(np.int64))
+        windows, labels, documents, before = [], [], [], 0
+        for held, n, w in zip(self.held, room, wanted, strict=True):
+            count = min(n, int(w))
+            windows.append(held.pool.tokens[: (length + 1) * count].reshape(-1, length + 1))
+            labels += [held.label] * count
+            begins = np.arange(count) * (length + 1)
+            documents += (before + np.searchsorted(held.pool.starts, begins, side="right") - 1).tolist()
+            before += len(held.pool.starts) - 1
+        ids = torch.from_numpy(np.concatenate(windows)[:sequences].astype(np.int64))
+        return ids, labels[:sequences], documents[:sequences]
+
+    def overlaps(self, n: int = 13) -> dict[str, Overlap]:
+        """By held-out text, how many of its runs of `n` tokens stand in the text that is trained on too.
+
+        Recall documents and what a fine-tuned teacher has read before are not looked at.
+        """
+        trained = [part.train.tokens for part in self.parts if part.train is not None]
+        found = {}
+        for held in self.held:
+            grams, seen = overlap(held.pool.tokens, trained, n)
+            found[held.label] = Overlap(n, grams, seen)
+        return found if trained else {}
 
     @property
     def held_out_tokens(self) -> torch.Tensor:

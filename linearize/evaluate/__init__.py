@@ -10,12 +10,15 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+from ..data import Corpus
+from ..data.overlap import Overlap
 from ..modeling.errors import EvaluationError
 from ..progress import Progress, Watch
 from ..recipe import Evaluate
-from . import ablations, likelihood, recall, suite
+from . import ablations, harness, likelihood, recall, suite
 from .ablations import Ablations
 from .gates import Gates
+from .harness import LmEval
 from .likelihood import TEACHER, Bucket, Likelihood
 from .memory import LayerMemory, Memory, memory
 from .recall import Cell
@@ -31,7 +34,9 @@ __all__ = [
     "HeldOut",
     "LayerMemory",
     "Likelihood",
+    "LmEval",
     "Memory",
+    "Overlap",
     "Results",
     "SpeedResults",
     "SuiteCell",
@@ -39,6 +44,7 @@ __all__ = [
     "check",
     "digest_of_windows",
     "evaluate",
+    "exact_reach",
 ]
 
 
@@ -81,6 +87,9 @@ class Results:
     """The recall suite, where the recipe asks for it."""
     speed: SpeedResults | None = None
     """Where `linearize bench` has timed the run's student."""
+    overlap: dict[str, Overlap] = field(default_factory=dict)
+    """Held-out text by name -> its runs of 13 tokens that were trained on; empty where either is not at hand."""
+    lm_eval: LmEval | None = None
 
     def cell(self, model: str, task: str, length: int) -> Cell:
         for cell in self.recall:
@@ -98,7 +107,7 @@ class Results:
             models=list(tree["models"]),
             seed=tree["seed"],
             likelihood={
-                int(length): {name: _likelihood(entry) for name, entry in by_model.items()}
+                int(length): {name: Likelihood.from_dict(entry) for name, entry in by_model.items()}
                 for length, by_model in tree["likelihood"].items()
             },
             recall=[Cell(**cell) for cell in tree["recall"]],
@@ -111,6 +120,8 @@ class Results:
             ablations=Ablations.from_dict(tree["ablations"]) if tree.get("ablations") else None,
             suite=SuiteResults.from_dict(tree["suite"]) if tree.get("suite") else None,
             speed=SpeedResults.from_dict(tree["speed"]) if tree.get("speed") else None,
+            overlap={name: Overlap(**entry) for name, entry in tree.get("overlap", {}).items()},
+            lm_eval=LmEval.from_dict(tree["lm_eval"]) if tree.get("lm_eval") else None,
         )
 
 
@@ -130,7 +141,9 @@ def evaluate(
     """
     models = {TEACHER: teacher, **students}
     check(teacher, tokenizer, corpus, config)
-    windows = {length: corpus.held_out(length, config.sequences) for length in config.seq_lens}
+    texts = {length: _windows(corpus, length, config.sequences) for length in config.seq_lens}
+    windows = {length: given[0] for length, given in texts.items()}
+    reach, train_len = exact_reach(next(iter(students.values()), None)), getattr(corpus, "seq_len", None)
     cells = len(config.recall_tasks) * config.recall_samples * sum(config.recall_lens)
     work = len(models) * (sum(batch[:, 1:].numel() for batch in windows.values()) + cells)
     meter = _Meter(progress, work)
@@ -142,10 +155,13 @@ def evaluate(
                 batch,
                 batch_size=config.batch_size,
                 vocab_size=len(tokenizer),
+                named_spans=likelihood.spans(length, reach, train_len),
+                sources=sources,
+                documents=documents,
                 seed=seed,
                 progress=meter.part(len(models) * length),
             )
-            for length, batch in windows.items()
+            for length, (batch, sources, documents) in texts.items()
         }
         found = [
             cell
@@ -164,6 +180,7 @@ def evaluate(
             )
         ]
         suited = _suite(models, tokenizer, corpus, config, progress, suite_folder)
+        by_task = _lm_eval(models, tokenizer, config, seed, progress)
     switched = None
     if config.ablations.enabled:
         switched = _ablations(students, teacher, tokenizer, windows, measured, found, config, seed, progress)
@@ -175,8 +192,10 @@ def evaluate(
         recall=found,
         memory=memory(teacher, students),
         windows={length: digest_of_windows(batch) for length, batch in windows.items()},
+        overlap=corpus.overlaps() if isinstance(corpus, Corpus) else {},
         ablations=switched,
         suite=suited,
+        lm_eval=by_task,
     )
 
 
@@ -216,11 +235,61 @@ def _ablations(
     return Ablations(rows, told)
 
 
+def _lm_eval(
+    models: dict[str, nn.Module], tokenizer: Any, config: Evaluate, seed: int, progress: Watch | None
+) -> LmEval | None:
+    """The tasks of lm-eval that the recipe asks for, if any."""
+    asked = config.lm_eval
+    if not asked.tasks:
+        return None
+
+    def hear(done: int, total: int) -> None:
+        if progress is not None:
+            progress(Progress("lm-eval", done, total, unit="tasks"))
+
+    return harness.measure(
+        models,
+        tokenizer,
+        asked.tasks,
+        folder=asked.folder,
+        num_fewshot=asked.num_fewshot,
+        limit=asked.limit,
+        batch_size=asked.batch_size,
+        seed=seed,
+        progress=hear,
+    )
+
+
+def exact_reach(student: Any) -> int | None:
+    """Positions up to which every mixer of a student still sees all tokens exactly; None where one has no window.
+
+    A terraced or chunked query sees its own block and the whole one before it.
+    """
+    reaches = []
+    for mixer in getattr(student, "mixers", dict)().values():
+        method = mixer.config
+        blocks = 2 if getattr(method, "window_kind", None) == "terraced" else 1
+        reaches.append(
+            blocks * (getattr(method, "window", None) or 0) or 2 * (getattr(method, "chunk", None) or 0)
+        )
+    return min(reaches, default=0) or None
+
+
+def _windows(corpus: HeldOut, length: int, sequences: int) -> tuple[Tensor, list[str], list[int] | None]:
+    """Held-out windows, and of each its text and document; a text that is no corpus is one source of one document."""
+    if isinstance(corpus, Corpus):
+        return corpus.held_out_windows(length, sequences)
+    windows = corpus.held_out(length, sequences)
+    return windows, [corpus.label] * len(windows), None
+
+
 def check(teacher: nn.Module, tokenizer: Any, corpus: HeldOut, config: Evaluate) -> None:
     """Raise now what `evaluate` could not measure later: a context or text too short, needles that do not fit."""
     _check_lengths(teacher, config)
     for length in config.seq_lens:
         corpus.held_out(length, 1)
+    if config.lm_eval.tasks:
+        harness.check(config.lm_eval.tasks, config.lm_eval.folder)
     text = corpus.held_out_tokens
     for task in config.recall_tasks:
         for length in config.recall_lens:
@@ -300,18 +369,6 @@ def _check_lengths(teacher: nn.Module, config: Evaluate) -> None:
 def digest_of_windows(windows: Tensor) -> str:
     """sha256 of the token ids, so that two runs can tell whether they read the same text."""
     return sha256(windows.cpu().numpy().astype("<i8").tobytes()).hexdigest()
-
-
-def _likelihood(tree: dict[str, Any]) -> Likelihood:
-    tree = {key: _number(value) for key, value in tree.items()}
-    intervals = {key: (_number(low), _number(high)) for key, (low, high) in tree["intervals"].items()}
-    buckets = [Bucket(**{key: _number(value) for key, value in bucket.items()}) for bucket in tree["buckets"]]
-    windows = {key: [_number(value) for value in tree[key]] for key in ("window_nll", "window_kl")}
-    return Likelihood(**{**tree, **windows, "intervals": intervals, "buckets": buckets})
-
-
-def _number(value: Any) -> Any:
-    return math.nan if value is None else value
 
 
 def _jsonable(value: Any) -> Any:

@@ -29,8 +29,14 @@ def tables(
     results: Results, *, memory_lens: Sequence[int] = MEMORY_LENS, buckets: bool = False
 ) -> list[Table]:
     """All tables of the results; with `buckets`, fidelity by position too. Nothing measured, no table."""
-    made = [fidelity(results), *(positions(results) if buckets else ()), recall(results)]
-    made += [suite(results), suite_not_run(results), comparison(results), ablations(results)]
+    made = [fidelity(results), *(positions(results) if buckets else ()), by_source(results), recall(results)]
+    made += [
+        suite(results),
+        suite_not_run(results),
+        lm_eval(results),
+        comparison(results),
+        ablations(results),
+    ]
     made += [memory(results, memory_lens), gates(results)]
     return [table for table in made if table.rows]
 
@@ -67,9 +73,15 @@ def fidelity(results: Results) -> Table:
                     f"{measured.sequences} x {length:,}",
                 ]
             )
+    units = {x.unit for by_model in results.likelihood.values() for x in by_model.values()}
+    unit = " or ".join(sorted(units)) or "windows"
+    seen = "".join(
+        f" {100 * text.share:.2g} % of the runs of {text.n} tokens in {name} stand in the training text too."
+        for name, text in results.overlap.items()
+    )
     note = (
         f"Text: {results.source}. KL(teacher || model) in nats per token; "
-        "top-1: share of positions with the teacher's arg-max; [95 % bootstrap over windows, paired]."
+        f"top-1: share of positions with the teacher's arg-max; [95 % bootstrap over {unit}, paired].{seen}"
     )
     header = ["length", "model", "perplexity", "minus teacher's", "KL", "top-1", "tokens"]
     return Table("Fidelity", note, header, rows)
@@ -87,11 +99,13 @@ def positions(results: Results) -> Iterable[Table]:
             "tokens",
         ]
         rows = []
-        for index, bucket in enumerate(by_model[TEACHER].buckets):
-            at = {name: measured.buckets[index] for name, measured in by_model.items()}
+        parts = {name: [*measured.buckets, *measured.derived] for name, measured in by_model.items()}
+        for index, bucket in enumerate(parts[TEACHER]):
+            at = {name: buckets[index] for name, buckets in parts.items()}
+            told = f", {bucket.label}" if bucket.label else ""
             rows.append(
                 [
-                    f"{bucket.start:,} to {bucket.end - 1:,}",
+                    f"{bucket.start:,} to {bucket.end - 1:,}{told}",
                     *(f"{at[name].ppl:.2f}" for name in by_model),
                     *(f"{at[name].kl:.3f}" for name in students),
                     *(f"{at[name].top1:.3f}" for name in students),
@@ -99,6 +113,62 @@ def positions(results: Results) -> Iterable[Table]:
                 ]
             )
         yield Table(f"Fidelity by position, length {length:,}", f"Text: {results.source}.", header, rows)
+
+
+def by_source(results: Results) -> Table:
+    """One row per length, held-out text and model, where there is more than one text."""
+    rows = []
+    for length, by_model in results.likelihood.items():
+        for name, measured in by_model.items():
+            for text in measured.sources if len(measured.sources) > 1 else ():
+                told = [f"{text.ppl:.2f} {_between(text.intervals['ppl'], '.2f')}", "0", "1"]
+                if name != TEACHER:
+                    told[1] = f"{text.kl:.3f} {_between(text.intervals['kl'], '.3f')}"
+                    told[2] = f"{text.top1:.3f} {_between(text.intervals['top1'], '.3f')}"
+                rows.append([f"{length:,}", text.name, name, *told, f"{text.sequences} x {length:,}"])
+    header = ["length", "text", "model", "perplexity", "KL", "top-1", "tokens"]
+    return Table("Fidelity by text", "Each held-out text by itself [95 % bootstrap].", header, rows)
+
+
+def lm_eval(results: Results) -> Table:
+    """One row per task, metric and model of lm-eval; a group of tasks as one."""
+    header = [
+        "task",
+        "metric",
+        "examples",
+        "model",
+        "score",
+        "of teacher's",
+        "above chance",
+        "minus teacher's",
+    ]
+    if results.lm_eval is None:
+        return Table("lm-eval", "", [*header, "samples"], [])
+    rows = []
+    for x in results.lm_eval.tasks:
+        if x.group is not None:
+            continue
+        shots = "" if x.num_fewshot is None else str(x.num_fewshot)
+        if x.value is None:
+            rows.append([x.task, x.metric, shots, x.model, f"not run: {x.not_run}", "", "", "", "0"])
+            continue
+        told = f"{x.value:.3f}" + ("" if x.low is None or x.high is None else f" [{x.low:.3f}, {x.high:.3f}]")
+        kept = [f"{100 * share:.0f} %" if share is not None else "" for share in (x.raw, x.corrected)]
+        beside = ""
+        if x.difference is not None:
+            between = ""
+            if x.difference_low is not None and x.difference_high is not None:
+                between = f" [{100 * x.difference_low:+.1f}, {100 * x.difference_high:+.1f}]"
+            beside = (
+                f"{100 * x.difference:+.1f}{between} points, {x.wins} won, {x.losses} lost, p = {x.p:.2g}"
+            )
+        rows.append([x.task, x.metric, shots, x.model, told, *kept, beside, str(x.samples)])
+    note = (
+        f"lm-eval {results.lm_eval.version}, the same prompts for all, without a chat template [95 %]. Above chance: "
+        "(student - chance) / (teacher - chance), empty where the teacher's interval reaches down to chance. "
+        "p: exact McNemar, adjusted by Holm over a model's rows."
+    )
+    return Table("lm-eval", note, [*header, "samples"], rows)
 
 
 def recall(results: Results) -> Table:
