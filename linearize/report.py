@@ -146,9 +146,9 @@ def suite(results: Results) -> Table:
             [
                 base.label,
                 f"{length:,}" if length else "facts alone" if task.startswith("qa") else "no filler",
-                *(_score(at[name]) for name in results.models),
-                *(_apart(at[name]) for name in students),
-                *(_likely(at[name]) for name in results.models),
+                *(_score(at[name]) if name in at else "not run" for name in results.models),
+                *(_apart(at[name]) if name in at else "" for name in students),
+                *(_likely(at[name]) if name in at else "" for name in results.models),
                 str(base.samples),
                 "; ".join(remarks),
             ]
@@ -156,7 +156,8 @@ def suite(results: Results) -> Table:
     note = " ".join(
         [
             "Generated answers, mean score [95 %: Wilson, or bootstrap where an answer is right in part]; "
-            "whole: all of the answer found [Wilson]; strict: the first answer given is right; likelihood: points by which it exceeds generation in brackets; "
+            "whole: all of the answer found [Wilson]; strict: the first answer given is right; "
+            "likelihood: points by which it exceeds generation in brackets; "
             f"gate: the teacher's lower bound is at least {100 * GATE:.0f} %, or above chance.",
             *(found.notes if found else []),
         ]
