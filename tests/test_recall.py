@@ -141,7 +141,7 @@ def test_a_big_batch_is_split_to_bound_its_logits(model, greedy, monkeypatch):
     monkeypatch.setattr(likelihood, "MAX_LOGITS", 2 * 94 * VOCAB)
     rows, forward = [], model.forward
     monkeypatch.setattr(
-        recall, "_logits", lambda m, ids, keep: (rows.append(len(ids)), forward(ids).logits[:, -keep:])[1]
+        recall, "last_logits", lambda m, ids, keep: (rows.append(len(ids)), forward(ids).logits[:, -keep:])[1]
     )
     assert all(score(model, greedy, batch_size=16, vocab_size=VOCAB))
     assert max(rows) == 2

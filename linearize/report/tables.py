@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from ..evaluate import TEACHER, Cell, Results, SuiteCell
 from ..evaluate.likelihood import difference
 from ..evaluate.recall import GATE
-from ..evaluate.statistics import Interval, mcnemar
+from ..evaluate.statistics import Interval, mcnemar, wilson
+from ..tasks.suite import SUITE
 
 MEMORY_LENS = (1024, 8192, 32768)
 
@@ -206,7 +207,8 @@ def suite(results: Results) -> Table:
     for task, length in dict.fromkeys((cell.task, cell.length) for cell in lines):
         at = {cell.model: cell for cell in lines if (cell.task, cell.length) == (task, length)}
         base = at[TEACHER]
-        remarks = [f"teacher below {'chance' if task.startswith('qa') else 'gate'}"] if base.gated else []
+        failed = "teacher not above chance" if SUITE[task].chance else "teacher below gate"
+        remarks = [failed] if base.gated else []
         remarks += [] if base.reportable else ["not reportable"]
         if found:
             same = [cell for cell in found.baselines if (cell.task, cell.length) == (task, length)]
@@ -215,17 +217,18 @@ def suite(results: Results) -> Table:
             [
                 base.label,
                 f"{length:,}" if length else "facts alone" if task.startswith("qa") else "no filler",
-                *(_score(at[name]) for name in results.models),
-                *(_apart(at[name]) for name in students),
-                *(_likely(at[name]) for name in results.models),
+                *(_score(at[name]) if name in at else "not run" for name in results.models),
+                *(_apart(at[name]) if name in at else "" for name in students),
+                *(_likely(at[name]) if name in at else "" for name in results.models),
                 str(base.samples),
                 "; ".join(remarks),
             ]
         )
     note = " ".join(
         [
-            "Generated answers, mean score [95 %: Wilson, or bootstrap where an answer is right in part]; strict: "
-            "the first answer given is right; likelihood: points by which it exceeds generation in brackets; "
+            "Generated answers, mean score [95 %: Wilson, or bootstrap where an answer is right in part]; "
+            "whole: all of the answer found [Wilson]; strict: the first answer given is right; "
+            "likelihood: points by which it exceeds generation in brackets; "
             f"gate: the teacher's lower bound is at least {100 * GATE:.0f} %, or above chance.",
             *(found.notes if found else []),
         ]
@@ -242,6 +245,11 @@ def suite_not_run(results: Results) -> Table:
 
 def _score(cell: SuiteCell) -> str:
     told = f"{100 * cell.score:.0f} % {_between((100 * cell.low, 100 * cell.high), '.0f')}"
+    if SUITE[cell.task].several:
+        low, high = wilson(cell.correct, cell.samples)
+        told += (
+            f", whole {100 * cell.correct / cell.samples:.0f} % {_between((100 * low, 100 * high), '.0f')}"
+        )
     return told + (f", strict {100 * cell.strict:.0f} %" if abs(cell.strict - cell.score) > 1e-9 else "")
 
 
