@@ -48,7 +48,9 @@ def run_(
     if (page := made.folder / "report.html").is_file():
         typer.echo(f"Report: {page}")
     else:
-        typer.echo("Report: none, for want of matplotlib; pip install 'linearize[report]', then linearize report")
+        typer.echo(
+            "Report: none, for want of matplotlib; pip install 'linearize[report]', then linearize report"
+        )
     typer.echo(f"Student: {made.checkpoint}")
     typer.echo(f'  linearize generate {made.checkpoint} "Once upon a time"')
     typer.echo(f'  AutoModelForCausalLM.from_pretrained("{made.checkpoint}", trust_remote_code=True)')

@@ -90,10 +90,14 @@ def bench_(
 
 @app.command("report")
 def report_(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of finished runs.", show_default=False)],
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN...", help="Folders of finished runs.", show_default=False)
+    ],
     output: Annotated[
         Path | None,
-        typer.Option(help="An HTML file; report.html in the run's folder if not given, or here for several runs."),
+        typer.Option(
+            help="An HTML file; report.html in the run's folder if not given, or here for several runs."
+        ),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
