@@ -228,3 +228,13 @@ def test_names_that_would_meet_are_moved_apart():
     heights = sorted(map(float, found))
     assert len(heights) == 5
     assert all(b - a > 12 for a, b in itertools.pairwise(heights))
+
+
+def test_a_number_that_is_not_known_leaves_a_gap():
+    line = plots.Line(
+        "a", [1, 2, 4], [1.0, float("nan"), 3.0], [0.5, float("nan"), 2.5], [1.5, float("nan"), 3.5]
+    )
+    assert (
+        "nan"
+        not in plots.lines("k", [line, plots.Line("b", [1], [float("nan")])], x="x", y="y", alt="a").lower()
+    )

@@ -148,7 +148,7 @@ outcomes = st.lists(
 
 
 @given(outcomes)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_the_crossover_is_where_the_student_begins_to_stay_ahead(found):
     """Beside the definition read word by word: from there on every length that can be compared is won."""
     reasons = {"ran": None, "memory": OUT_OF_MEMORY, "skipped": "beyond its context of 9"}

@@ -56,7 +56,7 @@ def ablations(runs: Sequence[Run], series: dict[str, int | None]) -> Section:
         note = "Parts switched off without retraining; the difference is to the intact student, paired by window."
         header = ["what", "length", "KL", "minus intact", "perplexity", "windows"]
         blocks.append(Table(of(run, runs, "What each part is worth"), note, header, rows))
-    return Section("ablations", title, blocks or [missing("ablations", "linearize eval --ablations")])
+    return Section("ablations", title, blocks or [missing("ablations")])
 
 
 def _ablation(row: dict[str, Any]) -> list[str]:
@@ -119,7 +119,7 @@ def lm_eval(runs: Sequence[Run]) -> Section:
         header = ["task", "metric", "model", "value", "chance", "of the teacher", "above chance", "samples"]
         note = f"lm-eval {found.get('version') or 'of an unknown version'}; the same prompts for all; [95 %]."
         blocks.append(Table(of(run, runs, "lm-eval tasks"), note, header, rows))
-    return Section("lm-eval", "lm-eval", blocks or [missing("lm-eval tasks", "linearize eval --tasks")])
+    return Section("lm-eval", "lm-eval", blocks or [missing("lm-eval tasks")])
 
 
 def _figure(value: float | None) -> str:

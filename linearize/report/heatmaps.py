@@ -37,7 +37,7 @@ def recall_section(runs: Sequence[Run], series: Mapping[str, int | None]) -> Sec
     if not blocks:
         return Section("recall", title, [missing("recall tasks", "linearize eval")])
     if not any(run.section("suite") for run in runs):
-        blocks.append(missing("the recall suite by depth", "linearize eval --suite"))
+        blocks.append(missing("the recall suite by depth"))
     return Section("recall", title, blocks)
 
 

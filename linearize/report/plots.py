@@ -8,7 +8,7 @@ import io
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ..modeling.errors import EvaluationError
@@ -86,6 +86,7 @@ def lines(
     """Lines over x. ``lengths``: x is tokens, in doublings; ``log``: y too is logarithmic; ``zero``: y starts at 0;
     ``whole``: x are whole numbers; ``marks`` are upright lines with a word. Intervals are bands, or without ``band``
     bars that stand a little apart."""
+    series = [line for line in map(_finite, series) if line.x]
     longest = max((len(short(line.name)) for line in series), default=0)
     with _style():
         figure, axes = _figure(WIDTH, 270, right=18 + 6.3 * longest, top=48 if marks else 34)
@@ -96,7 +97,7 @@ def lines(
             axes.set_xscale("log", base=2)
             _length_ticks(axes, sorted({value for line in series for value in line.x}))
         values = [value for line in series for value in line.y]
-        if log and min(values) > 0 and max(values) > NARROW * min(values):
+        if log and values and min(values) > 0 and max(values) > NARROW * min(values):
             axes.set_yscale("log")
             _few_log_ticks(axes)
         elif zero or log:
@@ -261,6 +262,15 @@ def _box(column: int, row: int, face: Any) -> Any:
 
 def _colour(series: int | None) -> str:
     return INK if series is None else SERIES[series % len(SERIES)]
+
+
+def _finite(line: Line) -> Line:
+    """Without the points that have no value."""
+    kept = [i for i, value in enumerate(line.y) if math.isfinite(value)]
+    ends = {
+        name: [side[i] for i in kept] for name in ("low", "high") if (side := getattr(line, name)) is not None
+    }
+    return replace(line, x=[line.x[i] for i in kept], y=[line.y[i] for i in kept], **ends)
 
 
 def _line_colour(line: Line) -> Any:

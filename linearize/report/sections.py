@@ -73,7 +73,7 @@ def _overview(runs: Sequence[Run]) -> Table:
             rows.append(
                 [
                     run.label(name),
-                    words.methods(run),
+                    _method(run, name),
                     kl,
                     f"{found} at {longest:,}" if found else "not run",
                     share,
@@ -81,6 +81,11 @@ def _overview(runs: Sequence[Run]) -> Table:
             )
     header = ["student", "method", "KL, nats", "recall at the longest length", f"memory at {at:,} tokens"]
     return Table("Students", "Intervals and counts are in the sections below.", header, rows)
+
+
+def _method(run: Run, name: str) -> str:
+    """Of a student; a control is named by its own."""
+    return name.removesuffix(" control") if name.endswith(" control") else words.methods(run)
 
 
 def _percent(sizes: Any, name: str, at: int) -> str:
@@ -127,8 +132,9 @@ def _positions(run: Run, name: str, length: int, series: dict[str, int | None]) 
     found = run.record["results"]["likelihood"][str(length)][name]["buckets"]
     known = [between for bucket in found if (between := (bucket.get("intervals") or {}).get("kl"))]
     low, high = ([ends[i] for ends in known] if len(known) == len(found) else None for i in (0, 1))
-    shown, ends = run.label(name), [bucket["end"] for bucket in found]
-    return Line(shown, ends, [bucket["kl"] for bucket in found], low, high, series=series.get(shown))
+    measured = run.results.likelihood[length][name].buckets
+    shown, ends = run.label(name), [bucket.end for bucket in measured]
+    return Line(shown, ends, [bucket.kl for bucket in measured], low, high, series=series.get(shown))
 
 
 def _provenance(runs: Sequence[Run]) -> Section:
