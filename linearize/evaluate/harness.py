@@ -175,7 +175,7 @@ def _manager(asked: Sequence[Named], folder: str | Path | None) -> Any:
     """An index of tasks that has all those asked for, the folder's before lm-eval's own."""
     try:
         version("lm_eval")
-        from lm_eval import tasks
+        from lm_eval import tasks  # pyright: ignore[reportMissingImports]
     except (ImportError, PackageNotFoundError) as error:
         raise EvaluationError(
             f"evaluate.lm_eval: needs lm-eval ({_line(error)}); pip install 'linearize[eval]'"
@@ -208,7 +208,7 @@ def _manager(asked: Sequence[Named], folder: str | Path | None) -> Any:
 
 
 def _everything(local: list[str]) -> Any:
-    from lm_eval.tasks import TaskManager
+    from lm_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
 
     return TaskManager(include_path=local)
 
@@ -221,7 +221,7 @@ def _starts(name: str) -> list[str]:
 
 def _adapter(model: Any, tokenizer: Any, models: Mapping[str, Any], batch_size: int) -> Any:
     """lm-eval's own adapter of transformers models, without the columns that pad a head and without bars."""
-    from lm_eval.models.huggingface import HFLM
+    from lm_eval.models.huggingface import HFLM  # pyright: ignore[reportMissingImports]
 
     columns = len(tokenizer)
 
@@ -250,7 +250,7 @@ def _adapter(model: Any, tokenizer: Any, models: Mapping[str, Any], batch_size: 
 def _run(
     adapter: Any, loaded: Any, task: str, manager: Any, shots: int | None, limit: int | None, seed: int
 ) -> Any:
-    from lm_eval import simple_evaluate
+    from lm_eval import simple_evaluate  # pyright: ignore[reportMissingImports]
 
     groups = loaded.get("groups") or {}
     asked = [groups[task]] if task in groups else list(loaded["tasks"].values())
