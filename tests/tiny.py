@@ -2,6 +2,7 @@
 
 import copy
 import functools
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -191,3 +192,20 @@ def representatives() -> dict[str, MethodConfig]:
     for config in variants().values():
         found.setdefault(config.name, config)
     return found
+
+
+def pairs(families: Iterable[str], turn: int = 0) -> list[tuple[str, str]]:
+    """(family, variant): every method on every family, its variants taking turns from the ``turn``-th on.
+
+    Tests of another turn meet other pairs. A method with more variants than there are families has the rest on the
+    first ones again: every variant is met in every test.
+    """
+    names: dict[str, list[str]] = {}
+    for name, config in variants().items():
+        names.setdefault(config.name, []).append(name)
+    families = list(families)
+    return [
+        (families[i % len(families)], given[(i + turn) % len(given)])
+        for given in names.values()
+        for i in range(max(len(families), len(given)))
+    ]
