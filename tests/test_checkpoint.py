@@ -92,7 +92,7 @@ def test_every_method_reloads_bit_equal_without_the_package(tmp_path):
     model = student("llama", configs, dtype=torch.float32, num_hidden_layers=len(configs))
     answers = save_with_answers(model, folder)
     again, _ = checkpoint.load(folder)
-    assert [mixer.config for mixer in again.mixers().values()] == list(configs.values())
+    assert {index: mixer.config for index, mixer in again.mixers().items()} == configs
     with torch.no_grad():
         assert torch.equal(again(answers["x"]).logits, answers["logits"])
     result = run(WITHOUT_PACKAGE, "again", folder, tmp_path=tmp_path)
