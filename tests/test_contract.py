@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from tiny import ids, student, variants
+from tiny import ids, variants
+from tiny import student as student_of
 from tolerances import assert_near
 from transformers import DynamicCache
 
@@ -13,6 +14,11 @@ from linearize.train.transfer import error_and_power
 METHOD_VARIANTS = variants()
 pytestmark = pytest.mark.parametrize("config", METHOD_VARIANTS.values(), ids=METHOD_VARIANTS.keys())
 T = 43
+
+
+def student(family, config, *, num_hidden_layers=2, **changes):
+    """A layer under another: what the first does wrong reaches the second."""
+    return student_of(family, config, num_hidden_layers=num_hidden_layers, **changes)
 
 
 @torch.no_grad()
@@ -43,10 +49,11 @@ def test_any_split_gives_the_same_output(config, pieces):
     assert_near(in_pieces(model, x, pieces)[0], logits(model, x), "logits")
 
 
-@pytest.mark.parametrize("length", [1, 2, 7, 8, 9, 17])
-def test_lengths_around_the_window(config, length):
-    model, x = student("llama", config), ids(2, length)
-    assert_near(in_pieces(model, x, [1] * length)[0], logits(model, x), "logits")
+def test_lengths_around_the_window(config):
+    model, x = student("llama", config), ids(2, 17)
+    stepped = in_pieces(model, x, [1] * 17)[0]
+    for length in (1, 2, 7, 8, 9, 17):
+        assert_near(stepped[:, :length], logits(model, x[:, :length]), "logits")
 
 
 def test_a_long_chunk_after_a_short_beginning(config):
@@ -122,7 +129,7 @@ def test_packed_batches_of_short_documents(config):
 
 def test_padded_chunks_crops_and_reorders_in_any_order(config):
     """A long life of one cache: ragged and empty rows in every chunk, rejections, recording on and off, beams."""
-    model, generator = student("llama", config, num_hidden_layers=2), torch.Generator().manual_seed(0)
+    model, generator = student("llama", config, num_hidden_layers=1), torch.Generator().manual_seed(0)
     cache, x = DynamicCache(config=model.config), torch.zeros(3, 0, dtype=torch.long)
     mask = x.clone()
     for step, length in enumerate((3, 1, 17, 1, 40, 5, 1, 9, 1, 1, 30, 2)):
@@ -201,7 +208,7 @@ def test_only_the_mixers_parameters_get_gradient_in_transfer(config):
     with attention_mode("transfer", record=record):
         output = model(x).logits
     assert torch.equal(output, expected)
-    assert len(losses) == 3
+    assert len(losses) == 2
     parameters = [p for mixer in model.mixers().values() for p in mixer.parameters() if p.requires_grad]
     if not parameters:
         assert not any(loss.requires_grad for loss in losses)

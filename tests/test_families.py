@@ -16,7 +16,7 @@ from test_checkpoint import WITHOUT_PACKAGE, run, save_with_answers
 from test_contract import in_pieces, logits
 from test_finetune import batch, gradients, recipe, shaken
 from test_generation import generate, recompute
-from tiny import ids, representatives, student, tiny, variants
+from tiny import ids, pairs, representatives, student, tiny, variants
 from tolerances import TOLERANCES, assert_near
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -44,8 +44,23 @@ METHOD_NAMES = list(representatives())
 T = 21  # odd; longer than twice the largest window of variants()
 
 each_family = pytest.mark.parametrize("family", FAMILIES)
-each_variant = pytest.mark.parametrize("variant", CONFIGS)
 each_method = pytest.mark.parametrize("method", METHOD_NAMES)
+
+
+def each_pair(turn):
+    """Every method on every family and every variant on one at least; each turn pairs them otherwise."""
+    return pytest.mark.parametrize(("family", "variant"), pairs(FAMILIES, turn))
+
+
+def some_families(turn):
+    """Every method on two families, and every family with two methods at least: for slow tests of transformers' own."""
+    names = list(FAMILIES)
+    found = [
+        (names[(2 * i + turn + k) % len(names)], method)
+        for i, method in enumerate(METHOD_NAMES)
+        for k in (0, 1)
+    ]
+    return pytest.mark.parametrize(("family", "method"), found)
 
 
 def build(family, config, **changes):
@@ -66,8 +81,7 @@ def method_of(family, method):
 # What a forward computes, on every variant.
 
 
-@each_family
-@each_variant
+@each_pair(0)
 def test_any_split_gives_the_same_output(family, variant):
     model, x = variant_of(family, variant), ids(2, T)
     expected = logits(model, x)
@@ -75,8 +89,7 @@ def test_any_split_gives_the_same_output(family, variant):
         assert_near(in_pieces(model, x, pieces)[0], expected, "logits")
 
 
-@each_family
-@each_variant
+@each_pair(1)
 def test_lengths_around_the_window(family, variant):
     """A single token, less than a window, exactly one, exactly two; each as a prefill and one step."""
     model, x = variant_of(family, variant), ids(2, 17)
@@ -142,8 +155,7 @@ def swap_for_meaning(monkeypatch):
     return twins, alone
 
 
-@each_family
-@each_variant
+@each_pair(2)
 def test_the_forward_is_its_meaning(family, variant, monkeypatch):
     """The quadratic one, on more tokens than any tile holds; where there is none, that of steps, over many blocks."""
     model, x = variant_of(family, variant), ids(1, 151)
@@ -157,8 +169,7 @@ def test_the_forward_is_its_meaning(family, variant, monkeypatch):
     assert_near(expected, meant, "logits")
 
 
-@each_family
-@each_variant
+@each_pair(3)
 def test_a_later_token_changes_no_earlier_output(family, variant):
     model, x = variant_of(family, variant), ids(1, T)
     other = x.clone()
@@ -168,8 +179,7 @@ def test_a_later_token_changes_no_earlier_output(family, variant):
     assert not torch.equal(before[:, 17], after[:, 17])
 
 
-@each_family
-@each_variant
+@each_pair(4)
 def test_padding_and_neighbours_change_nothing(family, variant):
     """Rows of different lengths, padded on the left, whole and in pieces, against each row alone."""
     model, x, pads = variant_of(family, variant), ids(3, T), (0, 5, 11)
@@ -199,8 +209,7 @@ def spread_groups(name, weight, shape, heads, groups):
     return per_group.repeat_interleave(heads // groups, axis).flatten(axis, axis + 1)
 
 
-@each_family
-@each_variant
+@each_pair(5)
 @torch.no_grad()
 def test_grouped_heads_equal_repeated_ones(family, variant):
     """Keys, values and whatever a mixer has for each kv head, repeated for the query heads that share them."""
@@ -223,8 +232,7 @@ def test_grouped_heads_equal_repeated_ones(family, variant):
     assert_near(logits(model, x), logits(wide, x), "logits")
 
 
-@each_family
-@each_variant
+@each_pair(6)
 def test_the_state_is_what_the_report_says_at_any_length(family, variant):
     model, x = variant_of(family, variant), ids(3, 40)
     reports = describe(model)
@@ -242,8 +250,7 @@ def test_the_state_is_what_the_report_says_at_any_length(family, variant):
                     assert layer.state_bytes == constant
 
 
-@each_family
-@each_variant
+@each_pair(7)
 def test_transfer_reaches_exactly_the_declared_parameters(family, variant):
     model, x = variant_of(family, variant), ids(2, T)
     declared = {name for name, p in model.named_parameters() if ".mixer." in name and p.requires_grad}
@@ -323,8 +330,7 @@ def test_greedy_equals_recompute(family, method):
     assert torch.equal(generate(model, x, mask, 10), recompute(model, x, mask, 10))
 
 
-@each_family
-@each_method
+@some_families(0)
 def test_beams_with_and_without_cache(family, method):
     model, (x, mask) = method_of(family, method), prompts()
     kept, recomputed = (
@@ -334,8 +340,7 @@ def test_beams_with_and_without_cache(family, method):
     assert torch.equal(kept, recomputed)
 
 
-@each_family
-@each_method
+@some_families(1)
 def test_assisted_equals_greedy(family, method):
     """By prompt lookup in a prompt that repeats, and by a model near enough to be believed at times."""
     model, x = method_of(family, method), ids(1, 9).repeat(1, 3)
@@ -364,7 +369,7 @@ def test_saved_and_loaded_is_bit_equal(family, method, tmp_path):
 
 
 def test_every_pair_reloads_bit_equal_without_the_package(tmp_path):
-    """One folder a family, whose layers have a method each; a folder for each method alone is test_checkpoint's."""
+    """One folder a family, whose layers have a method each; that it may be saved again is test_checkpoint's."""
     folders = []
     for family, fields in FAMILIES.items():
         methods, changes = representatives(), {}
@@ -376,7 +381,7 @@ def test_every_pair_reloads_bit_equal_without_the_package(tmp_path):
         assert [r.method for r in describe(model)] == list(methods)
         save_with_answers(model, tmp_path / family)
         folders.append(tmp_path / family)
-    result = run(WITHOUT_PACKAGE, *folders, tmp_path=tmp_path)
+    result = run(WITHOUT_PACKAGE, "once", *folders, tmp_path=tmp_path)
     assert result.stdout.strip() == "equal", result.stderr[-2000:]
 
 

@@ -142,9 +142,9 @@ ROUTES = [  # T, n, p, H, G, heads that select, heads of the key map, gate, map
     (1, 4, 2, 1, 1, 1, 1, 0, "np_map"),
     (40, 4, 2, 2, 1, 2, 2, 16, "np_map"),
     (87, 5, 3, 4, 2, 2, 4, 16, "np_map_plain"),
-    (55, 8, 0, 2, 1, 2, 2, 1, "hedgehog"),
+    (39, 8, 0, 2, 1, 2, 2, 1, "hedgehog"),
     (71, 2, 1, 2, 1, 1, 1, 1, "np_map"),
-    (55, 0, 2, 2, 2, 2, 2, 0, "hedgehog"),
+    (37, 0, 2, 2, 2, 2, 2, 0, "hedgehog"),
 ]
 
 
@@ -153,7 +153,7 @@ def test_routed_attention_and_its_gradients(call):
     time, size, picks, heads, groups, select, mapped, gate, kind = call
     torch.manual_seed(time)
     maps = [FEATURE_MAPS[kind](n, 16, 32, "kaiming") for n in (heads, mapped)]
-    batch = 2 if time < 50 else 1
+    batch = 2 if time in (1, 40) else 1
     given = [torch.randn(batch, time, n, 16, requires_grad=True) for n in (heads, groups, groups)]
     score = scores(time, batch=batch, groups=select)
     gate = torch.rand(batch, time, heads, gate, requires_grad=True) if gate else None
@@ -184,17 +184,17 @@ def test_a_prefill_of_still_ends_in_the_reference_s_state(shared):
     config = StillConfig(chunk=16, salient_per_chunk=3, budget=7, share_selection=shared, kv_tied_map=shared)
     mixer = StillMixer(config, Geometry(4, 2, 16, 16, 12))
     x = MixerInput(
-        torch.randn(3, 90, 12),
-        *(torch.randn(3, 90, n, 16) for n in (4, 2, 2)),
+        torch.randn(3, 71, 12),
+        *(torch.randn(3, 71, n, 16) for n in (4, 2, 2)),
         scale=0.3,
-        lengths=torch.tensor([90, 71, 5]),
+        lengths=torch.tensor([71, 53, 5]),
         use_cache=True,
     )
     y, state = mixer(x)
     assert backend.ran()["routed_prefill"] == "triton" == backend.ran()["self_saliency"]
     with backend.reference_only():
         expected, wanted = mixer(x)
-    real = torch.arange(90) < x.lengths[:, None]
+    real = torch.arange(71) < x.lengths[:, None]
     assert_near(y[real], expected[real], "layer")
     for one, other in zip(state, wanted, strict=True):
         assert_near(one.nan_to_num(neginf=-1e3), other.nan_to_num(neginf=-1e3), "layer", torch.float32)

@@ -1,5 +1,10 @@
 """Tiny random models of every family the suite tests, all weights randomised: fresh norms hide order errors."""
 
+import copy
+import functools
+from collections.abc import Iterable
+from typing import Any
+
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
@@ -75,7 +80,18 @@ def tiny(
     family: str = "llama", *, dtype: torch.dtype = torch.float32, seed: int = 0, **overrides
 ) -> PreTrainedModel:
     """A random model of a few thousand parameters, in evaluation mode."""
-    fields = (FAMILIES | UNSUPPORTED)[family] | overrides
+    return _copied(_tiny, family, dtype, seed, _frozen(overrides))
+
+
+def student(
+    family: str = "llama", config: MethodConfig | None = None, *, layers="all", **kwargs
+) -> PreTrainedModel:
+    """A tiny model converted, its mixers randomised too; fp64 unless told otherwise, mixers never below fp32."""
+    return _copied(_student, family, _frozen(config), _frozen(layers), _frozen(kwargs))
+
+
+def _tiny(family: str, dtype: torch.dtype, seed: int, overrides: Any) -> PreTrainedModel:
+    fields = (FAMILIES | UNSUPPORTED)[family] | _thawed(overrides)
     config = AutoConfig.for_model(family, **fields)
     if family == "mixtral":
         config._experts_implementation = "eager"  # grouped products have no fp64
@@ -84,15 +100,38 @@ def tiny(
     return randomise(model, seed).eval()
 
 
-def student(
-    family: str = "llama", config: MethodConfig | None = None, *, layers="all", **kwargs
-) -> PreTrainedModel:
-    """A tiny model converted, its mixers randomised too; fp64 unless told otherwise, mixers never below fp32."""
+def _student(family: str, config: Any, layers: Any, kwargs: Any) -> PreTrainedModel:
+    kwargs, config = _thawed(kwargs), _thawed(config)
     dtype = kwargs.setdefault("dtype", torch.float64)
-    model = convert(tiny(family, **kwargs), config or LolcatsConfig(window=8), layers=layers)
+    model = convert(tiny(family, **kwargs), config or LolcatsConfig(window=8), layers=_thawed(layers))
     for mixer in model.mixers().values():
         randomise(mixer, seed=7).to(torch.promote_types(dtype, torch.float32))
     return model
+
+
+def _copied(make: Any, *key: Any) -> PreTrainedModel:
+    """A copy that nobody else has: building and probing a model takes ten times as long as copying it."""
+    model, after = _made(make, *key)
+    torch.set_rng_state(after)  # as building it leaves the generator
+    return copy.deepcopy(model)
+
+
+@functools.lru_cache(maxsize=256)
+def _made(make: Any, *key: Any) -> tuple[PreTrainedModel, torch.Tensor]:
+    return make(*key), torch.get_rng_state()
+
+
+def _frozen(value: Any) -> Any:
+    """Lists and dictionaries as tuples that can be a key."""
+    if isinstance(value, dict):
+        return dict, tuple((name, _frozen(inner)) for name, inner in value.items())
+    return (list, tuple(map(_frozen, value))) if isinstance(value, list) else value
+
+
+def _thawed(value: Any) -> Any:
+    if isinstance(value, tuple) and value and value[0] is dict:
+        return {name: _thawed(inner) for name, inner in value[1]}
+    return list(map(_thawed, value[1])) if isinstance(value, tuple) and value and value[0] is list else value
 
 
 def variants() -> dict[str, MethodConfig]:
@@ -153,3 +192,20 @@ def representatives() -> dict[str, MethodConfig]:
     for config in variants().values():
         found.setdefault(config.name, config)
     return found
+
+
+def pairs(families: Iterable[str], turn: int = 0) -> list[tuple[str, str]]:
+    """(family, variant): every method on every family, its variants taking turns from the ``turn``-th on.
+
+    Tests of another turn meet other pairs. A method with more variants than there are families has the rest on the
+    first ones again: every variant is met in every test.
+    """
+    names: dict[str, list[str]] = {}
+    for name, config in variants().items():
+        names.setdefault(config.name, []).append(name)
+    families = list(families)
+    return [
+        (families[i % len(families)], given[(i + turn) % len(given)])
+        for given in names.values()
+        for i in range(max(len(families), len(given)))
+    ]
