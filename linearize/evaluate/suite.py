@@ -225,7 +225,7 @@ def answer(
     """What one model answers, with its scores: generated, and by likelihood where there is one right continuation."""
     vocab = len(tokenizer)
     prompts = [question.ids for question in asked]
-    how: dict[str, Any] = {"batch_size": batch_size, "vocab_size": vocab}
+    how: Any = {"batch_size": batch_size, "vocab_size": vocab}
     ends = answers.ends(model, tokenizer)
     written = answers.generate(model, prompts, task.max_new_tokens, end=ends, heard=heard, **how)
     likely: list[bool | None] = [None] * len(asked)
