@@ -2,6 +2,7 @@
 
 import json
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -25,26 +26,29 @@ def generate_(
         bool,
         typer.Option("--static", help="Decode in place, on a GPU from a CUDA graph: the same text, sooner."),
     ] = False,
+    state: Annotated[
+        Path | None, typer.Option(help="Go on from a text read before: a file of `linearize state save`.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Continue a prompt."""
     from ..generate import generate
     from ..loading import load
-    from ..methods import adjust, method_words
+    from ..methods import adjust, only_fields
+    from ..state import load as load_state
 
     if not sample and (temperature is not None or seed is not None):
         fail("--temperature, --seed: nothing is sampled; add --sample")
     if prompt == "-":
         prompt = sys.stdin.read().rstrip("\n")
-    fields, others = method_words(words or [])
-    if others:
-        fail(f"{others[0]}: is not a method's field; put the prompt in quotes, or write method.field=value")
+    fields = only_fields(words or [], "the prompt")
     model, tokenizer = load(checkpoint)
     adjust(model, **fields)
     defaults = {"do_sample": True, "temperature": 1.0, "seed": 0}
     given = {"temperature": temperature, "seed": seed}
     sampling = defaults | {k: v for k, v in given.items() if v is not None} if sample else {}
-    text = generate(model, tokenizer, prompt, max_new_tokens, static=static, **sampling)
+    read = None if state is None else load_state(state, model)
+    text = generate(model, tokenizer, prompt, max_new_tokens, static=static, state=read, **sampling)
     if as_json:
         print_json(json.dumps({"prompt": prompt, "continuation": text}))
     else:
