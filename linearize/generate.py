@@ -7,7 +7,6 @@ import torch
 from .modeling.errors import EvaluationError
 from .state import PromptState
 
-
 COPIES = ("num_beams", "num_return_sequences")
 
 

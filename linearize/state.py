@@ -28,6 +28,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import DynamicCache
 
+from .files import sha256_of_tensor
 from .modeling.errors import CheckpointError, EvaluationError
 from .progress import Progress, Watch
 from .provenance import origin
@@ -147,9 +148,7 @@ def read(model: Any, tokenizer: Any, text: str, *, progress: Watch | None = None
 def save(state: PromptState, path: str | Path) -> Info:
     """Write the file, whole or not at all; returns what it costs."""
     path = Path(path)
-    tensors = {
-        name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.tensors().items()
-    }
+    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.tensors().items()}
     info = state.info()
     header = {"format": FORMAT, **info.to_dict(), "digest": _digest(tensors, info.checkpoint)}
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -216,21 +215,13 @@ def fingerprint(model: Any) -> str:
     digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
     weights = sorted(model.state_dict().items())
     with ThreadPoolExecutor() as pool:  # hashing large tensors leaves Python's lock
-        for (name, _), own in zip(weights, pool.map(lambda w: _sha(w[1]), weights), strict=True):
+        for (name, _), own in zip(weights, pool.map(lambda w: sha256_of_tensor(w[1]), weights), strict=True):
             digest.update(f"{name}\0{own}\n".encode())
     return digest.hexdigest()
 
 
-def _sha(tensor: Tensor) -> str:
-    """Of dtype, shape and bytes."""
-    flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-    digest = hashlib.sha256(f"{tensor.dtype}{list(tensor.shape)}".encode())
-    digest.update(flat.numpy())
-    return digest.hexdigest()
-
-
 def _digest(tensors: Mapping[str, Tensor], checkpoint: str) -> str:
-    lines = [checkpoint, *(f"{name} {_sha(tensor)}" for name, tensor in sorted(tensors.items()))]
+    lines = [checkpoint, *(f"{name} {sha256_of_tensor(tensor)}" for name, tensor in sorted(tensors.items()))]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 

@@ -11,7 +11,9 @@ from ..terminal import print_json, print_rows, watching
 from .app import AsJson, Fields, app
 
 states = typer.Typer(
-    no_args_is_help=True, rich_markup_mode=None, help="Read a text once, and go on from it any number of times."
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    help="Read a text once, and go on from it any number of times.",
 )
 app.add_typer(states, name="state")
 

@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from ..terminal import print_json
-from .app import AsJson, Checkpoint, Fields, app, fail
+from ..terminal import print_json, watching
+from .app import AsJson, Fields, app, fail
 
 
 @app.command("generate")
@@ -57,19 +57,43 @@ def generate_(
 
 @app.command("push")
 def push_(
-    checkpoint: Checkpoint,
+    checkpoint: Annotated[
+        Path, typer.Argument(help="The folder of a run, or of a saved student.", show_default=False)
+    ],
     repo_id: Annotated[str, typer.Argument(help="owner/name on the Hugging Face Hub.")],
     private: Annotated[bool, typer.Option("--private", help="Create the repository as private.")] = False,
     revision: Annotated[str | None, typer.Option(help="A branch, created where it does not exist.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be uploaded.")] = False,
+    adapter_only: Annotated[
+        bool,
+        typer.Option("--adapter-only", help="The adapters and the new layers alone, without the weights."),
+    ] = False,
+    allow_licence: Annotated[
+        bool,
+        typer.Option("--allow-licence", help="Go on although the teacher's licence forbids derivatives."),
+    ] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Upload a saved student to the Hub.
 
-    With a card that says what it is and what was measured.
+    With a card that says what it is and what was measured. A push that was interrupted goes on when it is repeated.
     """
     from ..hub import push
 
-    made = push(checkpoint, repo_id, private=private, revision=revision, dry_run=dry_run)
+    with watching() as watch:
+        made = push(
+            checkpoint,
+            repo_id,
+            private=private,
+            revision=revision,
+            dry_run=dry_run,
+            adapter_only=adapter_only,
+            allow_licence=allow_licence,
+            progress=watch,
+        )
+    if as_json:
+        print_json(json.dumps({"url": made.url, "files": made.files, "dry_run": dry_run}))
+        return
     for name in made.files:
         typer.echo(name)
     typer.echo(f"{'Would go to' if dry_run else 'Pushed to'} {made.url}")
