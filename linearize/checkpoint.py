@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import transformers
 from huggingface_hub import hf_hub_download, snapshot_download
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub.errors import RemoteEntryNotFoundError
 from safetensors import SafetensorError
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -52,7 +52,7 @@ def fetch(name: str | Path, *, marker: str = CONFIG) -> Path:
         if marker == CONFIG and not is_checkpoint(found):
             raise CheckpointError(f"{name}: is on the Hub, but no saved student; give the id of one")
         return Path(snapshot_download(str(name)))
-    except EntryNotFoundError:
+    except RemoteEntryNotFoundError:
         raise CheckpointError(f"{name}: has no {marker} on the Hub; give the id of a saved student") from None
     except CheckpointError:
         raise

@@ -129,10 +129,11 @@ def _upload(
     there: list[str],
     progress: Watch | None,
 ) -> None:
-    """All in one commit; large files before it, each of which stays on the Hub once it is there."""
+    """All in one commit; weights before it, file by file, each of which stays on the Hub once it is there."""
     additions = [CommitOperationAdd(name, content) for name, content in sorted(files.items())]
-    total, done = sum(a.upload_info.size for a in additions), 0
-    for addition in additions:
+    large = [a for a in additions if a.path_in_repo.endswith(".safetensors")]
+    total, done = sum(a.upload_info.size for a in large), 0
+    for addition in large:  # all others are small, and go with the commit
         api.preupload_lfs_files(repo_id, [addition], revision=revision)
         done += addition.upload_info.size
         if progress is not None:

@@ -52,6 +52,11 @@ class Hub(ThreadingHTTPServer):
     def url(self):
         return f"http://127.0.0.1:{self.server_port}"
 
+    @property
+    def storage(self):
+        """Large files are on another host, whose redirects are not the Hub's own."""
+        return f"http://localhost:{self.server_port}"
+
     def handle_error(self, request, client_address):
         """A connection that was cut on purpose is no news."""
 
@@ -162,7 +167,7 @@ class Handler(BaseHTTPRequestHandler):
         digest = hashlib.sha256(content).hexdigest()
         linked = {"X_Linked_Etag": f'"{digest}"', "X_Linked_Size": str(len(content))}
         return self.answer(
-            302, {}, Location=f"{self.server.url}/cdn/{digest}", X_Repo_Commit=commit, **linked
+            302, {}, Location=f"{self.server.storage}/cdn/{digest}", X_Repo_Commit=commit, **linked
         )
 
     def do_PUT(self):
@@ -211,7 +216,8 @@ class Handler(BaseHTTPRequestHandler):
     def create(self, asked):
         repo_id = f"{asked['organization']}/{asked['name']}"
         if repo_id in self.server.repositories:
-            return self.refuse(409, "", "You already created this model repo")
+            told = {"error": "You already created this model repo", "url": f"{self.server.url}/{repo_id}"}
+            return self.answer(409, told)
         self.server.repositories[repo_id] = Repository(private=asked.get("visibility") == "private")
         return self.answer(200, {"url": f"{self.server.url}/{repo_id}", "name": repo_id})
 
@@ -237,7 +243,7 @@ class Handler(BaseHTTPRequestHandler):
         for asked in objects:
             made = {"oid": asked["oid"], "size": asked["size"]}
             if asked["oid"] not in self.server.stored:
-                upload = {"href": f"{self.server.url}/lfs/{asked['oid']}?signature=secret"}
+                upload = {"href": f"{self.server.storage}/lfs/{asked['oid']}?signature=secret"}
                 made["actions"] = {
                     "upload": upload,
                     "verify": {"href": f"{self.server.url}/verify/{asked['oid']}"},

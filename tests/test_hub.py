@@ -35,7 +35,7 @@ from linearize.run import evaluate_checkpoint, run
 def student(tmp_path):
     model = convert(tiny("llama"), LolcatsConfig(window=4))
     extra = {"recipe.yaml": Recipe.resolve("owner/teacher").to_yaml()}
-    return checkpoint.save(model, None, tmp_path / "run" / "student", extra=extra, max_shard_size="30KB")
+    return checkpoint.save(model, None, tmp_path / "run" / "student", extra=extra, max_shard_size="60KB")
 
 
 @pytest.fixture
@@ -204,7 +204,9 @@ def test_a_branch_of_its_own_and_an_older_student_that_makes_room(student, hub, 
 def test_what_the_hub_refuses_is_one_line_of_ours(student, hub, monkeypatch):
     def said():
         made = CliRunner().invoke(app, ["push", str(student), "me/mine"])
-        assert made.exit_code == 2 and made.output.count("\n") == 1 and "Traceback" not in made.output
+        *progress, line = made.output.splitlines()
+        assert made.exit_code == 2 and line.startswith("error: me/mine: "), made.output
+        assert all(words.startswith("upload: ") for words in progress)
         for secret in (TOKEN, READER, "hf_nobody"):
             assert secret not in made.output
         return made.output
@@ -252,8 +254,6 @@ import sys, torch
 {snippet}
 assert not any(name.split(".")[0] == "linearize" for name in sys.modules)
 torch.save(model(torch.arange(3, 90)[None]).logits, "logits.pt")
-from linearize.cli import app
-app(["eval", "me/mine", "evaluate.recall_tasks=[]", "--json"])
 """
 
 
@@ -273,7 +273,7 @@ def test_there_and_back_again(finished, hub, tmp_path):
         "HF_ENDPOINT": hub.url,
         "HF_HUB_DISABLE_XET": "1",
         "HF_HOME": str(tmp_path / "fresh"),
-        "PYTHONPATH": str(Path(__file__).parent.parent),
+        "PYTHONPATH": "",
     }
     made = subprocess.run(
         [sys.executable, "-c", ROUND_TRIP.format(snippet=snippet)],
@@ -281,7 +281,9 @@ def test_there_and_back_again(finished, hub, tmp_path):
     )  # fmt: skip
     assert made.returncode == 0, made.stderr
     assert "The old man" in made.stdout
-    results = json.loads(made.stdout.splitlines()[-1])
+    measured = CliRunner().invoke(app, ["eval", "me/mine", "evaluate.recall_tasks=[]", "--json"])
+    assert measured.exit_code == 0, measured.output
+    results = json.loads(measured.stdout.splitlines()[-1])
     ours = json.loads((finished / "results.json").read_text())["results"]
     assert results["windows"] == ours["windows"]
     assert results["likelihood"]["64"]["student"]["ppl"] == ours["likelihood"]["64"]["student"]["ppl"]
@@ -308,7 +310,8 @@ def test_adapters_alone_are_the_student_and_stay_off_other_models(finished, hub,
     folder = tmp_path / "adapters"
     folder.mkdir()
     for name, content in there.items():
-        (folder / name).write_bytes(content)
+        if "/" not in name:
+            (folder / name).write_bytes(content)
     with pytest.raises(ValueError, match=r"load-with-linearize\.load"):
         PeftModel.from_pretrained(load("books-5m")[0], folder)
     record = json.loads((folder / "linearize_adapter.json").read_text())
