@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
-from hub_server import READER, TOKEN, serving
+from hub_server import READER, TOKEN, Repository, serving
 from huggingface_hub import ModelCard, constants
 from safetensors.torch import load_file
 from tiny import tiny
@@ -31,11 +32,17 @@ from linearize.recipe import Recipe, Teacher
 from linearize.run import evaluate_checkpoint, run
 
 
-@pytest.fixture
-def student(tmp_path):
+@pytest.fixture(scope="module")
+def untrained(tmp_path_factory):
     model = convert(tiny("llama"), LolcatsConfig(window=4))
     extra = {"recipe.yaml": Recipe.resolve("owner/teacher").to_yaml()}
-    return checkpoint.save(model, None, tmp_path / "run" / "student", extra=extra, max_shard_size="60KB")
+    folder = tmp_path_factory.mktemp("untrained") / "student"
+    return checkpoint.save(model, None, folder, extra=extra, max_shard_size="60KB")
+
+
+@pytest.fixture
+def student(untrained, tmp_path):
+    return Path(shutil.copytree(untrained, tmp_path / "run" / "student"))
 
 
 @pytest.fixture
@@ -224,26 +231,34 @@ def test_what_the_hub_refuses_is_one_line_of_ours(student, hub, monkeypatch):
     hub.conflict = True
     assert "somebody else is changing it (412)" in said()
     hub.conflict = False
-    repository = hub.repositories["me/mine"]
-    files = repository.files("main")[1]
-    files.clear()
-    files["config.json"] = b'{"model_type": "bert"}'
-    assert "exists already and holds a model of type 'bert'" in said()
-    files.clear()
-    files["data.bin"] = b"1"
-    assert "exists already and holds other files (data.bin" in said()
+    for held, words in (
+        ({"config.json": b'{"model_type": "bert"}'}, "a model of type 'bert'"),
+        ({"data.bin": b"1"}, "other files (data.bin"),
+    ):
+        hub.repositories["me/mine"] = Repository(commits={"f" * 40: held}, branches={"main": "f" * 40})
+        shutil.rmtree(constants.HF_HUB_CACHE)
+        assert f"exists already and holds {words}" in said()
     assert hub.sent == large(student)
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """A run of the embedded teacher, as small as runs are."""
+    text = tmp_path_factory.mktemp("text") / "counting.txt"
+    text.write_text("<|endoftext|>".join(f"{n} sheep and {n + 1} goats. " * 40 for n in range(90)))
     words = [
-        "data.seq_len=128", "data.sources=[{kind: self, tokens: 3000}]", "layers=[0, 1, 2]", "method.window=16",
-        "transfer.tokens=512", "finetune.tokens=512", "control.enabled=false",
-        "evaluate.seq_lens=[64]", "evaluate.sequences=2", "evaluate.recall_lens=[128]",
-        "evaluate.recall_samples=2", "evaluate.generate_tokens=0",
-    ]  # fmt: skip
+        "data.seq_len=128",
+        f"data.sources=[{{kind: text, path: {text}}}]",
+        "layers=[0, 1, 2]",
+        "method.window=16",
+        "transfer.tokens=512",
+        "finetune.tokens=512",
+        "evaluate.seq_lens=[64]",
+        "evaluate.sequences=2",
+        "evaluate.recall_lens=[128]",
+        "evaluate.recall_samples=2",
+        "evaluate.generate_tokens=0",
+    ]
     folder = tmp_path_factory.mktemp("runs") / "mine"
     run(Recipe.resolve("books-5m", "lolcats", [*words, f"output={folder}"]))
     return folder

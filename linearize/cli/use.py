@@ -97,3 +97,26 @@ def push_(
     for name in made.files:
         typer.echo(name)
     typer.echo(f"{'Would go to' if dry_run else 'Pushed to'} {made.url}")
+
+
+@app.command("serve")
+def serve_(
+    checkpoint: Annotated[str, typer.Argument(help="A saved student: its folder, or its id on the Hub.")],
+    state: Annotated[
+        Path | None,
+        typer.Option(help="What every request goes on from: a file of `linearize state save`."),
+    ] = None,
+    host: Annotated[str, typer.Option(help="The address to listen at.")] = "localhost",
+    port: Annotated[int, typer.Option(help="The port to listen at.")] = 8000,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; the GPU if there is one.")] = None,
+) -> None:
+    """Answer OpenAI's requests over HTTP.
+
+    Completions and chat, streamed or not; needs `pip install 'linearize[serve]'`.
+    """
+    import torch
+
+    from ..serve import serve
+
+    found = "cuda" if torch.cuda.is_available() else "cpu"
+    serve(checkpoint, state=state, host=host, port=port, device=device or found)

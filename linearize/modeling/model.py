@@ -265,11 +265,15 @@ def _publish(cls: type) -> type:
 def offer(name: str) -> None:
     """Let ``transformers.<name>`` be the automatic class, which loads any checkpoint with the code of its own folder.
 
-    `transformers serve` looks an architecture up among transformers' own classes alone. That module may exist twice (its
-    processing_utils imports it again), and whoever was first keeps the other one.
+    `transformers serve` looks an architecture up among transformers' own classes alone. That module may exist twice
+    (its processing_utils imports it again), and whoever was first keeps the other one.
     """
-    held = (vars(module).get("transformers") for module in [*sys.modules.values()] if hasattr(module, "__dict__"))
-    every = {id(m): m for m in [*held, sys.modules["transformers"]] if getattr(m, "__name__", "") == "transformers"}
+    held = (
+        vars(module).get("transformers") for module in [*sys.modules.values()] if hasattr(module, "__dict__")
+    )
+    every = {
+        id(m): m for m in [*held, sys.modules["transformers"]] if getattr(m, "__name__", "") == "transformers"
+    }
     for module in every.values():
         if name not in vars(module):
             setattr(module, name, AutoModelForCausalLM)
