@@ -16,7 +16,7 @@ import copy
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -287,16 +287,11 @@ def _fill(layer: Any, fields: Mapping[str, Tensor], seen: int) -> None:
 
 
 def _teacher_bytes(model: Any, tokens: int) -> int:
-    """Of a KV cache with every token in every layer, sliding windows cut."""
-    size = next(model.parameters()).element_size()
-    return sum(
-        2 * min(tokens, window or tokens) * heads * width * size for heads, width, window in _shapes(model)
-    )
-
-
-def _shapes(model: Any) -> Iterator[tuple[int, float, int | None]]:
-    """Key/value heads, mean width of a key and a value, sliding window, layer by layer."""
+    """Of a KV cache with every token in every layer, sliding windows cut; 0 where the model is no student."""
     spec = getattr(model.config, "linearize", None)
+    size, total = next(model.parameters()).element_size(), 0
     for layer in spec["layers"].values() if spec else ():
         g = layer["geometry"]
-        yield g["kv_heads"], (g["key_dim"] + g["value_dim"]) / 2, layer["sliding_window"]
+        held = min(tokens, layer["sliding_window"] or tokens)
+        total += held * g["kv_heads"] * (g["key_dim"] + g["value_dim"]) * size
+    return total
