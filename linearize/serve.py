@@ -4,6 +4,7 @@ The model is loaded without running code of its folder, and every request may go
 document read once costs no request anything.
 """
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -33,16 +34,11 @@ def serve(
 
     Raises :class:`EvaluationError` where the server's packages are missing, and what loading raises.
     """
-    try:
-        import fastapi  # noqa: F401
-        import openai  # noqa: F401
-        import uvicorn  # noqa: F401
-        from transformers.cli.serve import Serve
-        from transformers.cli.serving.model_manager import TimedModel
-    except ImportError as error:
-        raise EvaluationError(
-            f"serve: {error.name or error} is missing; pip install 'linearize[serve]'"
-        ) from None
+    if missing := [package for package in ("fastapi", "uvicorn", "openai") if find_spec(package) is None]:
+        raise EvaluationError(f"serve: {', '.join(missing)} not installed; pip install 'linearize[serve]'")
+    from transformers.cli.serve import Serve
+    from transformers.cli.serving.model_manager import TimedModel
+
     name = str(checkpoint)
     model, tokenizer = load(checkpoint, device=device)
     if tokenizer is None:

@@ -130,9 +130,7 @@ def _check_files(place: str, files: set[str] | None) -> None:
     if files is None:
         return
     if "config.json" not in files:
-        raise TeacherError(
-            f"{place}: {NO_CONFIG}; give a folder or Hub id in the layout of save_pretrained"
-        )
+        raise TeacherError(f"{place}: {NO_CONFIG}; give a folder or Hub id in the layout of save_pretrained")
     top = {name for name in files if "/" not in name}
     if any(name.endswith(".safetensors") for name in top):
         return
