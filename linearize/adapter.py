@@ -101,7 +101,8 @@ def load_adapter(folder: Path, device: str = "cpu") -> tuple[Any, Any]:
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         line = str(error).partition("\n")[0][:120]
         raise CheckpointError(f"{folder}: adapters cannot be read ({line}); download them again") from None
-    model, tokenizer = load_teacher(teacher)
+    loaded, tokenizer = load_teacher(teacher)
+    model: Any = loaded
     convert_(model, check_format(record.get("linearize")), METHODS)
     state = model.state_dict()
     if _digest({n: t for n, t in state.items() if _untouched(n, targets)}) != base:
