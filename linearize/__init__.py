@@ -64,6 +64,8 @@ _HOME = {
 
 
 def __getattr__(name: str) -> Any:
+    if name == "state":  # a module of its own verbs: linearize.state.read, save, load, info
+        return importlib.import_module("linearize.state")
     if name not in _HOME:
         raise AttributeError(f"module 'linearize' has no attribute {name!r}")
     value = getattr(importlib.import_module(f"linearize.{_HOME[name]}"), name)

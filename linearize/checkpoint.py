@@ -5,6 +5,7 @@ import fcntl
 import json
 import logging
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -13,6 +14,8 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub.errors import RemoteEntryNotFoundError
 from safetensors import SafetensorError
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -22,6 +25,8 @@ from .modeling.model import PREFIX, check_format, linear_model_class
 from .modeling.registry import METHODS
 
 CONFIG = "config.json"
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+"""``owner/name``."""
 PARTIAL = ".partial"
 """Ends the name of a folder that is being written."""
 
@@ -33,6 +38,29 @@ def is_checkpoint(folder: str | Path) -> bool:
     except (OSError, ValueError):
         return False
     return str(config.get("model_type", "")).startswith(PREFIX)
+
+
+def fetch(name: str | Path, *, marker: str = CONFIG) -> Path:
+    """The folder of a student: ``name`` itself, or where the Hub's files of that id are after a download.
+
+    ``marker`` is the file without which the rest is not worth fetching. Raises :class:`CheckpointError`.
+    """
+    if Path(name).is_dir() or not HUB_ID.fullmatch(str(name)):
+        return Path(name)
+    try:
+        found = Path(hf_hub_download(str(name), marker)).parent
+        if marker == CONFIG and not is_checkpoint(found):
+            raise CheckpointError(f"{name}: is on the Hub, but no saved student; give the id of one")
+        return Path(snapshot_download(str(name)))
+    except RemoteEntryNotFoundError:
+        raise CheckpointError(f"{name}: has no {marker} on the Hub; give the id of a saved student") from None
+    except CheckpointError:
+        raise
+    except Exception as error:  # the network fails in many ways (httpx, ssl, proxies), all with one remedy
+        raise CheckpointError(
+            f"{name}: no such folder, and the Hub does not give it ({_line(error)}); "
+            "give a run's `student` folder or a student's id on the Hub, and `hf auth login` where it is private"
+        ) from None
 
 
 def save(

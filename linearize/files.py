@@ -30,6 +30,16 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def sha256_of_tensor(tensor: Any) -> str:
+    """Of a tensor's dtype, shape and values, wherever it lives."""
+    import torch  # not at module level: recipes are read and written without it
+
+    flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    digest = hashlib.sha256(f"{tensor.dtype}{list(tensor.shape)}".encode())
+    digest.update(flat.numpy())
+    return digest.hexdigest()
+
+
 def sha256_of_files(paths: Iterable[Path], root: Path) -> str:
     """Of several files, their names below ``root`` included, whatever order they come in."""
     digest = hashlib.sha256()

@@ -5,6 +5,9 @@ from typing import Any
 import torch
 
 from .modeling.errors import EvaluationError
+from .state import PromptState
+
+COPIES = ("num_beams", "num_return_sequences")
 
 
 @torch.no_grad()
@@ -17,13 +20,15 @@ def generate(
     do_sample: bool = False,
     seed: int | None = None,
     static: bool = False,
+    state: PromptState | None = None,
     **options: Any,
 ) -> str:
     """The text that `model` writes after `prompt`, without the prompt; greedy unless `do_sample`.
 
     `static` decodes with states written in place, on a GPU from a CUDA graph: the same text, sooner.
-    `seed` makes sampling repeatable and leaves the global generators as they were; `options` (temperature,
-    top_p, num_beams, ...) go to `model.generate()`.
+    `state` (:mod:`linearize.state`) stands for a text read before: the prompt goes on from there. `seed` makes
+    sampling repeatable and leaves the global generators as they were; `options` (temperature, top_p, num_beams,
+    ...) go to `model.generate()`.
     """
     if not isinstance(prompt, str):
         raise EvaluationError(f"prompt: {type(prompt).__name__} is not text; give a string")
@@ -35,14 +40,19 @@ def generate(
         raise EvaluationError(
             f"temperature: {options['temperature']:g} is impossible; give more than 0, or do not sample"
         )
+    if static and state is not None:
+        raise EvaluationError("static: cannot go on from a saved state; leave out one of the two")
     if static:
         options["cache_implementation"] = "static"
     device = next(model.parameters()).device
-    ids = tokenizer(prompt, return_tensors="pt").input_ids.long().to(device)
+    # What starts a text (a bos token) has been read already where there is a state.
+    ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=state is None).input_ids.long().to(device)
     if ids.shape[1] == 0:
         raise EvaluationError(
             "prompt: it has no tokens, so there is nothing to continue; give at least one word"
         )
+    if state is not None:
+        ids, options["past_key_values"] = state.before(ids, max(options.get(k) or 1 for k in COPIES))
     # Without a pad token transformers warns and takes the end of sequence; one row needs no padding at all.
     options.setdefault("pad_token_id", _pad_token(model, tokenizer))
     was_training = model.training

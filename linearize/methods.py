@@ -118,6 +118,16 @@ def method_words(words: Collection[str]) -> tuple[dict[str, Any], list[str]]:
     return fields, [word for word in words if word not in mine]
 
 
+def only_fields(words: Collection[str], quoted: str) -> dict[str, Any]:
+    """As :func:`method_words`, where no other word belongs; ``quoted`` is what the user may have left unquoted."""
+    fields, others = method_words(words)
+    if others:
+        raise RecipeError(
+            f"{others[0]}: is not a method's field; put {quoted} in quotes, or write method.field=value"
+        )
+    return fields
+
+
 def method_names(names: Iterable[str]) -> str:
     """Methods' names for a title, such as ``lolcats+still``; kept softmax layers go without saying."""
     once = dict.fromkeys(names)

@@ -49,6 +49,7 @@ logger = logging.getLogger(__name__)
 
 PROMPT_TOKENS = 48
 MEASURES = ("teacher", "data", "evaluate", "seed", "device")  # what may change once the student exists
+TRUST = "teacher.trust_remote_code=true"
 
 
 @dataclass(frozen=True)
@@ -180,11 +181,13 @@ def evaluate_checkpoint(
 ) -> Results:
     """The measurements of a saved student beside its teacher, by the recipe that was saved with it.
 
+    A student on the Hub, named by its id, is fetched first.
+
     ``overrides`` change it: ``data.held_out=[{kind: text, path: my.txt}]`` for other text, say. Without other text,
     what was held out in training is found again: other sources or lengths would move its border. ``method.field=value``
     sets what no weight depends on (:func:`linearize.adjust`). The recall suite keeps its answers in ``suite_folder``.
     """
-    folder = Path(folder)
+    given, folder = folder, checkpoint.fetch(folder)
     fields, overrides = method_words(overrides)
     student, own_tokenizer = checkpoint.load(folder)
     student = adjust(student, **fields)
@@ -194,6 +197,11 @@ def evaluate_checkpoint(
         )
     saved = Recipe.from_file(folder / "recipe.yaml")
     recipe = Recipe.from_file(folder / "recipe.yaml", overrides=overrides)
+    if recipe.teacher.trust_remote_code and folder != Path(given) and TRUST not in overrides:
+        raise RecipeError(
+            f"teacher.trust_remote_code: the recipe of {given} asks to run code of {recipe.teacher.name}; "
+            f"read that code, then say {TRUST}"
+        )
     if fixed := saved.differences(recipe, ignore=MEASURES):
         raise RecipeError(
             f"{fixed[0]}: was settled when the student was made; what can be changed is {', '.join(MEASURES)}"

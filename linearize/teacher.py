@@ -42,6 +42,8 @@ DTYPES = {
 }
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 ONLY = "give a decoder-only model with a language-model head"
+NO_CONFIG = "no config.json"
+"""Stands in the error about a place that holds no model: what does may be adapters."""
 STUDENT_PREFIX = "linearize_"  # how model_type begins in every checkpoint that this package writes
 
 
@@ -128,9 +130,7 @@ def _check_files(place: str, files: set[str] | None) -> None:
     if files is None:
         return
     if "config.json" not in files:
-        raise TeacherError(
-            f"{place}: no config.json; give a folder or Hub id in the layout of save_pretrained"
-        )
+        raise TeacherError(f"{place}: {NO_CONFIG}; give a folder or Hub id in the layout of save_pretrained")
     top = {name for name in files if "/" not in name}
     if any(name.endswith(".safetensors") for name in top):
         return

@@ -76,6 +76,9 @@ Method = Annotated[
 ]
 Output = Annotated[Path, typer.Option(help="The folder to write; it must not hold anything yet.")]
 Checkpoint = Annotated[Path, typer.Argument(help="A saved student's folder.", show_default=False)]
+Student = Annotated[
+    str, typer.Argument(help="A saved student: its folder, or its id on the Hub.", show_default=False)
+]
 AsJson = Annotated[bool, typer.Option("--json", help="End stdout with one JSON object instead of tables.")]
 
 

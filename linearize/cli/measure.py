@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from ..terminal import print_json, print_results, print_rows, print_tables, watching
-from .app import AsJson, Checkpoint, Overrides, app, fail, must_be_student
+from .app import AsJson, Checkpoint, Overrides, Student, app, fail, must_be_student
 
 
 class Preset(StrEnum):
@@ -29,7 +29,7 @@ SuiteFolder = Annotated[
 
 @app.command("eval")
 def eval_(
-    checkpoint: Checkpoint,
+    checkpoint: Student,
     overrides: Overrides = None,
     suite: SuitePreset = None,
     suite_folder: SuiteFolder = None,
@@ -61,17 +61,20 @@ def eval_(
     By the recipe that was saved with it, changed by overrides, method.sparse_cache=256 among them. What was measured
     goes into the student's certificate.json.
     """
-    must_be_student(checkpoint)
+    from ..checkpoint import fetch
+
+    folder = fetch(checkpoint)
+    must_be_student(folder)
     words = list(overrides or [])
     if sum((gates, ablations, verify)) > 1:
         fail("--gates, --ablations, --verify: give one of them")
     if verify:
         if words:
             fail(f"{words[0]}: nothing is measured with --verify; leave it out")
-        _verify(checkpoint, as_json)
+        _verify(folder, as_json)
         return
     if gates:
-        _gates(checkpoint, words, as_json)
+        _gates(folder, words, as_json)
         return
     if ablations:
         words.append("evaluate.ablations.enabled=true")
@@ -85,7 +88,7 @@ def eval_(
     if lm_eval_tasks is not None:
         words.append(f"evaluate.lm_eval.folder={json.dumps(str(lm_eval_tasks))}")
     with watching() as watch:
-        results = evaluate_checkpoint(checkpoint, words, progress=watch, suite_folder=suite_folder)
+        results = evaluate_checkpoint(folder, words, progress=watch, suite_folder=suite_folder)
     if as_json:
         print_json(json.dumps(results.to_dict()))
     else:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.conversion_mapping import (
     get_checkpoint_conversion_mapping,
     register_checkpoint_conversion_mapping,
@@ -263,6 +263,23 @@ def _publish(cls: type) -> type:
     return cls
 
 
+def offer(name: str) -> None:
+    """Let ``transformers.<name>`` be the automatic class, which loads any checkpoint with the code of its own folder.
+
+    `transformers serve` looks an architecture up among transformers' own classes alone. That module may exist twice
+    (its processing_utils imports it again), and whoever was first keeps the other one.
+    """
+    held = (
+        vars(module).get("transformers") for module in [*sys.modules.values()] if hasattr(module, "__dict__")
+    )
+    every = {
+        id(m): m for m in [*held, sys.modules["transformers"]] if getattr(m, "__name__", "") == "transformers"
+    }
+    for module in every.values():
+        if name not in vars(module):
+            setattr(module, name, AutoModelForCausalLM)
+
+
 def write_code(cls: type, config: Any, folder: Path) -> dict[str, str]:
     """Write the stub and the files it reaches into ``folder``; returns the ``auto_map`` entries."""
     base = native_class(cls)
@@ -277,7 +294,7 @@ def write_code(cls: type, config: Any, folder: Path) -> dict[str, str]:
         f"from {base_config.__module__} import {base_config.__name__}",
         f"from {base.__module__} import {base.__name__}",
         "",
-        "from .model import LinearConfig, LinearModel",
+        "from .model import LinearConfig, LinearModel, offer",
         *(f"from .{origin[name]} import {name.upper()}" for name in names),
         "",
         "",
@@ -288,6 +305,9 @@ def write_code(cls: type, config: Any, folder: Path) -> dict[str, str]:
         f"class Linear{base.__name__}(LinearModel, {base.__name__}):",
         f"    config_class = Linear{base_config.__name__}",
         f"    methods = {{{entries}}}",
+        "",
+        "",
+        f'offer("Linear{base.__name__}")',
         "",
     ]
     text = "\n".join(lines)

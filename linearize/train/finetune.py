@@ -28,6 +28,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from linearize.adapter import merge_adapters
 from linearize.convert import projections
 from linearize.modeling.attention import attention_mode
 from linearize.modeling.errors import TrainingError
@@ -178,16 +179,9 @@ class FinetuneStage:
         slope[torch.arange(len(labels), device=labels.device), labels] -= config.next_token
         return torch.stack([next_token, kl]), slope
 
-    @torch.no_grad()
     def merge(self) -> None:
         """Add the adapters to the weights, in fp32, and round once to the weights' own type."""
-        for module in self.model.modules():
-            if isinstance(module, LoraLayer):
-                base: Any = module.get_base_layer()
-                dtype = base.weight.dtype
-                base.weight.data = exact(base.weight.data)
-                module.merge(safe_merge=False)
-                base.weight.data = base.weight.data.to(dtype)
+        merge_adapters(self.model)
 
     def remove(self) -> None:
         """Take the adapters off: the model is plain again, and asks for the gradients it asked for."""
