@@ -1,7 +1,6 @@
 """Write and read a saved student: an ordinary Hugging Face folder, complete or absent, never half of one."""
 
 import contextlib
-import fcntl
 import json
 import logging
 import os
@@ -17,6 +16,7 @@ from safetensors import SafetensorError
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from .files import locked, sync
 from .modeling.errors import CheckpointError
 from .modeling.model import PREFIX, check_format, linear_model_class
 from .modeling.registry import METHODS
@@ -85,16 +85,16 @@ def replacing(folder: Path) -> Iterator[Path]:
             f"{folder}: cannot be written ({error.strerror}); choose another place"
         ) from error
     try:
-        with _locked(target):
+        with locked(target):
             yield target
             for path in target.rglob("*"):
-                _sync(path)
-            _sync(target)
+                sync(path)
+            sync(target)
             target.chmod(0o755)  # mkdtemp makes it private
             if folder.exists():
                 folder.rmdir()
             target.rename(folder)
-        _sync(folder.parent)
+        sync(folder.parent)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise CheckpointError(
@@ -104,36 +104,13 @@ def replacing(folder: Path) -> Iterator[Path]:
         shutil.rmtree(target, ignore_errors=True)
 
 
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[bool]:
-    """Holds a lock that ends with its process, however that ends; gives whether it was to be had."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        held = True
-    except OSError:  # a writer has it, or the file system knows no locks
-        held = False
-    try:
-        yield held
-    finally:
-        os.close(descriptor)
-
-
 def _remove_abandoned(folder: Path) -> None:
     """Remove the temporary folders of ``folder`` whose writers are gone, as far as they are ours to remove."""
     for path in folder.parent.iterdir():
         if path.name.startswith(f".{folder.name}.") and path.name.endswith(PARTIAL):
-            with contextlib.suppress(OSError), _locked(path) as abandoned:
+            with contextlib.suppress(OSError), locked(path) as abandoned:
                 if abandoned:
                     shutil.rmtree(path)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def load(

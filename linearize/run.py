@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from . import checkpoint, report
+from . import checkpoint, interrupt, report
 from .convert import convert, unconvert
 from .data import Corpus, build
 from .evaluate import Results, check, evaluate
@@ -56,8 +56,12 @@ class RunResult:
     timings: dict[str, float]
 
 
+@interrupt.catching()
 def run(recipe: Recipe, *, progress: Watch | None = None) -> RunResult:
-    """Do what the recipe says, or the rest of it when its folder holds a part."""
+    """Do what the recipe says, or the rest of it when its folder holds a part.
+
+    Ctrl-C ends the step, saves what there is and raises :class:`linearize.interrupt.Stopped`; a second one stops at once.
+    """
     folder = folder_of(recipe)
     _refuse_other_run(folder, recipe)
     if (folder / "results.json").exists():
@@ -96,7 +100,8 @@ def run(recipe: Recipe, *, progress: Watch | None = None) -> RunResult:
     with clock("evaluate"):
         students = {name: checkpoint.load(at, device=device)[0] for name, at in saved.items()}
         teacher, tokenizer = load_teacher(recipe.teacher, device)
-        results = evaluate(students, teacher, tokenizer, corpus, recipe.evaluate, recipe.seed, progress)
+        watch = interrupt.stopping(progress, f"evaluate: what was trained is saved in {folder}")
+        results = evaluate(students, teacher, tokenizer, corpus, recipe.evaluate, recipe.seed, watch)
         prompt, text = _continuation(students["student"], tokenizer, corpus, recipe)
     return _finish(folder, recipe, results, prompt, text, clock.seconds)
 
@@ -139,6 +144,7 @@ def _teach(
         checkpoint.save(model, tokenizer, folder / "student", extra={"recipe.yaml": recipe.to_yaml()})
 
 
+@interrupt.catching()
 def evaluate_checkpoint(
     folder: str | Path, overrides: Sequence[str] = (), *, progress: Watch | None = None
 ) -> Results:
@@ -185,7 +191,8 @@ def evaluate_checkpoint(
     )
     _refuse_other_data(folder.parent, corpus, recipe)
     students = {"student": student.to(device)}
-    return evaluate(students, teacher, tokenizer, corpus, recipe.evaluate, recipe.seed, progress)
+    watch = interrupt.stopping(progress, f"evaluate: {folder} is as it was; nothing of a measurement is kept")
+    return evaluate(students, teacher, tokenizer, corpus, recipe.evaluate, recipe.seed, watch)
 
 
 def folder_of(recipe: Recipe) -> Path:
@@ -233,7 +240,8 @@ def precision_of(recipe: Recipe) -> str:
 
 
 def _refuse_other_run(folder: Path, recipe: Recipe) -> None:
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+    left = {"recipe.yaml.tmp"}  # by a run that was killed before it had written a thing
+    if not folder.exists() or (folder.is_dir() and {path.name for path in folder.iterdir()} <= left):
         return
     written = folder / "recipe.yaml"
     if not written.exists():
@@ -341,6 +349,7 @@ class _Clock:
     @contextlib.contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
         started, phase = time.perf_counter(), self.prefix + phase
+        interrupt.stop_if_asked(f"{phase}: not begun; all before it is saved in {self.folder}")
         try:
             yield
         finally:
