@@ -16,8 +16,9 @@ from safetensors import SafetensorError
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from . import untrusted
 from .files import locked, sync
-from .modeling.errors import CheckpointError
+from .modeling.errors import CheckpointError, LinearizeError
 from .modeling.model import PREFIX, check_format, linear_model_class
 from .modeling.registry import METHODS
 
@@ -30,9 +31,9 @@ def is_checkpoint(folder: str | Path) -> bool:
     """Whether this folder holds a saved student (or claims to)."""
     try:
         config = json.loads((Path(folder) / CONFIG).read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return False
-    return str(config.get("model_type", "")).startswith(PREFIX)
+    return isinstance(config, dict) and str(config.get("model_type", "")).startswith(PREFIX)
 
 
 def save(
@@ -132,12 +133,17 @@ def load(
         raise CheckpointError(f"{name}: model_type {family!r} is not a saved student; convert it first")
     check_format(fields.get("linearize"))
     cls = _class_of(name, fields, family.removeprefix(PREFIX))
+    if Path(name).is_dir():
+        _refuse_excess(name, cls)
+    safe = {"use_safetensors": True, "trust_remote_code": False}
     try:
         with quiet_transformers():
             model, info = cls.from_pretrained(
-                name, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
+                name, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **safe, **kwargs
             )
-    except (OSError, SafetensorError, RuntimeError) as error:
+    except LinearizeError:
+        raise
+    except Exception as error:  # a damaged folder fails in as many ways as there are lines that read it
         raise CheckpointError(
             f"{name}: weights cannot be read ({_line(error)}); save or download it again"
         ) from error
@@ -157,18 +163,42 @@ def _read_config(name: str | Path) -> dict[str, Any]:
     if Path(name).is_dir() and not (Path(name) / CONFIG).is_file():
         raise CheckpointError(f"{name}: has no {CONFIG}, so it is not a saved model; give another folder")
     try:
-        return PreTrainedConfig.get_config_dict(str(name))[0]
-    except (OSError, ValueError) as error:
+        fields = PreTrainedConfig.get_config_dict(str(name))[0]
+    except Exception as error:  # not JSON, JSON of another shape, no network
         raise CheckpointError(
             f"{name}: cannot be read ({_line(error)}); give a folder or a Hub id"
         ) from error
+    reason = untrusted.refusal(fields, Path(name) if Path(name).is_dir() else None)
+    if reason is None and fields.get("quantization_config"):
+        reason = "config.json: quantization_config: no student is saved quantised; remove the key"
+    if reason:
+        raise CheckpointError(f"{name}: {reason}")
+    return fields
+
+
+def _refuse_excess(name: str | Path, cls: Any) -> None:
+    """Refuse a configuration that describes no model, or one that would take more memory than the files fill."""
+    try:
+        with quiet_transformers():
+            config = cls.config_class.from_pretrained(name)
+            reason = untrusted.excess(lambda: cls(config), Path(name))
+    except LinearizeError:
+        raise
+    except Exception as error:  # numbers and types that the family's own code, or a mixer's, stumbles over
+        raise CheckpointError(
+            f"{name}: config.json does not describe a student ({_line(error)}); save or download it again"
+        ) from None
+    if reason:
+        raise CheckpointError(f"{name}: {reason}; they do not belong together; save or download it again")
 
 
 def _class_of(name: str | Path, fields: Mapping[str, Any], family: str) -> Any:
     """The causal-LM class of a saved student, from the names in its configuration."""
-    architecture = (fields.get("architectures") or ["?"])[0]
+    names = fields.get("architectures")
+    architecture = names[0] if isinstance(names, list) and names else "?"
     base = getattr(transformers, str(architecture).removeprefix("Linear"), None)
-    if family not in CONFIG_MAPPING or base is None:
+    known = isinstance(base, type) and issubclass(base, PreTrainedModel) and base is not PreTrainedModel
+    if family not in CONFIG_MAPPING or not known:
         raise CheckpointError(
             f"{name}: family {family!r} ({architecture}) is unknown to "
             f"transformers {transformers.__version__}; upgrade it"
@@ -185,7 +215,7 @@ def _tokenizer(name: str | Path, config: Any) -> Any:
     try:
         with quiet_transformers():  # given the configuration, it need not ask for the folder's code
             return AutoTokenizer.from_pretrained(name, config=config, trust_remote_code=False)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # its files are another's
         raise CheckpointError(f"{name}: the tokenizer cannot be read ({_line(error)})") from error
 
 

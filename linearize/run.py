@@ -246,6 +246,11 @@ def _refuse_other_run(folder: Path, recipe: Recipe) -> None:
     written = folder / "recipe.yaml"
     if not written.exists():
         raise RecipeError(f"output: {folder} exists and is not a run; choose another folder with output=...")
+    if link := next((path for path in sorted(folder.rglob("*")) if path.is_symlink()), None):
+        raise RecipeError(
+            f"output: {link} is a link, and a run writes only below its own folder; remove the link, or choose another "
+            "folder with output=..."
+        )
     if changed := Recipe.from_file(written).differences(recipe):
         keys = ", ".join(changed[:5]) + (f" and {len(changed) - 5} more" if len(changed) > 5 else "")
         raise RecipeError(
