@@ -96,7 +96,9 @@ def replacing(folder: Path) -> Iterator[Path]:
                 folder.rmdir()
             target.rename(folder)
         sync(folder.parent)
-    except (OSError, SafetensorError) as error:
+    except Exception as error:
+        if not isinstance(error, OSError | SafetensorError) and type(error) is not Exception:
+            raise  # the plain ones are how tokenizers tell a full disk
         reason = getattr(error, "strerror", None) or str(error)
         raise CheckpointError(
             f"{folder}: could not be written ({reason}); nothing was left behind"

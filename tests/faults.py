@@ -56,8 +56,10 @@ class _Moments:
 
     def hook(self, event: str, args: tuple) -> None:
         if event in ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir") and isinstance(args[0], str | Path):
-            writes = event != "open" or bool(args[2] & WRITES)
-            self.reached(str(args[0]), writes and event not in ("os.remove", "os.rmdir"), False)
+            writes = bool(args[2] & WRITES) if event == "open" else event in ("os.rename", "os.mkdir")
+            if event == "os.mkdir" and os.path.isdir(args[0]):
+                writes = False  # of a folder that is there nobody asks more
+            self.reached(str(args[0]), writes, False)
 
     def reached(self, path: str, writes: bool, tensors: bool) -> None:
         if self.busy or not path.startswith(str(self.run)):

@@ -54,7 +54,7 @@ def main() -> None:
         run = disk / "run"
         for where in FOLDERS:
             for kind in (*KINDS, "later", "disk"):
-                fault = Fault(kind, where, rng.randint(1, max(1, seen[where] // (4 if kind == "full" else 1))))
+                fault = Fault(kind, where, rng.randint(1, max(1, seen[where] // (4 if kind == "full" else 2))))
                 if kind == "later":
                     fault = Fault(rng.choice(("kill", "press")), later=round(rng.uniform(0.3, 4), 2))
                 if kind == "disk":
