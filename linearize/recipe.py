@@ -66,6 +66,16 @@ def _printable(text: str) -> str:
 Name = Annotated[str, AfterValidator(_printable)]
 
 
+Tracker = Literal["tensorboard", "wandb", "trackio"]
+
+
+def _one_or_more(value: Any) -> Any:
+    """``tracking: wandb`` is a list of one."""
+    if value in (None, "none"):
+        return []
+    return [value] if isinstance(value, str) else value
+
+
 class Section(BaseModel):
     """A part of the recipe: immutable, finite, and free of keys that nobody reads."""
 
@@ -270,6 +280,7 @@ class Recipe(Section):
     seed: Annotated[Count, Field(lt=2**32)] = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["auto", "fp32", "bf16"] = "auto"
+    tracking: Annotated[list[Tracker], BeforeValidator(_one_or_more)] = []
 
     # What the user wrote, which decides what a method's recommended values may fill.
     _given: dict[str, Any] = PrivateAttr(default_factory=dict)
@@ -388,8 +399,8 @@ class Recipe(Section):
         """The resolved recipe, every default included; reading it back gives an equal recipe."""
         return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True, width=100)
 
-    def differences(self, other: "Recipe", *, ignore: Sequence[str] = ("output",)) -> list[str]:
-        """The dotted keys in which another recipe differs, in recipe order."""
+    def differences(self, other: "Recipe", *, ignore: Sequence[str] = ("output", "tracking")) -> list[str]:
+        """The dotted keys in which another recipe differs, in recipe order; not those that change no result."""
         mine, theirs = flatten(self.to_dict()), flatten(other.to_dict())
         return [
             key

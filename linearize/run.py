@@ -37,11 +37,12 @@ from .progress import Progress, Watch
 from .provenance import origin
 from .recipe import Recipe
 from .teacher import load_teacher
+from .tracking import check_trackers, tracked
 from .train.finetune import finetune
 from .train.transfer import transfer
 
 PROMPT_TOKENS = 48
-MEASURES = ("teacher", "data", "evaluate", "seed", "device")  # what may change once the student exists
+MEASURES = ("teacher", "data", "evaluate", "seed", "device", "tracking")  # what may change once the student exists
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,12 @@ def run(recipe: Recipe, *, progress: Watch | None = None) -> RunResult:
     _refuse_other_run(folder, recipe)
     if (folder / "results.json").exists():
         return _finished(folder)
+    check_trackers(recipe.tracking)
+    with tracked(recipe.tracking, folder, recipe.to_dict(), progress) as watch:
+        return _go(recipe, folder, watch)
+
+
+def _go(recipe: Recipe, folder: Path, progress: Watch | None) -> RunResult:
     device = device_of(recipe)
     clock = _Clock(folder)
 

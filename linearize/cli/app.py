@@ -52,7 +52,7 @@ def fail(line: str) -> None:
 app = typer.Typer(
     cls=_Verbs,
     no_args_is_help=True,
-    add_completion=False,
+    add_completion=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     help="Convert pretrained causal language models to linear attention, and show what was kept.",

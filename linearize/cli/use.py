@@ -58,6 +58,7 @@ def push_(
     private: Annotated[bool, typer.Option("--private", help="Create the repository as private.")] = False,
     revision: Annotated[str | None, typer.Option(help="A branch, created where it does not exist.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be uploaded.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Upload a saved student to the Hub.
 
@@ -66,6 +67,9 @@ def push_(
     from ..hub import push
 
     made = push(checkpoint, repo_id, private=private, revision=revision, dry_run=dry_run)
+    if as_json:
+        print_json(json.dumps({"url": made.url, "files": made.files, "pushed": not dry_run}))
+        return
     for name in made.files:
         typer.echo(name)
     typer.echo(f"{'Would go to' if dry_run else 'Pushed to'} {made.url}")
