@@ -68,7 +68,7 @@ def estimate(recipe: Recipe, *, device: str, tokens_per_second: float | None = N
     reports = forecast(model, recipe.method, recipe.layers, convert_sliding=recipe.convert_sliding)
     speeds: dict[str, float | None] = dict.fromkeys(("transfer", "finetune"), tokens_per_second)
     if measure:
-        speeds = {**measured(recipe, model, device)}
+        speeds = measured(recipe, model, device)
     shape = _Shape(model, reports, recipe)
     stages = []
     for config, trained, memory in (
@@ -157,7 +157,7 @@ class _Shape:
         return count + (self.new if config.train_mixer else 0)
 
 
-def measured(recipe: Recipe, shapes: Any, device: str) -> dict[str, float]:
+def measured(recipe: Recipe, shapes: Any, device: str) -> dict[str, float | None]:
     """Tokens a second of each stage: the second of two batches, on random weights and random tokens."""
     size = sum(p.numel() * p.element_size() for p in shapes.parameters())
     if size > MEASURED_BYTES:
@@ -170,15 +170,14 @@ def measured(recipe: Recipe, shapes: Any, device: str) -> dict[str, float]:
         torch.manual_seed(recipe.seed)
         model: Any = AutoModelForCausalLM.from_config(config, dtype=next(shapes.parameters()).dtype).to(device)
         convert(model.eval(), recipe.method, recipe.layers, convert_sliding=recipe.convert_sliding)
-        speeds = {}
+        speeds: dict[str, float | None] = {"transfer": None, "finetune": None}
         for name, build in (("transfer", TransferStage), ("finetune", FinetuneStage)):
             settings: Any = getattr(recipe, name)
             tokens = torch.randint(config.get_text_config().vocab_size, (settings.batch_size, recipe.data.seq_len))
             batch = {"input_ids": tokens.to(device), "labels": tokens.to(device)}
             stage: Any = build(model, settings)
             if not stage.named_parameters():
-                speeds[name] = float("inf")
-                continue
+                continue  # nothing to train takes no time
             with stage.training():
                 for _ in range(2):
                     started = time.perf_counter()
