@@ -15,7 +15,7 @@ from linearize import doctor, tracking
 from linearize.cli import app
 from linearize.convert import convert, describe
 from linearize.estimate import LENGTHS, estimate
-from linearize.modeling.errors import ConversionError, RecipeError, TrainingError
+from linearize.modeling.errors import ConversionError, RecipeError, TeacherError, TrainingError
 from linearize.modeling.registry import METHODS
 from linearize.progress import Progress
 from linearize.recipe import Recipe, Teacher
@@ -114,7 +114,7 @@ def test_doctor_says_of_every_method_what_it_runs_on_and_exits_by_what_it_found(
         assert (problems or ["Nothing is wrong."])[0] in told.stdout
 
 
-@pytest.mark.parametrize("method", ["lolcats", "still", "window"])
+@pytest.mark.parametrize("method", ["lolcats", "window"])
 def test_an_estimate_is_what_a_conversion_then_has(method):
     words = ["layers=[0,2]", "finetune.train_mixer=true", "transfer.tokens=1000", "finetune.tokens=3000"]
     recipe = Recipe.resolve("books-5m", method, words)
@@ -147,7 +147,7 @@ def test_an_estimate_reads_no_weights_and_refuses_what_a_run_would(teacher, tmp_
     with pytest.raises(ConversionError, match="layers: 9"):
         estimate(Recipe.resolve(tmp_path, "lolcats", ["layers=[9]"]), device="cpu")
     (tmp_path / "config.json").write_text('{"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": "x"}')
-    with pytest.raises(Exception, match=r"config\.json|cannot load"):
+    with pytest.raises(TeacherError, match="hidden_size"):
         estimate(Recipe.resolve(tmp_path, "lolcats"), device="cpu")
 
 
