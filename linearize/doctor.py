@@ -1,4 +1,4 @@
-"""What this machine has for linearize: libraries and whether they go together, the GPU, what each method runs on, caches."""
+"""What this machine has for linearize: libraries that go together, a GPU, what each method runs on, caches."""
 
 import importlib.metadata
 import os
@@ -24,7 +24,16 @@ LIBRARIES = (
     *("torch", "triton", "transformers", "tokenizers", "safetensors", "accelerate", "peft", "datasets"),
     *("huggingface_hub", "pydantic", "typer", "lm-eval", "matplotlib", "tensorboard", "wandb", "trackio"),
 )
-NEEDED = ("torch", "transformers", "tokenizers", "safetensors", "accelerate", "peft", "datasets", "huggingface_hub")
+NEEDED = (
+    "torch",
+    "transformers",
+    "tokenizers",
+    "safetensors",
+    "accelerate",
+    "peft",
+    "datasets",
+    "huggingface_hub",
+)
 KNOWN_BAD = (
     ("torch", "<2.9", "older than linearize is tested with"),
     ("transformers", "<5.17", "its attention interface and caches are others; pip install -U transformers"),
@@ -61,7 +70,9 @@ def diagnose() -> Diagnosis:
     problems = mismatches(versions)
     if gpu is not None:
         if "triton" not in versions:
-            problems.append("triton: missing, so that a GPU runs the slow reference; pip install 'linearize[gpu]'")
+            problems.append(
+                "triton: missing, so that a GPU runs the slow reference; pip install 'linearize[gpu]'"
+            )
         elif compiler is None:
             problems.append("no C compiler, which Triton needs for its launchers; apt-get install gcc")
         if torch.version.hip is None and torch.cuda.get_device_capability() < OLDEST:
@@ -77,15 +88,24 @@ def mismatches(versions: dict[str, str]) -> list[str]:
     """What is missing or known not to work among these versions (library -> version), in words."""
     found = [f"{name}: missing; pip install {name}" for name in NEEDED if name not in versions]
     for name, bad, why in KNOWN_BAD:
-        if name in versions and Version(versions[name]).release and SpecifierSet(bad, prereleases=True).contains(
-            Version(versions[name]).public
+        if (
+            name in versions
+            and Version(versions[name]).release
+            and SpecifierSet(bad, prereleases=True).contains(Version(versions[name]).public)
         ):
             found.append(f"{name} {versions[name]}: {why}")
     for requirement in map(Requirement, importlib.metadata.requires("torch") or ()):
         wanted, name = requirement.specifier, requirement.name
         applies = requirement.marker is None or requirement.marker.evaluate()
-        if name == "triton" and name in versions and applies and not wanted.contains(versions[name], prereleases=True):
-            found.append(f"triton {versions[name]}: torch {versions['torch']} wants triton{wanted}; install that one")
+        if (
+            name == "triton"
+            and name in versions
+            and applies
+            and not wanted.contains(versions[name], prereleases=True)
+        ):
+            found.append(
+                f"triton {versions[name]}: torch {versions['torch']} wants triton{wanted}; install that one"
+            )
     return found
 
 
@@ -120,7 +140,11 @@ def _runs_on(name: str) -> str:
     def random(*sizes: int) -> torch.Tensor:
         return torch.randn(1, TOKENS, *sizes, dtype=dtype, device=device)
 
-    q, k, v = random(SHAPE.heads, SHAPE.key_dim), random(SHAPE.kv_heads, SHAPE.key_dim), random(SHAPE.kv_heads, 64)
+    q, k, v = (
+        random(SHAPE.heads, SHAPE.key_dim),
+        random(SHAPE.kv_heads, SHAPE.key_dim),
+        random(SHAPE.kv_heads, 64),
+    )
     with asked() as ran, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that the reference runs is what is being found out
         mixer(MixerInput(random(SHAPE.hidden), q, k, v, scale=0.125, q_plain=q, k_plain=k))

@@ -1,8 +1,8 @@
-"""What a recipe will cost, before anything is loaded: parameters, tokens, memory and time of each stage, and what it saves.
+"""What a recipe will cost, before anything is loaded: parameters, tokens, memory, time; and what it saves.
 
 Parameters, tokens and the bytes of states and KV caches are exact, from the shapes of the teacher's ``config.json``.
-Memory of training is a sum of what is known to be held (weights, gradients, AdamW's two moments) and of activations, for
-which a formula stands; it is a guide, within a factor of two. Time is that of a measured step, or of a declared speed.
+Memory of training is a sum of what is known to be held (weights, gradients, AdamW's two moments) and of activations,
+for which a formula stands; it is a guide, within a factor of two. Time is that of a measured step, or of a declared speed.
 """
 
 import time
@@ -58,7 +58,9 @@ class Estimate:
         return asdict(self)
 
 
-def estimate(recipe: Recipe, *, device: str, tokens_per_second: float | None = None, measure: bool = False) -> Estimate:
+def estimate(
+    recipe: Recipe, *, device: str, tokens_per_second: float | None = None, measure: bool = False
+) -> Estimate:
     """What the recipe's run costs and saves. No weights are read.
 
     ``tokens_per_second`` is the training speed to reckon with, for both stages; ``measure`` finds it with one batch of
@@ -115,7 +117,7 @@ class _Shape:
         self.inner = getattr(config, "intermediate_size", None) or 4 * self.hidden
 
     def _layer(self, tokens: int) -> int:
-        """Activations that one layer's backward keeps: its input and norms, q, k, v and output, both halves of the MLP."""
+        """Activations that one layer's backward keeps: input and norms, q, k, v and output, the MLP's."""
         shape = self.reports[0].geometry
         heads = 2 * shape.heads * shape.key_dim + shape.kv_heads * (shape.key_dim + shape.value_dim)
         return tokens * (4 * self.hidden + heads + 3 * self.inner) * self.item
@@ -129,7 +131,9 @@ class _Shape:
         """One layer's mixer at a time has a graph, unless the backward is deferred; the trunk has none."""
         config = self.recipe.transfer
         tokens = config.batch_size * self.recipe.data.seq_len
-        graphs = 1 if config.backward == "immediate" else sum(report.kv_tokens == 0 for report in self.reports)
+        graphs = (
+            1 if config.backward == "immediate" else sum(report.kv_tokens == 0 for report in self.reports)
+        )
         return self.weights + ADAMW * self.new + self._layer(tokens) + graphs * self._mixer(tokens)
 
     def finetune(self) -> int:
@@ -168,12 +172,16 @@ def measured(recipe: Recipe, shapes: Any, device: str) -> dict[str, float | None
     config = type(shapes.config).from_dict(shapes.config.to_dict())
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
-        model: Any = AutoModelForCausalLM.from_config(config, dtype=next(shapes.parameters()).dtype).to(device)
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=next(shapes.parameters()).dtype).to(
+            device
+        )
         convert(model.eval(), recipe.method, recipe.layers, convert_sliding=recipe.convert_sliding)
         speeds: dict[str, float | None] = {"transfer": None, "finetune": None}
         for name, build in (("transfer", TransferStage), ("finetune", FinetuneStage)):
             settings: Any = getattr(recipe, name)
-            tokens = torch.randint(config.get_text_config().vocab_size, (settings.batch_size, recipe.data.seq_len))
+            tokens = torch.randint(
+                config.get_text_config().vocab_size, (settings.batch_size, recipe.data.seq_len)
+            )
             batch = {"input_ids": tokens.to(device), "labels": tokens.to(device)}
             stage: Any = build(model, settings)
             if not stage.named_parameters():

@@ -8,7 +8,6 @@ import yaml
 
 from .modeling.errors import RecipeError
 
-
 MOST_BYTES = 1_000_000
 """Of a recipe file; the longest one that ships has a few hundred."""
 MOST_NODES, MOST_LEVELS = 20_000, 40
@@ -16,7 +15,7 @@ MOST_NODES, MOST_LEVELS = 20_000, 40
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML's safe loader, which also refuses tags, keys written twice (it keeps the last), and trees too large or deep.
+    """PyYAML's safe loader, which also refuses tags, keys written twice (it keeps the last), and huge trees.
 
     Plain data needs no tag, and each is a constructor that somebody else chose.
     """
@@ -25,7 +24,9 @@ class _Loader(yaml.SafeLoader):
         self.levels = getattr(self, "levels", 0) + 1
         event = self.peek_event()
         if getattr(event, "tag", None) is not None:
-            raise yaml.composer.ComposerError(None, None, f"the tag {event.tag} is not read", event.start_mark)
+            raise yaml.composer.ComposerError(
+                None, None, f"the tag {event.tag} is not read", event.start_mark
+            )
         if self.levels > MOST_LEVELS:
             raise yaml.composer.ComposerError(None, None, "too many levels", event.start_mark)
         node = super().compose_node(parent, index)

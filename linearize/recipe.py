@@ -56,7 +56,7 @@ TURNS = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
 
 
 def _printable(text: str) -> str:
-    """A name of a file, a folder or a repository: nothing in it that a terminal or the system reads as something else."""
+    """A name of a file, a folder or a repository, without what a terminal or the system reads otherwise."""
     odd = (unicodedata.category(letter) in ("Cc", "Cs") or letter in TURNS for letter in text)
     if not text.strip() or any(odd):
         raise ValueError("is empty or holds control characters")
@@ -410,7 +410,7 @@ class Recipe(Section):
 
 
 def _stays_below(output: str | None, file: str) -> None:
-    """A recipe file that somebody sent may write below the working directory, or where it lies itself as a run's record.
+    """A recipe file that somebody sent may write below the working directory, or where it lies as a record.
 
     Any other place has to be said by who runs it.
     """

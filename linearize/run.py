@@ -42,7 +42,14 @@ from .train.finetune import finetune
 from .train.transfer import transfer
 
 PROMPT_TOKENS = 48
-MEASURES = ("teacher", "data", "evaluate", "seed", "device", "tracking")  # what may change once the student exists
+MEASURES = (
+    "teacher",
+    "data",
+    "evaluate",
+    "seed",
+    "device",
+    "tracking",
+)  # what may change once the student exists
 
 
 @dataclass(frozen=True)
@@ -61,7 +68,7 @@ class RunResult:
 def run(recipe: Recipe, *, progress: Watch | None = None) -> RunResult:
     """Do what the recipe says, or the rest of it when its folder holds a part.
 
-    Ctrl-C ends the step, saves what there is and raises :class:`linearize.interrupt.Stopped`; a second one stops at once.
+    Ctrl-C ends the step, saves what there is and raises :class:`linearize.interrupt.Stopped`; again, it stops at once.
     """
     folder = folder_of(recipe)
     _refuse_other_run(folder, recipe)

@@ -93,7 +93,7 @@ def load_teacher(
 
 
 def teacher_without_weights(spec: Teacher, device: str | torch.device = "cpu") -> PreTrainedModel:
-    """The teacher's shapes on the meta device, in the precision that it would be loaded in; only its config.json is read.
+    """The teacher's shapes on the meta device, in the precision of a loaded one; only config.json is read.
 
     Raises :class:`TeacherError` for a configuration that is no causal language model.
     """
@@ -103,14 +103,18 @@ def teacher_without_weights(spec: Teacher, device: str | torch.device = "cpu") -
     if isinstance(source, str):
         _files(source, spec.revision)  # says what is wrong with a Hub id, sooner than transformers would
     elif not (source / "config.json").is_file():
-        raise TeacherError(f"{place}: no config.json; give a folder or Hub id in the layout of save_pretrained")
+        raise TeacherError(
+            f"{place}: no config.json; give a folder or Hub id in the layout of save_pretrained"
+        )
     with _quiet():
         config = _config(place, trust=spec.trust_remote_code, hub=hub)
         dtype = _dtype(spec.dtype, torch.device(device))
         own = getattr(config, "dtype", None) or torch.float32
         try:
             with torch.device("meta"):
-                model: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=spec.trust_remote_code)
+                model: Any = AutoModelForCausalLM.from_config(
+                    config, trust_remote_code=spec.trust_remote_code
+                )
         except Exception as error:  # numbers and types that the family's own code stumbles over
             raise TeacherError(
                 f"{place}: config.json does not describe a model ({_line(error, 80)}); fetch it again"

@@ -1,4 +1,4 @@
-"""What a model's folder may not do to whoever opens it: name code to fetch, or ask for memory that its weights do not fill.
+"""What a model's folder may not do to whoever opens it: name code to fetch, or ask for memory in vain.
 
 ``teacher`` and ``checkpoint`` ask here before transformers reads the folder; each gives the words to its own error.
 """
@@ -34,8 +34,14 @@ def refusal(fields: Any, folder: Path | None) -> str | None:
     for key, value, level in _entries(fields):
         if level > MOST_LEVELS:
             return f"config.json has more than {MOST_LEVELS} levels"
-        if isinstance(value, str) and "/" in value and key.strip("_").removesuffix("_internal") in IMPLEMENTATIONS:
-            return f"config.json: {key}: {value!r} names code of the Hub, which is not fetched; remove the key"
+        if (
+            isinstance(value, str)
+            and "/" in value
+            and key.strip("_").removesuffix("_internal") in IMPLEMENTATIONS
+        ):
+            return (
+                f"config.json: {key}: {value!r} names code of the Hub, which is not fetched; remove the key"
+            )
         if isinstance(value, int) and layers and "layers" in key and value > layers:
             return f"config.json: {key}: {value} is more than the {layers} tensors of the weights"
     return None

@@ -55,7 +55,9 @@ class _Moments:
         self.busy = False
 
     def hook(self, event: str, args: tuple) -> None:
-        if event in ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir") and isinstance(args[0], str | Path):
+        if event in ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir") and isinstance(
+            args[0], str | Path
+        ):
             writes = bool(args[2] & WRITES) if event == "open" else event in ("os.rename", "os.mkdir")
             if event == "os.mkdir" and os.path.isdir(args[0]):
                 writes = False  # of a folder that is there nobody asks more
@@ -120,7 +122,9 @@ def attempt(words: list[str], run: Path, fault: Fault | None, scratch: Path) -> 
     ballast.unlink(missing_ok=True)
     said = log.read_text().strip().splitlines()
     seconds = round(time.monotonic() - started, 2)
-    return Outcome(os.waitstatus_to_exitcode(status), injected or told.exists(), said[-1] if said else "", seconds)
+    return Outcome(
+        os.waitstatus_to_exitcode(status), injected or told.exists(), said[-1] if said else "", seconds
+    )
 
 
 def _child(words: list[str], moments: _Moments, log: Path) -> None:
@@ -155,7 +159,11 @@ def _child(words: list[str], moments: _Moments, log: Path) -> None:
 
 def broken(run: Path) -> list[str]:
     """What is half-written in a run's folder, whatever has happened to it: nothing should be."""
-    wrong = [f"{path}: {harm}" for path in run.rglob("checkpoint-*") if path.suffix != ".tmp" and (harm := damage(path))]
+    wrong = [
+        f"{path}: {harm}"
+        for path in run.rglob("checkpoint-*")
+        if path.suffix != ".tmp" and (harm := damage(path))
+    ]
     for path in run.rglob("*.json"):
         if not any(part.endswith((".tmp", ".partial")) for part in path.relative_to(run).parts):
             try:

@@ -63,7 +63,9 @@ def test_samples_of_a_stopped_run_are_kept_and_gone_on_from(teacher, tmp_path, m
     with interrupt.catching(), pytest.raises(interrupt.Stopped, match="2 of 3 parts are kept"):
         sampling.sample_pool(model, tokenizer, **sample, part=part, progress=press)
     heard = []
-    resumed = sampling.sample_pool(model, tokenizer, **sample, part=part, progress=lambda at: heard.append(at.done))
+    resumed = sampling.sample_pool(
+        model, tokenizer, **sample, part=part, progress=lambda at: heard.append(at.done)
+    )
     assert torch.equal(torch.from_numpy(resumed.tokens), torch.from_numpy(whole.tokens))
     assert min(heard) > 64  # the first two parts were not made again
     part.write_bytes(b"no tensors")

@@ -63,7 +63,9 @@ def student(teacher, tmp_path_factory):  # noqa: F811
 def test_every_verb_offers_json():
     found = verbs()
     assert VERBS.keys() <= found.keys()
-    without = [name for name, verb in found.items() if "--json" not in [o for p in verb.params for o in p.opts]]
+    without = [
+        name for name, verb in found.items() if "--json" not in [o for p in verb.params for o in p.opts]
+    ]
     assert without == []
 
 
@@ -75,7 +77,6 @@ def test_json_is_one_object_on_the_last_line(verb, teacher, student, tmp_path, m
     monkeypatch.setattr(sys.modules["linearize.run"], "run", lambda *_, **__: made)
     results = SimpleNamespace(to_dict=lambda: {"measured": 1})
     monkeypatch.setattr(sys.modules["linearize.run"], "evaluate_checkpoint", lambda *_, **__: results)
-    import linearize.tune
 
     monkeypatch.setattr(sys.modules["linearize.tune"], "tune", lambda *_, **__: [])
     words, key = VERBS[verb]
@@ -86,7 +87,7 @@ def test_json_is_one_object_on_the_last_line(verb, teacher, student, tmp_path, m
 
 
 def test_doctor_finds_what_does_not_go_together(monkeypatch):
-    fine = {name: "99.0" for name in doctor.NEEDED} | {"triton": "99.0"}
+    fine = dict.fromkeys(doctor.NEEDED, "99.0") | {"triton": "99.0"}
     assert doctor.mismatches(fine) == []
     for name, bad, _ in doctor.KNOWN_BAD:
         older = bad.lstrip("<")
@@ -94,8 +95,12 @@ def test_doctor_finds_what_does_not_go_together(monkeypatch):
         major, minor = map(int, older.split("."))
         (problem,) = doctor.mismatches(fine | {name: f"{major}.{minor - 1}.9+cpu"})
         assert problem.startswith(f"{name} {major}.")
-    assert doctor.mismatches({k: v for k, v in fine.items() if k != "peft"}) == ["peft: missing; pip install peft"]
-    monkeypatch.setattr(doctor.importlib.metadata, "requires", lambda _: ["triton==3.9.1; python_version > '3'"])
+    assert doctor.mismatches({k: v for k, v in fine.items() if k != "peft"}) == [
+        "peft: missing; pip install peft"
+    ]
+    monkeypatch.setattr(
+        doctor.importlib.metadata, "requires", lambda _: ["triton==3.9.1; python_version > '3'"]
+    )
     assert doctor.mismatches(fine) == ["triton 99.0: torch 99.0 wants triton==3.9.1; install that one"]
     assert doctor.mismatches(fine | {"triton": "3.9.1"}) == []
 
@@ -107,7 +112,10 @@ def test_doctor_says_of_every_method_what_it_runs_on_and_exits_by_what_it_found(
         assert "plain torch" in found.methods["lolcats"]
     assert found.versions["torch"] == torch.__version__
     for problems in ([], ["triton: missing"]):
-        made = doctor.Diagnosis(*(getattr(found, name) for name in ("versions", "gpu", "compiler", "methods", "folders")), problems)
+        made = doctor.Diagnosis(
+            *(getattr(found, name) for name in ("versions", "gpu", "compiler", "methods", "folders")),
+            problems,
+        )
         monkeypatch.setattr(doctor, "diagnose", lambda made=made: made)
         told = CliRunner().invoke(app, ["doctor"])
         assert told.exit_code == len(problems), told.output
@@ -141,12 +149,16 @@ def test_an_estimate_reads_no_weights_and_refuses_what_a_run_would(teacher, tmp_
     assert made.stages[0].seconds is None
     assert made.parameters > 0
     measured = estimate(
-        Recipe.resolve(tmp_path, "lolcats", ["data.seq_len=32", "method.window=8"]), device="cpu", measure=True
+        Recipe.resolve(tmp_path, "lolcats", ["data.seq_len=32", "method.window=8"]),
+        device="cpu",
+        measure=True,
     )
     assert all(stage.tokens_per_second > 0 for stage in measured.stages)
     with pytest.raises(ConversionError, match="layers: 9"):
         estimate(Recipe.resolve(tmp_path, "lolcats", ["layers=[9]"]), device="cpu")
-    (tmp_path / "config.json").write_text('{"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": "x"}')
+    (tmp_path / "config.json").write_text(
+        '{"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": "x"}'
+    )
     with pytest.raises(TeacherError, match="hidden_size"):
         estimate(Recipe.resolve(tmp_path, "lolcats"), device="cpu")
 
@@ -155,7 +167,10 @@ def test_an_estimate_reads_no_weights_and_refuses_what_a_run_would(teacher, tmp_
 
 
 def test_trackers_are_a_word_or_a_list_and_change_no_result():
-    one, two = Recipe.from_dict({"tracking": "wandb"}), Recipe.from_dict({"tracking": ["tensorboard", "trackio"]})
+    one, two = (
+        Recipe.from_dict({"tracking": "wandb"}),
+        Recipe.from_dict({"tracking": ["tensorboard", "trackio"]}),
+    )
     assert (one.tracking, two.tracking) == (["wandb"], ["tensorboard", "trackio"])
     assert Recipe.from_dict({"tracking": "none"}) == Recipe.from_dict({})
     assert one.differences(two) == []
@@ -166,7 +181,10 @@ def test_trackers_are_a_word_or_a_list_and_change_no_result():
 def test_a_missing_tracker_is_one_line_before_anything_is_done(monkeypatch, tmp_path):
     monkeypatch.setattr(tracking.importlib.util, "find_spec", lambda _: None)
     made = CliRunner().invoke(app, ["run", "tracking=trackio", f"output={tmp_path / 'run'}"])
-    assert (made.exit_code, made.stderr) == (2, "error: tracking: trackio is not installed; pip install trackio\n")
+    assert (made.exit_code, made.stderr) == (
+        2,
+        "error: tracking: trackio is not installed; pip install trackio\n",
+    )
     assert not list(tmp_path.iterdir())
 
 

@@ -54,7 +54,9 @@ def main() -> None:
         run = disk / "run"
         for where in FOLDERS:
             for kind in (*KINDS, "later", "disk"):
-                fault = Fault(kind, where, rng.randint(1, max(1, seen[where] // (4 if kind == "full" else 2))))
+                fault = Fault(
+                    kind, where, rng.randint(1, max(1, seen[where] // (4 if kind == "full" else 2)))
+                )
                 if kind == "later":
                     fault = Fault(rng.choice(("kill", "press")), later=round(rng.uniform(0.3, 4), 2))
                 if kind == "disk":
@@ -80,7 +82,10 @@ def main() -> None:
         "seed": args.seed,
         "injected": len(disturbed),
         "by kind": Counter(r["kind"] for r in disturbed),
-        "by folder": Counter("a moment" if r["later"] else "the disk" if r["kind"] == "disk" else r["where"] or "run" for r in disturbed),
+        "by folder": Counter(
+            "a moment" if r["later"] else "the disk" if r["kind"] == "disk" else r["where"] or "run"
+            for r in disturbed
+        ),
         "not as they should": sum(not r["as it should"] for r in records if "as it should" in r),
         "left something half-written": sum(bool(r.get("half-written")) for r in records),
         "chains": args.chains,

@@ -96,8 +96,8 @@ def estimate_(
         print_json(json.dumps(made.to_dict()))
         return
     typer.echo(
-        f"{made.teacher}: {made.parameters:,} parameters, {size(made.weights_bytes)}; {made.converted} of {made.layers} "
-        f"attention layers converted, {made.new_parameters:,} new parameters\n"
+        f"{made.teacher}: {made.parameters:,} parameters, {size(made.weights_bytes)}; {made.converted} of {made.layers}"
+        f" attention layers converted, {made.new_parameters:,} new parameters\n"
     )
     head = ("stage", "trained parameters", "tokens", "memory, about", f"time, speed {made.speed}")
     print_rows(

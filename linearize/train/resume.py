@@ -118,9 +118,7 @@ def restore_weights(path: Path, parameters: Parameters) -> None:
     saved = _load_tensors(path)
     if {n: tuple(t.shape) for n, t in saved.items()} != {n: tuple(p.shape) for n, p in parameters.items()}:
         odd = sorted(set(saved) ^ set(parameters)) or ["a shape"]
-        raise TrainingError(
-            f"{path}: holds other parameters than this model trains ({odd[0]}, ...); {AGAIN}"
-        )
+        raise TrainingError(f"{path}: holds other parameters than this model trains ({odd[0]}, ...); {AGAIN}")
     for name, parameter in parameters.items():
         parameter.copy_(saved[name])
 
