@@ -2,7 +2,7 @@
 
 Parameters, tokens and the bytes of states and KV caches are exact, from the shapes of the teacher's ``config.json``.
 Memory of training is a sum of what is known to be held (weights, gradients, AdamW's two moments) and of activations,
-for which a formula stands; it is a guide, within a factor of two. Time is that of a measured step, or of a declared speed.
+for which a formula stands: a guide, within a factor of two. Time is that of a measured step, or of a declared speed.
 """
 
 import time
