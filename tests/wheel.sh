@@ -6,12 +6,13 @@ cd "$(dirname "$0")/.."
 python=$(realpath -s "${PYTHON:-.venv/bin/python}")
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
-SOURCE_DATE_EPOCH=$(git log -1 --format=%ct)
+commit=$(git rev-parse HEAD)
+SOURCE_DATE_EPOCH=$(git log -1 --format=%ct "$commit")
 export SOURCE_DATE_EPOCH OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
 
 for copy in 1 2; do  # each from a tree of its own, as the commit has it
     mkdir "$work/tree-$copy"
-    git archive HEAD | tar -x -C "$work/tree-$copy"
+    git archive "$commit" | tar -x -C "$work/tree-$copy"
     "$python" -m pip wheel -q --no-deps -w "$work/$copy" "$work/tree-$copy"
 done
 cmp "$work"/1/*.whl "$work"/2/*.whl
