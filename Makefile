@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check clean
+.PHONY: demo test check wheel matrix audit clean
 
 # The road once, on the embedded model: convert, transfer, finetune, save, evaluate, generate, report.
 demo: .venv/demo
@@ -16,8 +16,22 @@ check: .venv/test
 	$(BIN)/pyright
 	$(BIN)/lint-imports
 
+# The wheel, built twice with equal bytes, alone in an environment of its own that has what pip gives it.
+wheel: .venv/test
+	bash tests/wheel.sh --alone
+
+# The whole suite with the oldest and the newest transformers, each in an environment of its own under .matrix/.
+matrix:
+	PYTHON=$(PYTHON) bash tests/matrix.sh
+
+# Known vulnerabilities of the versions in constraints.txt; needs the network.
+audit: .venv/test
+	$(PYTHON) -m venv .matrix/audit
+	.matrix/audit/bin/python -m pip install -q pip-audit
+	.matrix/audit/bin/pip-audit --no-deps --disable-pip -r constraints.txt
+
 clean:
-	rm -rf .venv runs
+	rm -rf .venv .matrix runs
 
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

@@ -1,10 +1,8 @@
 """Write and read a saved student: an ordinary Hugging Face folder, complete or absent, never half of one."""
 
 import contextlib
-import fcntl
 import json
 import logging
-import os
 import re
 import shutil
 import tempfile
@@ -20,7 +18,9 @@ from safetensors import SafetensorError
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from .modeling.errors import CheckpointError
+from . import untrusted
+from .files import locked, sync
+from .modeling.errors import CheckpointError, LinearizeError
 from .modeling.model import PREFIX, check_format, linear_model_class
 from .modeling.registry import METHODS
 
@@ -35,9 +35,9 @@ def is_checkpoint(folder: str | Path) -> bool:
     """Whether this folder holds a saved student (or claims to)."""
     try:
         config = json.loads((Path(folder) / CONFIG).read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return False
-    return str(config.get("model_type", "")).startswith(PREFIX)
+    return isinstance(config, dict) and str(config.get("model_type", "")).startswith(PREFIX)
 
 
 def fetch(name: str | Path, *, marker: str = CONFIG) -> Path:
@@ -113,17 +113,19 @@ def replacing(folder: Path) -> Iterator[Path]:
             f"{folder}: cannot be written ({error.strerror}); choose another place"
         ) from error
     try:
-        with _locked(target):
+        with locked(target):
             yield target
             for path in target.rglob("*"):
-                _sync(path)
-            _sync(target)
+                sync(path)
+            sync(target)
             target.chmod(0o755)  # mkdtemp makes it private
             if folder.exists():
                 folder.rmdir()
             target.rename(folder)
-        _sync(folder.parent)
-    except (OSError, SafetensorError) as error:
+        sync(folder.parent)
+    except Exception as error:
+        if not isinstance(error, OSError | SafetensorError) and type(error) is not Exception:
+            raise  # the plain ones are how tokenizers tell a full disk
         reason = getattr(error, "strerror", None) or str(error)
         raise CheckpointError(
             f"{folder}: could not be written ({reason}); nothing was left behind"
@@ -132,36 +134,13 @@ def replacing(folder: Path) -> Iterator[Path]:
         shutil.rmtree(target, ignore_errors=True)
 
 
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[bool]:
-    """Holds a lock that ends with its process, however that ends; gives whether it was to be had."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        held = True
-    except OSError:  # a writer has it, or the file system knows no locks
-        held = False
-    try:
-        yield held
-    finally:
-        os.close(descriptor)
-
-
 def _remove_abandoned(folder: Path) -> None:
     """Remove the temporary folders of ``folder`` whose writers are gone, as far as they are ours to remove."""
     for path in folder.parent.iterdir():
         if path.name.startswith(f".{folder.name}.") and path.name.endswith(PARTIAL):
-            with contextlib.suppress(OSError), _locked(path) as abandoned:
+            with contextlib.suppress(OSError), locked(path) as abandoned:
                 if abandoned:
                     shutil.rmtree(path)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def load(
@@ -183,12 +162,17 @@ def load(
         raise CheckpointError(f"{name}: model_type {family!r} is not a saved student; convert it first")
     check_format(fields.get("linearize"))
     cls = _class_of(name, fields, family.removeprefix(PREFIX))
+    if Path(name).is_dir():
+        _refuse_excess(name, cls)
+    safe = {"use_safetensors": True, "trust_remote_code": False}
     try:
         with quiet_transformers():
             model, info = cls.from_pretrained(
-                name, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
+                name, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **safe, **kwargs
             )
-    except (OSError, SafetensorError, RuntimeError) as error:
+    except LinearizeError:
+        raise
+    except Exception as error:  # a damaged folder fails in as many ways as there are lines that read it
         raise CheckpointError(
             f"{name}: weights cannot be read ({_line(error)}); save or download it again"
         ) from error
@@ -208,18 +192,42 @@ def _read_config(name: str | Path) -> dict[str, Any]:
     if Path(name).is_dir() and not (Path(name) / CONFIG).is_file():
         raise CheckpointError(f"{name}: has no {CONFIG}, so it is not a saved model; give another folder")
     try:
-        return PreTrainedConfig.get_config_dict(str(name))[0]
-    except (OSError, ValueError) as error:
+        fields = PreTrainedConfig.get_config_dict(str(name))[0]
+    except Exception as error:  # not JSON, JSON of another shape, no network
         raise CheckpointError(
             f"{name}: cannot be read ({_line(error)}); give a folder or a Hub id"
         ) from error
+    reason = untrusted.refusal(fields, Path(name) if Path(name).is_dir() else None)
+    if reason is None and fields.get("quantization_config"):
+        reason = "config.json: quantization_config: no student is saved quantised; remove the key"
+    if reason:
+        raise CheckpointError(f"{name}: {reason}")
+    return fields
+
+
+def _refuse_excess(name: str | Path, cls: Any) -> None:
+    """Refuse a configuration that describes no model, or one that would take more memory than the files fill."""
+    try:
+        with quiet_transformers():
+            config = cls.config_class.from_pretrained(name)
+            reason = untrusted.excess(lambda: cls(config), Path(name))
+    except LinearizeError:
+        raise
+    except Exception as error:  # numbers and types that the family's own code, or a mixer's, stumbles over
+        raise CheckpointError(
+            f"{name}: config.json does not describe a student ({_line(error)}); save or download it again"
+        ) from None
+    if reason:
+        raise CheckpointError(f"{name}: {reason}; they do not belong together; save or download it again")
 
 
 def _class_of(name: str | Path, fields: Mapping[str, Any], family: str) -> Any:
     """The causal-LM class of a saved student, from the names in its configuration."""
-    architecture = (fields.get("architectures") or ["?"])[0]
+    names = fields.get("architectures")
+    architecture = names[0] if isinstance(names, list) and names else "?"
     base = getattr(transformers, str(architecture).removeprefix("Linear"), None)
-    if family not in CONFIG_MAPPING or base is None:
+    known = isinstance(base, type) and issubclass(base, PreTrainedModel) and base is not PreTrainedModel
+    if family not in CONFIG_MAPPING or not known:
         raise CheckpointError(
             f"{name}: family {family!r} ({architecture}) is unknown to "
             f"transformers {transformers.__version__}; upgrade it"
@@ -236,7 +244,7 @@ def _tokenizer(name: str | Path, config: Any) -> Any:
     try:
         with quiet_transformers():  # given the configuration, it need not ask for the folder's code
             return AutoTokenizer.from_pretrained(name, config=config, trust_remote_code=False)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # its files are another's
         raise CheckpointError(f"{name}: the tokenizer cannot be read ({_line(error)})") from error
 
 

@@ -205,6 +205,41 @@ def describe(model: Any) -> list[LayerReport]:
     return reports
 
 
+def forecast(
+    model: PreTrainedModel, methods: Any, layers: Any = "all", *, convert_sliding: bool = False
+) -> list[LayerReport]:
+    """What :func:`describe` would say after :func:`convert` with these words; a model without weights is enough.
+
+    Raises :class:`ConversionError` as ``convert`` does, except for what only a run of the model's own layers shows.
+    """
+    found = probe(model)
+    chosen = _choose(found, methods, layers, convert_sliding)
+    dtype, made, reports = next(model.parameters()).dtype, {}, []
+    for index, layer in found.items():
+        config, shape = chosen.get(index, SoftmaxConfig()), layer.geometry
+        config.check(shape)
+        method = METHODS[config.name]
+        if (config, shape) not in made:  # on the CPU: a mixer is small, and has to take a step
+            mixer = None if method.mixer is None else method.mixer(config, shape).float()
+            parameters = 0 if mixer is None else sum(p.numel() for p in mixer.parameters())
+            size = 0 if mixer is None else state_bytes(mixer, dtype)
+            made[config, shape] = parameters, size, 0.0 if mixer is None else mixer.growth(dtype.itemsize)
+        parameters, size, growth = made[config, shape]
+        reports.append(
+            LayerReport(
+                index=index,
+                method=config.name,
+                geometry=shape,
+                parameters=parameters,
+                state_bytes=size,
+                growth=growth,
+                kv_bytes_per_token=shape.kv_heads * (shape.key_dim + shape.value_dim) * dtype.itemsize,
+                kv_tokens=layer.sliding_window if method.mixer is None else 0,
+            )
+        )
+    return reports
+
+
 @torch.no_grad()
 def state_bytes(mixer: Any, dtype: torch.dtype) -> int:
     """Bytes of one row's state after its first token, by making one."""

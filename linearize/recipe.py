@@ -7,12 +7,14 @@ Only what differs from the defaults need be written. The method's fields are tho
 import copy
 import dataclasses
 import importlib.resources
+import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     Field,
@@ -77,6 +79,31 @@ SuiteTask = Literal[
 ]
 
 
+TURNS = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
+"""Turn the direction of writing, so that a name reads as another."""
+
+
+def _printable(text: str) -> str:
+    """A name of a file, a folder or a repository, without what a terminal or the system reads otherwise."""
+    odd = (unicodedata.category(letter) in ("Cc", "Cs") or letter in TURNS for letter in text)
+    if not text.strip() or any(odd):
+        raise ValueError("is empty or holds control characters")
+    return text
+
+
+Name = Annotated[str, AfterValidator(_printable)]
+
+
+Tracker = Literal["tensorboard", "wandb", "trackio"]
+
+
+def _one_or_more(value: Any) -> Any:
+    """``tracking: wandb`` is a list of one."""
+    if value in (None, "none"):
+        return []
+    return [value] if isinstance(value, str) else value
+
+
 class Section(BaseModel):
     """A part of the recipe: immutable, finite, and free of keys that nobody reads."""
 
@@ -86,10 +113,11 @@ class Section(BaseModel):
 class Teacher(Section):
     """The model to convert: a bundled name, a folder or a Hub id."""
 
-    name: str = "books-5m"
-    revision: str | None = None
+    name: Name = "books-5m"
+    revision: Name | None = None
     dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = "auto"
     trust_remote_code: bool = False
+    allow_pickle: bool = False  # weights as .bin: read by torch's weights_only loader, which runs no code
 
 
 class SelfSource(Section):
@@ -119,7 +147,7 @@ class TextSource(Section):
 
     kind: Literal["text"] = "text"
     weight: PositiveRate = 1.0
-    path: str
+    path: Name
     field: str = "text"
     separator: str | None = "<|endoftext|>"
 
@@ -129,7 +157,7 @@ class HubSource(Section):
 
     kind: Literal["hub"] = "hub"
     weight: PositiveRate = 1.0
-    dataset: str
+    dataset: Name
     subset: str | None = None
     split: str = "train"
     field: str = "text"
@@ -145,8 +173,8 @@ class ChatSource(Section):
 
     kind: Literal["chat"] = "chat"
     weight: PositiveRate = 1.0
-    path: str | None = None
-    dataset: str | None = None
+    path: Name | None = None
+    dataset: Name | None = None
     split: str = "train"
     prompt: str = "instruction"
     context: str | None = None
@@ -333,10 +361,11 @@ class Recipe(Section):
     finetune: Finetune = Finetune()
     control: Control = Control()
     evaluate: Evaluate = Evaluate()
-    output: str | None = None
+    output: Name | None = None
     seed: Annotated[Count, Field(lt=2**32)] = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["auto", "fp32", "bf16"] = "auto"
+    tracking: Annotated[list[Tracker], BeforeValidator(_one_or_more)] = []
 
     # What the user wrote, which decides what a method's recommended values may fill.
     _given: dict[str, Any] = PrivateAttr(default_factory=dict)
@@ -438,7 +467,10 @@ class Recipe(Section):
             return _assemble({"teacher": {"name": word}}, method, overrides)
         if not Path(word).is_file():
             raise RecipeError(f"{word}: no such recipe file{near(Path(word).stem, shipped)}")
-        return cls.from_file(word, method=method, overrides=overrides)
+        recipe = cls.from_file(word, method=method, overrides=overrides)
+        if not any(parse_override(override)[0] == "output" for override in overrides):
+            _stays_below(recipe.output, word)
+        return recipe
 
     def override(self, overrides: Sequence[str]) -> "Recipe":
         """A new recipe with words such as ``method.window=32`` applied; values are read as YAML."""
@@ -452,14 +484,29 @@ class Recipe(Section):
         """The resolved recipe, every default included; reading it back gives an equal recipe."""
         return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True, width=100)
 
-    def differences(self, other: "Recipe", *, ignore: Sequence[str] = ("output",)) -> list[str]:
-        """The dotted keys in which another recipe differs, in recipe order."""
+    def differences(self, other: "Recipe", *, ignore: Sequence[str] = ("output", "tracking")) -> list[str]:
+        """The dotted keys in which another recipe differs, in recipe order; not those that change no result."""
         mine, theirs = flatten(self.to_dict()), flatten(other.to_dict())
         return [
             key
             for key in {**mine, **theirs}
             if mine.get(key, ...) != theirs.get(key, ...) and key.partition(".")[0] not in ignore
         ]
+
+
+def _stays_below(output: str | None, file: str) -> None:
+    """A recipe file that somebody sent may write below the working directory, or where it lies as a record.
+
+    Any other place has to be said by who runs it.
+    """
+    if output is None:
+        return
+    place = Path(output).expanduser().resolve()
+    if not place.is_relative_to(Path.cwd().resolve()) and place != Path(file).resolve().parent:
+        raise RecipeError(
+            f"{file}: output: {output} is outside the working directory, where a recipe file alone may not write; "
+            f"if you mean it, say --output {output}"
+        )
 
 
 def _with_recommended(given: dict[str, Any]) -> dict[str, Any]:

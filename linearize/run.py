@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from . import checkpoint, report
+from . import checkpoint, interrupt, report
 from .convert import convert, describe, unconvert
 from .data import Corpus, build
 from .evaluate import Results, check, evaluate
@@ -42,13 +42,21 @@ from .proof import certify, controls_of, device_of, gates_of, text_of
 from .provenance import origin
 from .recipe import Recipe
 from .teacher import load_teacher
+from .tracking import check_trackers, tracked
 from .train.finetune import finetune
 from .train.transfer import transfer
 
 logger = logging.getLogger(__name__)
 
 PROMPT_TOKENS = 48
-MEASURES = ("teacher", "data", "evaluate", "seed", "device")  # what may change once the student exists
+MEASURES = (  # what may change once the student exists
+    "teacher",
+    "data",
+    "evaluate",
+    "seed",
+    "device",
+    "tracking",
+)
 TRUST = "teacher.trust_remote_code=true"
 
 
@@ -64,12 +72,22 @@ class RunResult:
     timings: dict[str, float]
 
 
+@interrupt.catching()
 def run(recipe: Recipe, *, progress: Watch | None = None) -> RunResult:
-    """Do what the recipe says, or the rest of it when its folder holds a part."""
+    """Do what the recipe says, or the rest of it when its folder holds a part.
+
+    Ctrl-C ends the step, saves what there is and raises :class:`linearize.interrupt.Stopped`; again, it stops at once.
+    """
     folder = folder_of(recipe)
     _refuse_other_run(folder, recipe)
     if (folder / "results.json").exists():
         return _finished(folder)
+    check_trackers(recipe.tracking)
+    with tracked(recipe.tracking, folder, recipe.to_dict(), progress) as watch:
+        return _go(recipe, folder, watch)
+
+
+def _go(recipe: Recipe, folder: Path, progress: Watch | None) -> RunResult:
     device = device_of(recipe)
     clock = _Clock(folder)
 
@@ -104,9 +122,10 @@ def run(recipe: Recipe, *, progress: Watch | None = None) -> RunResult:
     with clock("evaluate"):
         students = {name: checkpoint.load(at, device=device)[0] for name, at in saved.items()}
         teacher, tokenizer = load_teacher(recipe.teacher, device)
-        gates = gates_of(students["student"], teacher, tokenizer, saved["student"], recipe, progress)
+        watch = interrupt.stopping(progress, f"evaluate: what was trained is saved in {folder}")
+        gates = gates_of(students["student"], teacher, tokenizer, saved["student"], recipe, watch)
         results = evaluate(
-            students, teacher, tokenizer, corpus, recipe.evaluate, recipe.seed, progress, folder / "suite"
+            students, teacher, tokenizer, corpus, recipe.evaluate, recipe.seed, watch, folder / "suite"
         )
         results = replace(results, gates=gates)
         prompt, text = _continuation(students["student"], tokenizer, corpus, recipe)
@@ -172,6 +191,7 @@ def _teach(
         checkpoint.save(model, tokenizer, folder / "student", extra={"recipe.yaml": recipe.to_yaml()})
 
 
+@interrupt.catching()
 def evaluate_checkpoint(
     folder: str | Path,
     overrides: Sequence[str] = (),
@@ -221,9 +241,10 @@ def evaluate_checkpoint(
     if recipe.evaluate.ablations.enabled:  # whether the linear branch is used, the control says
         students |= {name: checkpoint.load(at, device=device)[0] for name, at in controls_of(folder).items()}
     at = folder if not fields else None  # with other fields it is another student than the folder's
-    gates = gates_of(students["student"], teacher, tokenizer, at, recipe, progress)
+    watch = interrupt.stopping(progress, f"evaluate: {folder} is as it was; nothing of a measurement is kept")
+    gates = gates_of(students["student"], teacher, tokenizer, at, recipe, watch)
     results = evaluate(
-        students, teacher, tokenizer, corpus, recipe.evaluate, recipe.seed, progress, suite_folder
+        students, teacher, tokenizer, corpus, recipe.evaluate, recipe.seed, watch, suite_folder
     )
     results = replace(results, gates=gates)
     if at is not None:
@@ -271,11 +292,17 @@ def precision_of(recipe: Recipe) -> str:
 
 
 def _refuse_other_run(folder: Path, recipe: Recipe) -> None:
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+    left = {"recipe.yaml.tmp"}  # by a run that was killed before it had written a thing
+    if not folder.exists() or (folder.is_dir() and {path.name for path in folder.iterdir()} <= left):
         return
     written = folder / "recipe.yaml"
     if not written.exists():
         raise RecipeError(f"output: {folder} exists and is not a run; choose another folder with output=...")
+    if link := next((path for path in sorted(folder.rglob("*")) if path.is_symlink()), None):
+        raise RecipeError(
+            f"output: {link} is a link, and a run writes only below its own folder; remove the link, or choose another "
+            "folder with output=..."
+        )
     if changed := Recipe.from_file(written).differences(recipe):
         keys = ", ".join(changed[:5]) + (f" and {len(changed) - 5} more" if len(changed) > 5 else "")
         raise RecipeError(
@@ -381,6 +408,7 @@ class _Clock:
     @contextlib.contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
         started, phase = time.perf_counter(), self.prefix + phase
+        interrupt.stop_if_asked(f"{phase}: not begun; all before it is saved in {self.folder}")
         try:
             yield
         finally:

@@ -1,12 +1,13 @@
 """Load the teacher: a bundled name, a local folder, or a Hub id.
 
 Everything that can be wrong is looked at in order of cost: the list of files, the raw configuration, its
-class, the tokenizer, the weights. Nothing is unpickled, and code from a model's folder runs only where the
-recipe says ``trust_remote_code``.
+class, the tokenizer, the weights. Code from a model's folder runs only where the recipe says ``trust_remote_code``,
+pickle files are opened only where it says ``allow_pickle``, and then by torch's ``weights_only`` loader.
 """
 
 from __future__ import annotations
 
+import copy
 import difflib
 import logging
 from collections.abc import Iterator
@@ -22,6 +23,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
 )
 
+from linearize import untrusted
 from linearize.modeling.errors import TeacherError
 from linearize.recipe import shipped_recipes
 
@@ -77,11 +79,12 @@ def load_teacher(
     place = str(source) if isinstance(source, Path) else spec.name
     hub = {"revision": spec.revision} if isinstance(source, str) and spec.revision else {}
     with _quiet():
-        _check_files(place, _files(source, spec.revision))
+        pickled = _check_files(place, _files(source, spec.revision), spec.allow_pickle)
         config = _config(place, trust=spec.trust_remote_code, hub=hub)
         tokenizer = _tokenizer(place, trust=spec.trust_remote_code, hub=hub)
         dtype = _dtype(spec.dtype, torch.device(device))
-        model: Any = _weights(place, config, dtype, trust=spec.trust_remote_code, hub=hub)
+        how = {"trust": spec.trust_remote_code, "pickled": pickled, "hub": hub}
+        model: Any = _weights(place, config, dtype, **how)
     rows = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:
         raise TeacherError(
@@ -89,6 +92,36 @@ def load_teacher(
             "they do not belong together"
         )
     return model.to(device).eval().requires_grad_(False), tokenizer
+
+
+def teacher_without_weights(spec: Teacher, device: str | torch.device = "cpu") -> PreTrainedModel:
+    """The teacher's shapes on the meta device, in the precision of a loaded one; only config.json is read.
+
+    Raises :class:`TeacherError` for a configuration that is no causal language model.
+    """
+    source = teacher_path(spec.name)
+    place = str(source) if isinstance(source, Path) else spec.name
+    hub = {"revision": spec.revision} if isinstance(source, str) and spec.revision else {}
+    if isinstance(source, str):
+        _files(source, spec.revision)  # says what is wrong with a Hub id, sooner than transformers would
+    elif not (source / "config.json").is_file():
+        raise TeacherError(
+            f"{place}: no config.json; give a folder or Hub id in the layout of save_pretrained"
+        )
+    with _quiet():
+        config = _config(place, trust=spec.trust_remote_code, hub=hub)
+        dtype = _dtype(spec.dtype, torch.device(device))
+        own = getattr(config, "dtype", None) or torch.float32
+        try:
+            with torch.device("meta"):
+                model: Any = AutoModelForCausalLM.from_config(
+                    config, trust_remote_code=spec.trust_remote_code
+                )
+        except Exception as error:  # numbers and types that the family's own code stumbles over
+            raise TeacherError(
+                f"{place}: config.json does not describe a model ({_line(error, 80)}); fetch it again"
+            ) from None
+    return model.to(own if dtype == "auto" else dtype)
 
 
 def _files(source: Path | str, revision: str | None) -> set[str] | None:
@@ -126,18 +159,21 @@ def _files(source: Path | str, revision: str | None) -> set[str] | None:
     return {file.rfilename for file in info.siblings or ()}
 
 
-def _check_files(place: str, files: set[str] | None) -> None:
+def _check_files(place: str, files: set[str] | None, allow_pickle: bool) -> bool:
+    """Whether the weights are pickle files, which have to be allowed; a folder without weights is refused."""
     if files is None:
-        return
+        return False
     if "config.json" not in files:
         raise TeacherError(f"{place}: {NO_CONFIG}; give a folder or Hub id in the layout of save_pretrained")
     top = {name for name in files if "/" not in name}
     if any(name.endswith(".safetensors") for name in top):
-        return
+        return False
     if any(name.endswith(PICKLES) for name in top):
+        if allow_pickle:
+            return True
         raise TeacherError(
-            f"{place}: the weights are pickle files, which are never opened here; "
-            "save the model again as safetensors"
+            f"{place}: the weights are pickle files, which can hold code; save the model again as safetensors, or read "
+            "them all the same with teacher.allow_pickle=true"
         )
     raise TeacherError(
         f"{place}: no weights (*.safetensors) beside config.json; download or save the model whole"
@@ -152,6 +188,8 @@ def _config(place: str, *, trust: bool, hub: dict[str, str]) -> PretrainedConfig
         raise TeacherError(
             f"{place}: config.json cannot be read ({_line(error)}); fetch or save it again"
         ) from None
+    if reason := untrusted.refusal(raw, Path(place) if Path(place).is_dir() else None):
+        raise TeacherError(f"{place}: {reason}")
     kind = raw.get("model_type", "")
     if kind.startswith(STUDENT_PREFIX):
         raise TeacherError(
@@ -203,21 +241,32 @@ def _tokenizer(place: str, *, trust: bool, hub: dict[str, str]) -> PreTrainedTok
 
 
 def _weights(
-    place: str, config: PretrainedConfig, dtype: torch.dtype | str, *, trust: bool, hub: dict[str, str]
+    place: str,
+    config: PretrainedConfig,
+    dtype: torch.dtype | str,
+    *,
+    trust: bool,
+    pickled: bool,
+    hub: dict[str, str],
 ) -> PreTrainedModel:
     options: dict[str, Any] = {
-        "use_safetensors": True,
+        "use_safetensors": not pickled,
+        "weights_only": True,
         "output_loading_info": True,
         "trust_remote_code": trust,
         **hub,
     }
     load: Any = AutoModelForCausalLM.from_pretrained
     try:
+        if Path(place).is_dir() and not pickled:
+            _refuse_excess(place, config, trust)
         model, info = load(place, config=config, dtype=dtype, **options)
     except torch.OutOfMemoryError as error:
         raise TeacherError(
             f"{place}: does not fit in memory ({_line(error, 80)}); use a smaller model or dtype"
         ) from None
+    except TeacherError:
+        raise
     except RuntimeError as error:
         mended = "the shapes do not match config.json" if "mismatched" in str(error) else _line(error)
         raise TeacherError(
@@ -242,6 +291,20 @@ def _weights(
             unexpected[0],
         )
     return model
+
+
+def _refuse_excess(place: str, config: PretrainedConfig, trust: bool) -> None:
+    def build() -> Any:
+        return AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=trust)
+
+    try:
+        reason = untrusted.excess(build, Path(place))
+    except Exception as error:  # numbers and types that the family's own code stumbles over
+        raise TeacherError(
+            f"{place}: config.json does not describe a model ({_line(error, 80)}); fetch it again"
+        ) from None
+    if reason:
+        raise TeacherError(f"{place}: {reason}; they do not belong together; fetch the model again")
 
 
 def _dtype(name: str, device: torch.device) -> torch.dtype | str:

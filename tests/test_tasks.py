@@ -176,7 +176,9 @@ def test_words_are_plain_sorted_and_distinct():
 @pytest.fixture(scope="module")
 def teacher():
     return load_teacher(
-        SimpleNamespace(name="books-5m", revision=None, dtype="auto", trust_remote_code=False)
+        SimpleNamespace(
+            name="books-5m", revision=None, dtype="auto", trust_remote_code=False, allow_pickle=False
+        )
     )
 
 

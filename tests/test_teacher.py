@@ -31,7 +31,13 @@ SIZES = {
 
 
 def spec(name, **changes):
-    fields = {"name": str(name), "revision": None, "dtype": "auto", "trust_remote_code": False}
+    fields = {
+        "name": str(name),
+        "revision": None,
+        "dtype": "auto",
+        "trust_remote_code": False,
+        "allow_pickle": False,
+    }
     return SimpleNamespace(**(fields | changes))
 
 
@@ -169,7 +175,7 @@ SPOILED = {
     no_config: "no config.json",
     broken_config: "config.json cannot be read",
     no_weights: "no weights",
-    pickled_weights: "pickle files, which are never opened",
+    pickled_weights: "pickle files, which can hold code",
     truncated_weights: "weights cannot be read",
     garbage_weights: "weights cannot be read",
     missing_weights: "9 weights are missing, model.layers.2",

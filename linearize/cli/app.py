@@ -34,9 +34,14 @@ class _Verbs(TyperGroup):
                 else "choose another folder with output=... or --output"
             )
             fail(f"{place}{(error.strerror or 'cannot be written').lower()}; {remedy}")
-        except KeyboardInterrupt:
-            typer.echo("interrupted; the same command goes on from the last step that was saved", err=True)
+        except KeyboardInterrupt as stopped:
+            typer.echo(f"interrupted; the same command goes on from {_where(stopped)}", err=True)
             raise typer.Exit(130) from None
+
+
+def _where(stopped: KeyboardInterrupt) -> str:
+    """What is saved, where the work said so before it stopped."""
+    return f"there ({stopped})" if str(stopped) else "the last step that was saved"
 
 
 def fail(line: str) -> None:
@@ -47,7 +52,7 @@ def fail(line: str) -> None:
 app = typer.Typer(
     cls=_Verbs,
     no_args_is_help=True,
-    add_completion=False,
+    add_completion=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     help="Convert pretrained causal language models to linear attention, and show what was kept.",

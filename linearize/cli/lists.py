@@ -1,11 +1,12 @@
 """What there is to choose from: methods, recipes, families."""
 
+import json
 from pathlib import Path
 
 import typer
 
-from ..terminal import print_rows
-from .app import app
+from ..terminal import print_json, print_rows
+from .app import AsJson, app
 
 # Converted in the tests, with tiny random models. A constant, so that the list is printed without loading torch.
 FAMILIES = (
@@ -28,29 +29,39 @@ app.add_typer(lists, name="list")
 
 
 @lists.command()
-def methods() -> None:
+def methods(as_json: AsJson = False) -> None:
     """Methods that can replace softmax attention."""
     from ..modeling.registry import METHODS
 
-    print_rows((name, method.summary) for name, method in METHODS.items())
+    _print({name: method.summary for name, method in METHODS.items()}, as_json)
 
 
 @lists.command()
-def recipes() -> None:
+def recipes(as_json: AsJson = False) -> None:
     """Recipes that come with the package."""
     from ..recipe import shipped_recipes
 
-    print_rows((name, _first_comment(path)) for name, path in shipped_recipes().items())
+    _print({name: _first_comment(path) for name, path in shipped_recipes().items()}, as_json)
 
 
 @lists.command()
-def families() -> None:
+def families(as_json: AsJson = False) -> None:
     """Model families that are tested.
 
     Others are tried, and refused with the reason where they do not fit.
     """
+    if as_json:
+        print_json(json.dumps({"families": FAMILIES}))
+        return
     for name in FAMILIES:
         typer.echo(name)
+
+
+def _print(rows: dict[str, str], as_json: bool) -> None:
+    if as_json:
+        print_json(json.dumps(rows))
+    else:
+        print_rows(rows.items())
 
 
 def _first_comment(path: Path) -> str:

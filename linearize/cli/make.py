@@ -99,7 +99,7 @@ def convert_(output: Output, words: Words = None, method: Method = None, as_json
 
 
 @app.command("unconvert")
-def unconvert_(checkpoint: Checkpoint, output: Output) -> None:
+def unconvert_(checkpoint: Checkpoint, output: Output, as_json: AsJson = False) -> None:
     """Write the plain transformers model back.
 
     The projections stay as they were fine-tuned; the weights of the mixers are left out.
@@ -113,4 +113,7 @@ def unconvert_(checkpoint: Checkpoint, output: Output) -> None:
         unconvert(model).save_pretrained(folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
+    if as_json:
+        print_json(json.dumps({"model": str(output)}))
+        return
     typer.echo(f"Plain model: {output}")

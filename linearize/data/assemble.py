@@ -93,7 +93,7 @@ def load_pool(
     elif getattr(source, "path", None):
         key["files"] = read.local_key(source.path)
 
-    def make() -> Pool:
+    def make(part: Path | None) -> Pool:
         match source.kind:
             case "self":
                 return sample_pool(
@@ -105,6 +105,7 @@ def load_pool(
                     top_p=source.top_p,
                     prompt_len=source.prompt_len,
                     seed=seed,
+                    part=part,
                     progress=progress,
                 )
             case "text":

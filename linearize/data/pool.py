@@ -1,11 +1,12 @@
 """A pool: all tokens of one source in a row, with the borders of its documents. Made once, kept on disk."""
 
+import contextlib
 import hashlib
 import json
 import logging
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
+from ..files import locked, sync
 from ..modeling.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -78,10 +80,13 @@ class Pool:
         return state.hexdigest()
 
 
-def cached(folder: Path | None, name: str, key: Any, make: Callable[[], Pool]) -> Pool:
-    """What `make` gives, read from `folder` if the same `key` (plain data) was made there before."""
+def cached(folder: Path | None, name: str, key: Any, make: Callable[[Path | None], Pool]) -> Pool:
+    """What `make` gives, read from `folder` if the same `key` (plain data) was made there before.
+
+    `make` is given the name of a file where it may keep a part, should it be stopped.
+    """
     if folder is None:
-        return make()
+        return make(None)
     digest = sha256(json.dumps([FORMAT, key], sort_keys=True))
     path = folder / f"{name}-{digest[:16]}.safetensors"
     if path.is_file():
@@ -89,23 +94,38 @@ def cached(folder: Path | None, name: str, key: Any, make: Callable[[], Pool]) -
             return Pool(**load_file(path))
         except (SafetensorError, TypeError, OSError) as error:
             logger.warning("%s: the cached tokens cannot be read (%s) and are made anew", path, error)
-    pool = make()
+    part = path.with_suffix(".part")
+    pool = make(part)
     arrays = {"tokens": pool.tokens, "starts": pool.starts}
     if pool.learnt is not None:
         arrays["learnt"] = pool.learnt
+    write_arrays(path, arrays)
+    part.unlink(missing_ok=True)
+    return pool
+
+
+def write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """A safetensors file, whole or not at all; what killed writers have left beside it goes."""
+    folder = path.parent
     folder.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=folder, prefix=".pool-", suffix=".tmp")
+    for old in folder.glob(".pool-*.tmp"):
+        with contextlib.suppress(OSError), locked(old) as abandoned:
+            if abandoned:
+                old.unlink()
+    handle, name = tempfile.mkstemp(dir=folder, prefix=".pool-", suffix=".tmp")
     os.close(handle)
+    temporary = Path(name)
     try:
-        save_file({field: np.ascontiguousarray(array) for field, array in arrays.items()}, temporary)
-        os.replace(temporary, path)
+        with locked(temporary):
+            save_file({field: np.ascontiguousarray(array) for field, array in arrays.items()}, temporary)
+            sync(temporary)
+            os.replace(temporary, path)
     except SafetensorError as error:  # how safetensors tells a full disk
         raise DataError(
             f"{path}: cannot be written ({error}); free some space or choose another folder"
         ) from error
     finally:
-        Path(temporary).unlink(missing_ok=True)
-    return pool
+        temporary.unlink(missing_ok=True)
 
 
 def sha256(text: str | bytes) -> str:

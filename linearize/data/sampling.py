@@ -2,15 +2,19 @@
 
 import hashlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from ..interrupt import Stopped, asked
 from ..modeling.errors import DataError
 from ..progress import Progress, Watch
-from .pool import Pool
+from .pool import Pool, write_arrays
 
 # Rows sampled side by side, and what their keys and values may take. One thread of a busy two-core machine gave the
 # bundled teacher 2,700 / 3,100 / 3,700 tokens/s with 32 / 64 / 128 rows of 256 tokens, 1,800 with 128 rows of 1,025.
@@ -50,6 +54,7 @@ def sample_pool(
     top_p: float = 1.0,
     prompt_len: int = 1,
     seed: int = 0,
+    part: Path | None = None,
     progress: Watch | None = None,
 ) -> Pool:
     """At least `tokens` tokens that `model` samples in rows of `row_len`, each a document of the pool.
@@ -57,6 +62,8 @@ def sample_pool(
     A row opens with the token that starts a document and goes on past end-of-sequence with the next document, as
     a packed training row does. The first `prompt_len` tokens are given, not learnt: the opening one, then
     uniformly drawn ones. The same seed, model, device and number of threads give the same text.
+    Ctrl-C ends the rows that are being sampled together, keeps all so far in the file `part` and raises
+    :class:`linearize.interrupt.Stopped`; the next call goes on from there.
     """
     longest = getattr(model.config, "max_position_embeddings", None) or row_len
     row_len = min(row_len, longest)
@@ -71,8 +78,8 @@ def sample_pool(
     rows = -(-tokens // row_len)
     side = _side_by_side(model, row_len, device)
     passes = -(-rows // side)
-    blocks = []
-    for i in range(passes):
+    blocks = _kept(part, row_len, generator)
+    for i in range(len(blocks), passes):
         now = rows * (i + 1) // passes - rows * i // passes
 
         def watch(step: int, start: int = rows * i // passes, now: int = now) -> None:
@@ -81,8 +88,31 @@ def sample_pool(
 
         first = _opening(tokenizer, now, prompt_len, generator)
         blocks.append(_sample(model, tokenizer, first, row_len, temperature, top_p, generator, watch))
+        if part is not None and asked() and i + 1 < passes:
+            _keep(part, blocks, generator)
+            raise Stopped(f"sample the teacher: {i + 1} of {passes} parts are kept in {part.parent}")
     given = None if prompt_len == 1 else [[i >= prompt_len for i in range(row_len)]] * rows
     return Pool.join(torch.cat(blocks).tolist(), given)
+
+
+def _keep(part: Path, blocks: list[torch.Tensor], generator: torch.Generator) -> None:
+    arrays = {f"block-{i:06d}": block.cpu().numpy() for i, block in enumerate(blocks)}
+    write_arrays(part, arrays | {"generator": generator.get_state().numpy()})
+
+
+def _kept(part: Path | None, row_len: int, generator: torch.Generator) -> list[torch.Tensor]:
+    """The blocks that a stopped call kept, on the generator's device; the generator then goes on behind them."""
+    if part is None or not part.is_file():
+        return []
+    try:
+        arrays = load_file(part)
+        generator.set_state(torch.from_numpy(arrays.pop("generator")))
+    except (SafetensorError, OSError, KeyError, RuntimeError, TypeError) as error:
+        raise DataError(f"{part}: cannot be read ({error}); remove the file to sample anew") from None
+    blocks = [torch.from_numpy(arrays[name]).to(generator.device) for name in sorted(arrays)]
+    if any(block.ndim != 2 or block.shape[1] != row_len for block in blocks):
+        raise DataError(f"{part}: holds other rows than are sampled now; remove the file to sample anew")
+    return blocks
 
 
 def _side_by_side(model: Any, row_len: int, device: torch.device) -> int:

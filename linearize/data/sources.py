@@ -3,6 +3,7 @@
 import gzip
 import json
 import lzma
+import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -16,6 +17,9 @@ from .pool import Pool, file_digest
 CHUNK = 100_000  # characters given to the tokenizer at a time
 BATCH = 64  # chunks; a fast tokenizer works on them in parallel
 OPENERS = {".gz": gzip.open, ".xz": lzma.open}
+UNPACKED, TIMES = 64 * 2**20, 200
+"""Characters that any packed file may unpack to, and how many times its size beyond them; text packs to a tenth."""
+XZ_MEMORY = 256 * 2**20  # bytes; xz -9 asks for 65 MiB, a header may ask for 4 GiB
 FORMATS = (".txt", ".jsonl", ".parquet")
 
 
@@ -163,10 +167,16 @@ def chat_pool(dialogues: Iterable[tuple[str, str]], tokenizer: Any, place: str) 
     heads, tails = [], []
     for prompt, response in dialogues:
         turn = [{"role": "user", "content": prompt}]
-        head = tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
-        whole = tokenizer.apply_chat_template(
-            [*turn, {"role": "assistant", "content": response}], tokenize=False
-        )
+        try:
+            head = tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
+            whole = tokenizer.apply_chat_template(
+                [*turn, {"role": "assistant", "content": response}], tokenize=False
+            )
+        except Exception as error:  # a program of the tokenizer's maker, in a sandbox
+            line = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise DataError(
+                f"{place}: the chat template of the tokenizer fails ({line[:120]}); mend it, or use a text source"
+            ) from None
         # Some templates write into the generation prompt what a finished reply does not have; then the end is ours.
         tail = whole[len(head) :] if whole.startswith(head) else response + (tokenizer.eos_token or "")
         heads.append(head)
@@ -217,16 +227,45 @@ def _open(file: Path) -> IO[str]:
     return OPENERS.get(file.suffix.lower(), open)(file, "rt", encoding="utf-8-sig")  # type: ignore[operator]
 
 
-def _read(file: Path) -> str:
+def _pieces_of(file: Path) -> Iterator[str]:
+    """The text of a file in pieces; a small file that unpacks to very much is given up on the way."""
+    packed = file.suffix.lower() in OPENERS
+    limit = max(UNPACKED, TIMES * file.stat().st_size)
+    total = 0
     try:
+        if file.suffix.lower() == ".xz":
+            with file.open("rb") as raw:
+                lzma.LZMADecompressor(memlimit=XZ_MEMORY).decompress(raw.read(2**16), max_length=1)
         with _open(file) as stream:
-            return stream.read()
+            while piece := stream.read(2**20):
+                total += len(piece)
+                if packed and total > limit:
+                    raise DataError(
+                        f"{file}: unpacks to more than {TIMES} times its size; unpack it yourself if it is meant"
+                    )
+                yield piece
     except UnicodeDecodeError as error:
         raise DataError(f"{file}: not UTF-8 text (byte {error.start}); convert it first") from None
-    except (OSError, EOFError, lzma.LZMAError) as error:  # gzip raises OSError and EOFError
+    except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:  # gzip raises the first two and the last
         raise DataError(
             f"{file}: cannot be read ({error or type(error).__name__}); fetch the file again"
         ) from None
+
+
+def _read(file: Path) -> str:
+    return "".join(_pieces_of(file))
+
+
+def _lines(file: Path) -> Iterator[str]:
+    """Lines ended by a line feed: JSON may hold the other line separators of Unicode inside a string."""
+    rest: list[str] = []
+    for piece in _pieces_of(file):
+        first, *others = piece.split("\n")
+        rest.append(first)
+        for line in others:
+            yield "".join(rest)
+            rest = [line]
+    yield "".join(rest)
 
 
 def _records(file: Path, fields: tuple[str, ...]) -> Iterator[tuple[dict[str, Any], str]]:
@@ -234,15 +273,15 @@ def _records(file: Path, fields: tuple[str, ...]) -> Iterator[tuple[dict[str, An
     if _format(file) == ".parquet":
         yield from _parquet(file, fields)
         return
-    # Not splitlines: JSON may hold line separators of Unicode inside a string.
-    for number, line in enumerate(_read(file).split("\n"), 1):
+    for number, line in enumerate(_lines(file), 1):
         if not line.strip():
             continue
         where = f"{file}, line {number}"
         try:
             record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{where}: not JSON ({error.msg}); each line must be one object") from None
+        except (ValueError, RecursionError) as error:  # or a number of five thousand digits, or very deep
+            reason = getattr(error, "msg", None) or str(error).partition(":")[0]
+            raise DataError(f"{where}: not JSON ({reason}); each line must be one object") from None
         if not isinstance(record, dict):
             raise DataError(f'{where}: not an object; write {{"{fields[0]}": "..."}}')
         _require(record, fields, where)

@@ -72,6 +72,19 @@ def ran() -> dict[str, str]:
 
 
 @contextlib.contextmanager
+def asked() -> Iterator[dict[str, str]]:
+    """What :func:`ran` says of the calls inside the block alone."""
+    before = dict(_ran)
+    _ran.clear()
+    inside: dict[str, str] = {}
+    try:
+        yield inside
+    finally:
+        inside.update(_ran)
+        _ran.update(before | inside)
+
+
+@contextlib.contextmanager
 def reference_only() -> Iterator[None]:
     """Run references inside the block, for comparisons."""
     token = _reference.set(True)

@@ -10,8 +10,6 @@ Several processes (`accelerate launch`): each takes every n-th batch; see proces
 
 import logging
 import math
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,6 +22,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast, gather_object
 from torch import Tensor
 
+from linearize import interrupt
 from linearize.modeling.errors import TrainingError
 from linearize.progress import Progress, Watch
 from linearize.recipe import Finetune, Transfer
@@ -107,7 +106,8 @@ def fit(
     """Train `stage` by `config` (`recipe.transfer` or `.finetune`) in `folder`, or load it when it is done.
 
     A folder with a checkpoint is continued, one of another recipe is refused; `resume=False` starts again.
-    Ctrl-C finishes the step, saves, and raises KeyboardInterrupt; a second Ctrl-C stops at once.
+    Ctrl-C finishes the step, saves, and raises :class:`linearize.interrupt.Stopped`, a KeyboardInterrupt; a second
+    Ctrl-C stops at once.
     """
     folder = Path(folder)
     accelerator = make_accelerator(device, precision)
@@ -133,8 +133,8 @@ def fit(
         return _finish(accelerator, folder, stage, settings, {}, _Position(), skipped=why)
 
     randomness = disk.own_randomness(seed + accelerator.process_index, accelerator.device)
-    with randomness, _Interruptible() as interrupt:
-        return _train(stage, config, corpus, folder, accelerator, parameters, settings, interrupt, progress)
+    with randomness, interrupt.catching():
+        return _train(stage, config, corpus, folder, accelerator, parameters, settings, progress)
 
 
 def _train(
@@ -145,7 +145,6 @@ def _train(
     accelerator: Accelerator,
     parameters: dict[str, torch.nn.Parameter],
     settings: dict[str, Any],
-    interrupt: "_Interruptible",
     progress: Watch | None,
 ) -> Fitted:
     trained = list(parameters.values())
@@ -211,15 +210,13 @@ def _train(
                 progress(Progress(stage.name, at.tokens, total, "tokens", scalars))
 
             # Every save_every steps, and on Ctrl-C: the checkpoint
-            stop = any_process(accelerator, interrupt.asked)
+            stop = any_process(accelerator, interrupt.asked())
             if at.step < steps and (stop or at.step % config.save_every == 0):
                 save()
             if at.step < steps and stop:
-                logger.info("%s: stopped and saved at step %d of %d", stage.name, at.step, steps)
-                raise KeyboardInterrupt
+                raise interrupt.Stopped(f"{stage.name}: saved at step {at.step} of {steps} in {folder}")
     fitted = _finish(accelerator, folder, stage, settings, parameters, at)
-    if interrupt.asked:
-        raise KeyboardInterrupt
+    interrupt.stop_if_asked(f"{stage.name}: finished and saved in {folder}")
     return fitted
 
 
@@ -284,26 +281,6 @@ class _Batches:
         return self.corpus.batch(index, batch_size=self.config.batch_size, stage=self.stage.name)
 
 
-class _Interruptible:
-    """Inside the block Ctrl-C only asks; the loop answers between two steps, where all is consistent."""
-
-    def __enter__(self) -> "_Interruptible":
-        self.asked = False
-        self._before: Any = None
-        if threading.current_thread() is threading.main_thread():
-            self._before = signal.signal(signal.SIGINT, self._ask)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._before is not None:
-            signal.signal(signal.SIGINT, self._before)
-
-    def _ask(self, *_: object) -> None:
-        if self.asked:
-            raise KeyboardInterrupt
-        self.asked = True
-
-
 def _resume(folder, settings, parameters, optimizer, accelerator) -> _Position:
     found = disk.load_checkpoint(folder)
     if found is None:
@@ -320,7 +297,10 @@ def _load_finished(folder: Path, settings: Mapping[str, Any], parameters: disk.P
     record = disk.read_json(folder / "done.json")
     disk.check_settings(folder, record["settings"], settings)
     if record["skipped"] is None:
-        disk.restore_weights(folder / "weights.safetensors", parameters)
+        weights = folder / "weights.safetensors"
+        if not weights.is_file() or disk.sha256_of(weights) != record.get("weights"):
+            raise TrainingError(f"{weights}: is not what the stage wrote; {disk.AGAIN}")
+        disk.restore_weights(weights, parameters)
     logger.info("%s: already done in %s", settings["stage"], folder)
     return Fitted(record["steps"], record["tokens"], record["seconds"], record["metrics"])
 
@@ -328,10 +308,10 @@ def _load_finished(folder: Path, settings: Mapping[str, Any], parameters: disk.P
 def _finish(accelerator, folder, stage, settings, parameters, at: _Position, skipped=None) -> Fitted:
     """The weights, then `done.json`, then the checkpoint may go: in this order, whenever the power fails."""
     if accelerator.is_main_process:
-        if skipped is None:
-            disk.save_weights(folder / "weights.safetensors", parameters)
+        weights = None if skipped else disk.save_weights(folder / "weights.safetensors", parameters)
         result = {"steps": at.step, "tokens": at.tokens, "seconds": at.seconds, "metrics": at.metrics}
-        disk.write_done(folder, {"stage": stage.name, "skipped": skipped, **result, "settings": settings})
+        made = {"stage": stage.name, "skipped": skipped, "weights": weights, **result}
+        disk.write_done(folder, {**made, "settings": settings})
         disk.drop_checkpoints(folder)
     accelerator.wait_for_everyone()
     return Fitted(at.step, at.tokens, at.seconds, at.metrics)

@@ -6,20 +6,23 @@
         weights.safetensors    the trained parameters
         optimizer.safetensors  AdamW's moments and step counts, "<key>/<parameter>"
         state.json             step, tokens, seconds, settings, random states of every process
+        manifest.json          sha256 of the three
       weights.safetensors      when the stage is finished
-      done.json                written last: its presence means finished
+      done.json                written last: its presence means finished; the weights' sha256 is in it
 
-Nothing is pickled. A folder is written under a temporary name, flushed to disk and renamed, so that a kill at
-any instant leaves either the old checkpoint or the new one.
+Nothing is pickled. A folder is written under a temporary name, flushed to disk and renamed, and loses its name before
+it is removed, so that a kill at any instant leaves either the old checkpoint or the new one. What a disk has damaged
+since is told by the hashes.
 """
 
 import base64
 import json
+import logging
 import os
 import random
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +30,12 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from linearize.files import sha256_of, sync
 from linearize.modeling.errors import TrainingError
 
+logger = logging.getLogger(__name__)
+
+MANIFEST = "manifest.json"
 Parameters = Mapping[str, torch.nn.Parameter]
 
 
@@ -47,17 +54,38 @@ def save_checkpoint(
         }
         _save_tensors(beside / "optimizer.safetensors", moments)
         _write_json(beside / "state.json", state)
-        _flush(beside)
+        _write_json(beside / MANIFEST, {path.name: sha256_of(path) for path in sorted(beside.iterdir())})
+        sync(beside)
         shutil.rmtree(final, ignore_errors=True)
         os.rename(beside, final)
-        _flush(folder)
+        sync(folder)
     drop_checkpoints(folder, except_for=final)
 
 
 def load_checkpoint(folder: Path) -> tuple[Path, dict[str, Any]] | None:
-    """The newest whole checkpoint and its state, or None when there is none to resume from."""
-    found = _checkpoints(folder)
-    return (found[-1], read_json(found[-1] / "state.json")) if found else None
+    """The newest whole checkpoint and its state, or None when there is none to resume from.
+
+    One that was damaged on the disk is passed over with a warning, and is an error where there is no other.
+    """
+    found = [(checkpoint, damage(checkpoint)) for checkpoint in reversed(_checkpoints(folder))]
+    for checkpoint, harm in found:
+        if harm is None:
+            return checkpoint, read_json(checkpoint / "state.json")
+        logger.warning("%s; the checkpoint before it is tried", harm)
+    if found:
+        raise TrainingError(f"{found[0][1]}; {AGAIN}")
+    return None
+
+
+def damage(checkpoint: Path) -> str | None:
+    """What is not as it was written, in words; None where all is."""
+    try:
+        manifest = json.loads((checkpoint / MANIFEST).read_text())
+        hashes = {name: sha256_of(checkpoint / name) for name in manifest}
+    except (OSError, ValueError, TypeError) as error:
+        return f"{getattr(error, 'filename', None) or checkpoint / MANIFEST}: cannot be read ({error})"
+    wrong = [name for name in hashes if hashes[name] != manifest[name]]
+    return f"{checkpoint / wrong[0]}: cannot be read (its bytes have changed)" if wrong else None
 
 
 def restore(checkpoint: Path, parameters: Parameters, optimizer: torch.optim.Optimizer) -> None:
@@ -73,13 +101,16 @@ def restore(checkpoint: Path, parameters: Parameters, optimizer: torch.optim.Opt
     optimizer.load_state_dict({"state": {i: s for i, s in state.items() if s}, "param_groups": groups})
 
 
-def save_weights(path: Path, parameters: Parameters) -> None:
+def save_weights(path: Path, parameters: Parameters) -> str:
+    """The file whole or not at all; returns its sha256."""
     beside = path.with_name(path.name + ".tmp")
     with writing(path.parent, beside):
         path.parent.mkdir(parents=True, exist_ok=True)
         _save_tensors(beside, parameters)
+        digest = sha256_of(beside)
         os.replace(beside, path)
-        _flush(path.parent)
+        sync(path.parent)
+    return digest
 
 
 @torch.no_grad()
@@ -87,9 +118,7 @@ def restore_weights(path: Path, parameters: Parameters) -> None:
     saved = _load_tensors(path)
     if {n: tuple(t.shape) for n, t in saved.items()} != {n: tuple(p.shape) for n, p in parameters.items()}:
         odd = sorted(set(saved) ^ set(parameters)) or ["a shape"]
-        raise TrainingError(
-            f"{path}: holds other parameters than this model trains ({odd[0]}, ...); {_AGAIN}"
-        )
+        raise TrainingError(f"{path}: holds other parameters than this model trains ({odd[0]}, ...); {AGAIN}")
     for name, parameter in parameters.items():
         parameter.copy_(saved[name])
 
@@ -100,13 +129,17 @@ def write_done(folder: Path, record: dict[str, Any]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         _write_json(beside, record)
         os.replace(beside, folder / "done.json")
-        _flush(folder)
+        sync(folder)
 
 
 def drop_checkpoints(folder: Path, *, except_for: Path | None = None) -> None:
     for old in folder.glob("checkpoint-*"):
         if old != except_for:
-            shutil.rmtree(old, ignore_errors=True)
+            going = old if old.suffix == ".tmp" else old.with_name(old.name + ".old.tmp")
+            with suppress(OSError):  # a folder that cannot go is in nobody's way
+                if going != old:
+                    os.rename(old, going)
+                shutil.rmtree(going)
 
 
 def forget(folder: Path) -> None:
@@ -124,7 +157,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise TrainingError(f"{path}: cannot be read ({error}); {_AGAIN}") from error
+        raise TrainingError(f"{path}: cannot be read ({error}); {AGAIN}") from error
 
 
 def check_settings(folder: Path, saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
@@ -135,11 +168,11 @@ def check_settings(folder: Path, saved: Mapping[str, Any], now: Mapping[str, Any
         what = "; ".join(f"{k} was {_short(old.get(k))}, now {_short(new.get(k))}" for k in changed[:6])
         more = f" and {len(changed) - 6} more" if len(changed) > 6 else ""
         raise TrainingError(
-            f"{folder}: was started with other settings ({what}{more}); put them back, or {_AGAIN}"
+            f"{folder}: was started with other settings ({what}{more}); put them back, or {AGAIN}"
         )
 
 
-_AGAIN = "delete the folder, or choose another, to start again"
+AGAIN = "delete the folder, or choose another, to start again"
 
 
 def rng_state(device: torch.device) -> dict[str, Any]:
@@ -191,28 +224,19 @@ def _checkpoints(folder: Path) -> list[Path]:
 
 def _save_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     save_file({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, path)
-    _flush(path)
+    sync(path)
 
 
 def _load_tensors(path: Path) -> dict[str, torch.Tensor]:
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:
-        raise TrainingError(f"{path}: cannot be read ({error}); {_AGAIN}") from error
+        raise TrainingError(f"{path}: cannot be read ({error}); {AGAIN}") from error
 
 
 def _write_json(path: Path, record: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(record, indent=1))
-    _flush(path)
-
-
-def _flush(path: Path) -> None:
-    """fsync of a file or folder; a rename is only as durable as what it renames."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    sync(path)
 
 
 def _flat(tree: Any, at: str = "") -> Iterator[tuple[str, Any]]:
