@@ -101,7 +101,7 @@ def compare(
             logits = reference if name == TEACHER else _logits(model, batch[:, :-1], vocab_size, name)
             for index, (low, high) in enumerate(pairwise(borders)):
                 for piece in _pieces(low, high, max(1, token_chunk // len(batch))):
-                    sums[name][start : start + step, index] += _token_sums(
+                    sums[name][start : start + step, index] += token_sums(
                         reference[:, piece], logits[:, piece], batch[:, 1:][:, piece]
                     )
             del logits
@@ -119,7 +119,7 @@ def difference(first: Likelihood, second: Likelihood, *, seed: int = 0) -> tuple
     return first.kl - second.kl, (low, high)
 
 
-def _token_sums(reference: Tensor, logits: Tensor, targets: Tensor) -> Tensor:
+def token_sums(reference: Tensor, logits: Tensor, targets: Tensor) -> Tensor:
     """[rows, 3] on the CPU, summed over tokens: negative log-likelihood, KL of the reference, agreements."""
     targets = targets.to(logits.device)
     scores, truth = _log_softmax(logits), _log_softmax(reference.to(logits.device))

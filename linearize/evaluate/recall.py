@@ -86,7 +86,7 @@ def score(model: nn.Module, asked: Sequence[Prompt], *, batch_size: int, vocab_s
         width = max(map(_tokens, batch))
         ids = torch.tensor([[*p.ids, *p.answer, *[0] * (width - _tokens(p))] for p in batch], device=device)
         first = min(len(p.ids) for p in batch) - 1  # the earliest position that predicts an answer token
-        best = _logits(model, ids, width - first)[..., :vocab_size].argmax(-1)  # [rows, width - first]
+        best = last_logits(model, ids, width - first)[..., :vocab_size].argmax(-1)  # [rows, width - first]
         for row, (index, prompt) in enumerate(zip(order[start : start + step], batch, strict=True)):
             at = len(prompt.ids) - 1 - first
             answered[index] = best[row, at : at + len(prompt.answer)].tolist() == list(prompt.answer)
@@ -129,7 +129,7 @@ def _tokens(prompt: Prompt) -> int:
     return len(prompt.ids) + len(prompt.answer)
 
 
-def _logits(model: nn.Module, ids: Tensor, keep: int) -> Tensor:
+def last_logits(model: nn.Module, ids: Tensor, keep: int) -> Tensor:
     """Logits of the last `keep` positions; models that can skip the head of all others do."""
     if "logits_to_keep" in inspect.signature(model.forward).parameters:
         return model(input_ids=ids, use_cache=False, logits_to_keep=keep).logits
