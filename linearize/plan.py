@@ -27,9 +27,10 @@ from .modeling.errors import RecipeError
 from .probe import probe
 from .progress import Progress, Watch
 from .recipe import Plan, Recipe
-from .report import bytes_text
+from .words import bytes_text
 from .scan.bench import Bench, recalled
 from .scan.candidates import SOFTMAX, Candidate, candidates, fields_of, layer_bytes, method_of
+from .scan.measure import check as check_scan
 from .scan.measure import ScanResult, bench_of, require_recall, scan, scanned_layers, settings_of, train
 
 RESULT, FRAGMENT = "plan.json", "plan.yaml"
@@ -130,15 +131,11 @@ def plan(
 
     Raises :class:`RecipeError` for a budget that no plan meets, or a recall that none is expected to keep.
     """
-    spec = recipe.plan
-    if spec is None:
-        raise RecipeError("plan: no budget; give one, such as plan.kv_share=6%")
     tried = {candidate.name: candidate for candidate in candidates(recipe)}
     found = scanned_layers(model, recipe)
-    dtype = next(model.parameters()).dtype
-    budget = budget_of(model, recipe)
-    costs = _costs(tried, found, dtype, budget, spec)
-    _refuse_impossible(costs, budget)  # before anything is measured
+    budget, costs = check(model, recipe)
+    spec = recipe.plan
+    assert spec is not None
     result = scan(model, tokenizer, corpus, recipe, folder=folder, progress=progress)
     settings = {"scan": settings_of(model, corpus, recipe), "plan": spec.model_dump(mode="json"),
                 "candidates": result.candidates}  # fmt: skip
@@ -159,6 +156,20 @@ def plan(
     write_text(folder / FRAGMENT, fragment)
     write_json(folder / RESULT, _finite(planned.to_dict()))
     return planned, result
+
+
+def check(model: Any, recipe: Recipe) -> tuple[Budget, dict[int, dict[str, int]]]:
+    """The budget, and each layer's candidates with their costs; refused here, before anything is measured, where the
+    budget is none or below the smallest plan, or a length is beyond the teacher's context."""
+    spec = recipe.plan
+    if spec is None:
+        raise RecipeError("plan: no budget; give one, such as plan.kv_share=6%")
+    check_scan(model, recipe)
+    tried = {candidate.name: candidate for candidate in candidates(recipe)}
+    budget = budget_of(model, recipe)
+    costs = _costs(tried, scanned_layers(model, recipe), next(model.parameters()).dtype, budget, spec)
+    _refuse_impossible(costs, budget)
+    return budget, costs
 
 
 def resolved(recipe: Recipe, made: PlanResult) -> Recipe:

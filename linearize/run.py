@@ -3,6 +3,7 @@
 <output>/
   recipe.yaml           resolved, every default included; a run of another recipe is refused here
   data/                 the tokens, sampled or read once
+  scan/                 with `plan`: what each layer loses alone, and the plan made of it (see scan/, plan.py)
   transfer/ finetune/   metrics.jsonl, checkpoints while they run, then the weights (see train/resume.py)
   student/              the checkpoint: what is measured, and what may be published
   control/<method>/     transfer/, finetune/ and student/ of each control that the recipe asks for
@@ -27,15 +28,19 @@ from . import checkpoint, report
 from .convert import convert, unconvert
 from .data import Corpus, build
 from .evaluate import Results, check, evaluate
+from .evaluate.length_gate import context_of, gate_lengths, gated
 from .files import write_text
 from .generate import generate
 from .methods import adjust, build_method, method_words
 from .modeling.errors import LinearizeError, RecipeError
 from .modeling.linear import LinearConfig
 from .modeling.mixer import MethodConfig
+from .plan import PlanResult, plan, resolved
+from .plan import check as check_plan
 from .progress import Progress, Watch
 from .provenance import origin
-from .recipe import Recipe
+from .recipe import Evaluate, Recipe
+from .scan import ScanResult
 from .teacher import load_teacher
 from .train.finetune import finetune
 from .train.transfer import transfer
@@ -69,6 +74,8 @@ def run(recipe: Recipe, *, progress: Watch | None = None) -> RunResult:
         model, tokenizer = load_teacher(recipe.teacher, device)
         unconvert(_converted(model, recipe))  # refused, if at all, before any data is made
         _refuse_long_sequences(model, recipe)
+        if recipe.plan is not None:
+            check_plan(model, recipe)
     with clock("data"), _claimed(folder, recipe):
         at = folder / "data"
         corpus = build(
@@ -80,7 +87,13 @@ def run(recipe: Recipe, *, progress: Watch | None = None) -> RunResult:
             device=device,
             progress=progress,
         )
-        check(model, tokenizer, corpus, recipe.evaluate)
+        check(model, tokenizer, corpus, evaluated(recipe, model, corpus))
+    planned: tuple[PlanResult, ScanResult] | None = None
+    asked = recipe
+    if recipe.plan is not None:
+        with clock("plan"):
+            planned = plan(model, tokenizer, corpus, recipe, folder=folder / "scan", progress=progress)
+            recipe = resolved(recipe, planned[0])
     model = _converted(model, recipe)
     _teach(model, tokenizer, corpus, recipe, folder, clock, progress)
 
@@ -96,9 +109,12 @@ def run(recipe: Recipe, *, progress: Watch | None = None) -> RunResult:
     with clock("evaluate"):
         students = {name: checkpoint.load(at, device=device)[0] for name, at in saved.items()}
         teacher, tokenizer = load_teacher(recipe.teacher, device)
-        results = evaluate(students, teacher, tokenizer, corpus, recipe.evaluate, recipe.seed, progress)
+        config = evaluated(recipe, teacher, corpus)
+        results = evaluate(students, teacher, tokenizer, corpus, config, recipe.seed, progress)
+        if recipe.evaluate.length_gate:
+            results = gated(results, recipe.data.seq_len, context_of(teacher))
         prompt, text = _continuation(students["student"], tokenizer, corpus, recipe)
-    return _finish(folder, recipe, results, prompt, text, clock.seconds)
+    return _finish(folder, asked, results, prompt, text, clock.seconds, planned)
 
 
 def _converted(model: Any, recipe: Recipe, control: MethodConfig | None = None) -> Any:
@@ -137,6 +153,16 @@ def _teach(
         model, _ = finetune(model, corpus, recipe.finetune, folder=at, vocab_size=vocab, **how)
     with clock("save"):
         checkpoint.save(model, tokenizer, folder / "student", extra={"recipe.yaml": recipe.to_yaml()})
+
+
+def evaluated(recipe: Recipe, teacher: Any, corpus: Corpus) -> Evaluate:
+    """What is measured: with the length gate, at multiples of the training length too, as far as the text goes."""
+    config = recipe.evaluate
+    if not config.length_gate:
+        return config
+    longest = max((len(held.pool) for held in corpus.held), default=0)
+    more = [n for n in gate_lengths(recipe.data.seq_len, context_of(teacher)) if n < longest]
+    return config.model_copy(update={"seq_lens": sorted({*config.seq_lens, *more})})
 
 
 def evaluate_checkpoint(
@@ -185,7 +211,8 @@ def evaluate_checkpoint(
     )
     _refuse_other_data(folder.parent, corpus, recipe)
     students = {"student": student.to(device)}
-    return evaluate(students, teacher, tokenizer, corpus, recipe.evaluate, recipe.seed, progress)
+    config = recipe.evaluate.model_copy(update={"length_gate": False})  # it needs the control beside the student
+    return evaluate(students, teacher, tokenizer, corpus, config, recipe.seed, progress)
 
 
 def folder_of(recipe: Recipe) -> Path:
@@ -293,7 +320,13 @@ def _continuation(student: Any, tokenizer: Any, corpus: Corpus, recipe: Recipe) 
 
 
 def _finish(
-    folder: Path, recipe: Recipe, results: Results, prompt: str, text: str, seconds: dict[str, float]
+    folder: Path,
+    recipe: Recipe,
+    results: Results,
+    prompt: str,
+    text: str,
+    seconds: dict[str, float],
+    planned: tuple[PlanResult, ScanResult] | None,
 ) -> RunResult:
     made = RunResult(folder, folder / "student", results, prompt, text, seconds)
     record = {
@@ -304,7 +337,11 @@ def _finish(
         "continuation": text,
         "results": results.to_dict(),
     }
-    write_text(folder / "table.md", report.markdown(results))
+    told = report.markdown(results)
+    if planned is not None:
+        record |= {"plan": planned[0].to_dict(), "scan": planned[1].to_dict()}
+        told = report.as_markdown(report.plan_table(planned[0], planned[1].words)) + "\n" + told
+    write_text(folder / "table.md", told)
     write_text(folder / "results.json", json.dumps(record, indent=1, ensure_ascii=False) + "\n")
     return made
 

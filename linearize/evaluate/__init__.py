@@ -13,6 +13,7 @@ from ..modeling.errors import EvaluationError
 from ..progress import Progress, Watch
 from ..recipe import Evaluate
 from . import likelihood, recall
+from .length_gate import LengthRow
 from .likelihood import TEACHER, Bucket, Likelihood
 from .memory import LayerMemory, Memory, memory
 from .recall import Cell
@@ -23,6 +24,7 @@ __all__ = [
     "Cell",
     "HeldOut",
     "LayerMemory",
+    "LengthRow",
     "Likelihood",
     "Memory",
     "Results",
@@ -63,6 +65,8 @@ class Results:
     memory: dict[str, Memory]
     windows: dict[int, str] = field(default_factory=dict)
     """Length -> sha256 of the held-out windows."""
+    length_gate: list[LengthRow] | None = None
+    """Students against the window control at multiples of the training length; None where it was not asked for."""
 
     def cell(self, model: str, task: str, length: int) -> Cell:
         for cell in self.recall:
@@ -89,6 +93,9 @@ class Results:
                 for name, entry in tree["memory"].items()
             },
             windows={int(length): digest for length, digest in tree["windows"].items()},
+            length_gate=None
+            if tree.get("length_gate") is None
+            else [LengthRow.from_dict(row) for row in tree["length_gate"]],
         )
 
 
