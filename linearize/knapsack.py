@@ -92,7 +92,9 @@ def _undominated(made: list[Choice], best: int) -> list[Choice]:
     kept: list[Choice] = []
     losses: dict[int, list[float]] = {}  # count -> losses of what is kept, sorted: its costs are no higher
     for choice in sorted(made, key=lambda c: (c.cost, c.loss, c.count, c.picks)):
-        better = sum(bisect_right(known, choice.loss) for count, known in losses.items() if count <= choice.count)
+        better = sum(
+            bisect_right(known, choice.loss) for count, known in losses.items() if count <= choice.count
+        )
         if better < best:
             kept.append(choice)
             insort(losses.setdefault(choice.count, []), choice.loss)

@@ -14,108 +14,26 @@ scan's files: ``plan.yaml``, a recipe that a person can read and edit, and ``pla
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from .data import Corpus
 from .files import write_json, write_text
 from .knapsack import Choice, Option, pareto, solve
 from .modeling.errors import RecipeError
+from .planned import Budget, Choices, Figures, Planned, PlanResult, fragment_of, layers_map, words
 from .probe import probe
 from .progress import Progress, Watch
 from .recipe import Plan, Recipe
-from .words import bytes_text
 from .scan.bench import Bench, recalled
-from .scan.candidates import SOFTMAX, Candidate, candidates, fields_of, layer_bytes, method_of
-from .scan.measure import check as check_scan
+from .scan.candidates import SOFTMAX, Candidate, candidates, layer_bytes, method_of
 from .scan.measure import ScanResult, bench_of, require_recall, scan, scanned_layers, settings_of, train
+from .scan.measure import check as check_scan
 
 RESULT, FRAGMENT = "plan.json", "plan.yaml"
 MEBIBYTE = 2**20
 CURVE = 4
 """How many times the budget the curve reaches."""
-POINTS = 12
-"""Most points of the curve that are told."""
-
-
-@dataclass(frozen=True)
-class Budget:
-    """What a plan may cost, in whole units of its kind."""
-
-    kind: str
-    amount: int
-    """For the layers that are planned: bytes of one sequence, softmax layers, or nanoseconds a token."""
-    words: str
-    at: int
-    teacher: int
-    """Bytes of the teacher's cache at ``at`` tokens."""
-    fixed: int
-    """Bytes of layers that are left alone, already taken off ``amount``."""
-
-    def told(self, cost: float) -> str:
-        if self.kind == "softmax_layers":
-            return f"{cost:.0f} softmax layer{'' if cost == 1 else 's'}"
-        if self.kind == "decode_us":
-            return f"{cost / 1000:.1f} us"
-        return f"{bytes_text(cost)} ({100 * (cost + self.fixed) / self.teacher:.2f} %)"
-
-
-@dataclass(frozen=True)
-class Figures:
-    """What a plan loses: the sum over its layers, or measured whole."""
-
-    kl: float
-    answer_loss: float
-    lost: int
-    answered: int
-    loss: float
-
-    @property
-    def recall(self) -> float:
-        return 1 - self.lost / self.answered if self.answered else math.nan
-
-
-@dataclass(frozen=True)
-class Planned:
-    """One choice for all layers, what it costs and what is expected of it; ``measured`` where it was verified."""
-
-    layers: dict[int, str]
-    cost: int
-    expected: Figures
-    measured: Figures | None = None
-
-
-@dataclass(frozen=True)
-class PlanResult:
-    """The plan, its rivals, the curve around it, and the recipe fragment."""
-
-    budget: Budget
-    chosen: Planned
-    verified: list[Planned]
-    curve: list[Planned]
-    words: list[str]
-    layers: dict[str, Any]
-    """The recipe's ``layers`` map."""
-    fragment: str
-    settings: dict[str, Any]
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, tree: Mapping[str, Any]) -> "PlanResult":
-        return cls(
-            **{
-                **tree,
-                "budget": Budget(**tree["budget"]),
-                "chosen": _planned(tree["chosen"]),
-                "verified": [_planned(p) for p in tree["verified"]],
-                "curve": [_planned(p) for p in tree["curve"]],
-            }
-        )
 
 
 def plan(
@@ -150,9 +68,9 @@ def plan(
     ]
     chosen = _best(verified, spec) if verified else made.best[0]
     layers = layers_map(recipe, {i: tried[name] for i, name in chosen.layers.items()})
-    words = _words(chosen, verified, made, budget, spec)
-    fragment = _fragment(recipe, layers, words)
-    planned = PlanResult(budget, chosen, verified, made.curve, words, layers, fragment, settings)
+    said = words(chosen, verified, made, budget, spec)
+    fragment = fragment_of(recipe, layers, said)
+    planned = PlanResult(budget, chosen, verified, made.curve, said, layers, fragment, settings)
     write_text(folder / FRAGMENT, fragment)
     write_json(folder / RESULT, _finite(planned.to_dict()))
     return planned, result
@@ -204,17 +122,7 @@ def budget_of(model: Any, recipe: Recipe) -> Budget:
     return Budget("bytes", amount - fixed, words, at, teacher, fixed)
 
 
-@dataclass(frozen=True)
-class _Choices:
-    best: list[Planned]
-    curve: list[Planned]
-    more: Planned | None
-    """The best with a mebibyte (or a tenth of another budget) more."""
-
-
-def choose(
-    result: ScanResult, costs: Mapping[int, Mapping[str, int]], budget: Budget, spec: Plan
-) -> _Choices:
+def choose(result: ScanResult, costs: Mapping[int, Mapping[str, int]], budget: Budget, spec: Plan) -> Choices:
     """The best plans within the budget, and the curve around it, from a scan's rows."""
     rows = {(row.layer, row.candidate): row for row in result.rows if row.head is None}
     names = {layer: list(by) for layer, by in costs.items()}
@@ -251,7 +159,7 @@ def choose(
     curve = pareto(places, CURVE * budget.amount if budget.kind != "softmax_layers" else None, most=most)
     step = MEBIBYTE // spec.batch if budget.kind == "bytes" else max(1, budget.amount // 10)
     more = solve(places, budget.amount + step, most=most)
-    return _Choices([told(c) for c in best], [told(c) for c in curve], told(more[0]) if more else None)
+    return Choices([told(c) for c in best], [told(c) for c in curve], told(more[0]) if more else None)
 
 
 def _costs(
@@ -264,7 +172,9 @@ def _costs(
     if budget.kind == "decode_us":
         times = _times(Path(str(spec.times)), names)
         return {i: dict(times) for i in found}
-    return {i: {name: tried[name].cost(layer, dtype, budget.at) for name in names} for i, layer in found.items()}
+    return {
+        i: {name: tried[name].cost(layer, dtype, budget.at) for name in names} for i, layer in found.items()
+    }
 
 
 def _times(path: Path, names: list[str]) -> dict[str, int]:
@@ -277,7 +187,9 @@ def _times(path: Path, names: list[str]) -> dict[str, int]:
             f'plan.times: {path} cannot be read ({error}); give {{"layer_us": {{"{names[0]}": 12.5}}}}'
         ) from None
     if not found:
-        raise RecipeError(f"plan.times: {path} has none of the candidates; measure some of {', '.join(names)}")
+        raise RecipeError(
+            f"plan.times: {path} has none of the candidates; measure some of {', '.join(names)}"
+        )
     return found
 
 
@@ -324,123 +236,6 @@ def _best(verified: list[Planned], spec: Plan) -> Planned:
         return (0 if spec.min_recall is None else max(0.0, lost - bound), rival.measured.loss)
 
     return min(verified, key=order)
-
-
-def layers_map(recipe: Recipe, chosen: Mapping[int, Candidate]) -> dict[str, Any]:
-    """The recipe's ``layers``: neighbours of one kind share a key; what ``method`` says already is not said again."""
-    own = fields_of(recipe.method)
-    groups: list[tuple[list[int], Candidate]] = []
-    for index in sorted(chosen):
-        if groups and groups[-1][1].name == chosen[index].name and groups[-1][0][-1] == index - 1:
-            groups[-1][0].append(index)
-        else:
-            groups.append(([index], chosen[index]))
-    found: dict[str, Any] = {}
-    for indices, candidate in groups:
-        key = str(indices[0]) if len(indices) == 1 else f"{indices[0]}-{indices[-1]}"
-        fields = fields_of(candidate.method)
-        if candidate.name == SOFTMAX:
-            found[key] = SOFTMAX
-        elif fields["name"] == own["name"]:
-            found[key] = {k: v for k, v in fields.items() if own[k] != v}
-        else:
-            plain = fields_of(method_of({"name": fields["name"]}))
-            found[key] = {k: v for k, v in fields.items() if k == "name" or plain[k] != v}
-    return found
-
-
-def _words(
-    chosen: Planned, verified: list[Planned], made: _Choices, budget: Budget, spec: Plan
-) -> list[str]:
-    """The plan in words: what, what for, how sure, and what more would buy."""
-    told = [f"Budget: {budget.words} = {budget.told(budget.amount)}; the plan takes {budget.told(chosen.cost)}."]
-    told.append(f"Expected from layers alone: {_told(chosen.expected)}.")
-    if chosen.measured is not None:
-        gap = chosen.measured.kl - chosen.expected.kl
-        told.append(
-            f"Measured whole, untrained: {_told(chosen.measured)}; gap to the sum of layers {gap:+.4f} KL. "
-            f"Best of {len(verified)} measured."
-        )
-        if spec.min_recall is not None and chosen.measured.recall < spec.min_recall:
-            told.append(
-                f"None of the plans measured keeps {100 * spec.min_recall:g} % of recall untrained; a trained score may."
-            )
-    if made.more is not None:
-        step = f"{1 / spec.batch:g} MiB" if budget.kind == "bytes" else "a tenth"
-        if budget.kind == "softmax_layers":
-            step = "one layer"
-        gain = made.best[0].expected.loss - made.more.expected.loss
-        changes = _changes(made.best[0], made.more)
-        told.append(
-            f"{step[0].upper()}{step[1:]} more a sequence would take {gain:.4f} off the loss: {changes}."
-            if gain > 0
-            else f"{step[0].upper()}{step[1:]} more a sequence would buy nothing that the scan tried."
-        )
-    return told
-
-
-def _told(figures: Figures) -> str:
-    kept = f", {figures.lost} of {figures.answered} prompts lost" if figures.answered else ""
-    return f"KL {figures.kl:.4f}, {figures.answer_loss:.3f} nats an answer token{kept}"
-
-
-def _changes(before: Planned, after: Planned) -> str:
-    """What differs between two plans, layer by layer."""
-    told = [
-        f"layer {i} {before.layers[i]} to {after.layers[i]}"
-        for i in before.layers
-        if before.layers[i] != after.layers[i]
-    ]
-    return ", ".join(told[:4]) + (f" and {len(told) - 4} more" if len(told) > 4 else "") or "no layer"
-
-
-def curve_rows(made: PlanResult) -> list[list[str]]:
-    """The curve as text cells, thinned: cost, expected loss, KL, prompts lost, what changes from the row above."""
-    points = made.curve
-    if len(points) > POINTS:  # evenly by cost, the plan's own neighbour among them
-        low, high = points[0].cost, points[-1].cost
-        marks = [low + (high - low) * k / (POINTS - 1) for k in range(POINTS)] + [made.chosen.cost]
-        points = [
-            point for i, point in enumerate(points)
-            if any(point.cost <= m and (i + 1 == len(points) or points[i + 1].cost > m) for m in marks)
-        ]  # fmt: skip
-    rows = []
-    for i, point in enumerate(points):
-        e = point.expected
-        change = "" if i == 0 else _changes(points[i - 1], point)
-        mark = "> " if point.layers == made.chosen.layers else ""
-        rows.append(
-            [mark + made.budget.told(point.cost), f"{e.loss:.4f}", f"{e.kl:.4f}", str(e.lost), change]
-        )
-    return rows
-
-
-def _fragment(recipe: Recipe, layers: dict[str, Any], words: list[str]) -> str:
-    """A recipe that reads back: teacher, method and layers, under what was expected of them."""
-    plain, own = fields_of(method_of({"name": recipe.method.name})), fields_of(recipe.method)
-    method = {k: v for k, v in own.items() if k == "name" or plain[k] != v}
-    head = "".join(f"# {line}\n" for sentence in words for line in _wrapped(sentence))
-    body: dict[str, Any] = {"teacher": {"name": recipe.teacher.name}, "method": method, "layers": layers}
-    command = f"# linearize run {recipe.teacher.name} --method {recipe.method.name} "
-    flow = yaml.safe_dump(layers, default_flow_style=True, sort_keys=False, width=10**6).strip()
-    fields = "".join(f" method.{k}={json.dumps(v)}" for k, v in method.items() if k != "name")
-    return f"{head}{command}'layers={flow}'{fields}\n{yaml.safe_dump(body, sort_keys=False, default_flow_style=None)}"
-
-
-def _wrapped(sentence: str) -> list[str]:
-    import textwrap
-
-    return textwrap.wrap(" ".join(sentence.split()), 106)
-
-
-def _planned(tree: Mapping[str, Any]) -> Planned:
-    measured = tree["measured"]
-    return Planned(
-        {int(i): name for i, name in tree["layers"].items()},
-        tree["cost"],
-        Figures(**tree["expected"]),
-        None if measured is None else Figures(**measured),
-    )
 
 
 def _read(path: Path) -> PlanResult | None:

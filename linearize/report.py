@@ -175,8 +175,8 @@ def length_gate(results: Results) -> Table:
             ]
         )
     note = (
-        "No student may be worse than a window alone, at its training length or beyond: failed where the whole interval "
-        "of the difference lies above 0 [95 % paired bootstrap]."
+        "No student may be worse than a window alone, at its training length or beyond: failed where the whole "
+        "interval of the difference lies above 0 [95 % paired bootstrap]."
     )
     header = ["length", "model", "KL", "KL, window control", "difference", "verdict", "windows"]
     return Table("Length gate", note, header, rows)

@@ -211,7 +211,9 @@ def evaluate_checkpoint(
     )
     _refuse_other_data(folder.parent, corpus, recipe)
     students = {"student": student.to(device)}
-    config = recipe.evaluate.model_copy(update={"length_gate": False})  # it needs the control beside the student
+    config = recipe.evaluate.model_copy(
+        update={"length_gate": False}
+    )  # it needs the control beside the student
     return evaluate(students, teacher, tokenizer, corpus, config, recipe.seed, progress)
 
 

@@ -52,7 +52,13 @@ def main(words: list[str] | None = None) -> None:
     tree = read_yaml(options.students)
     names = {"targets": list(tree["students"]), "ranking": list(tree["ranking"])}
     parts = options.part or ["targets", "ranking", "shapes"]
-    asked = [name for part in parts if part in names for name in names[part] if not options.student or name in options.student]
+    asked = [
+        name
+        for part in parts
+        if part in names
+        for name in names[part]
+        if not options.student or name in options.student
+    ]
     for name in asked:
         recipe_of(name, options, tree)  # a word that is wrong is told before anything runs
     done = {line["student"]: line for line in read(options.out)}
@@ -71,7 +77,9 @@ def arguments(words: list[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--teacher", type=Path, required=True, help="folder of the teacher")
-    parser.add_argument("--data", type=Path, required=True, help=f"folder with {quality.TRAIN} and {quality.EVAL}")
+    parser.add_argument(
+        "--data", type=Path, required=True, help=f"folder with {quality.TRAIN} and {quality.EVAL}"
+    )
     parser.add_argument("--out", type=Path, required=True, help="JSON lines, appended")
     parser.add_argument("--part", action="append", choices=["targets", "ranking", "shapes"])
     parser.add_argument("--student", action="append", help="may be repeated; default: every one of the parts")
@@ -94,7 +102,9 @@ def append(file: Path, line: dict[str, Any]) -> None:
         out.write(json.dumps(line) + "\n")
 
 
-def recipe_of(name: str, options: argparse.Namespace, tree: dict[str, Any], folders: tuple[str, ...] = ()) -> Recipe:
+def recipe_of(
+    name: str, options: argparse.Namespace, tree: dict[str, Any], folders: tuple[str, ...] = ()
+) -> Recipe:
     changes = {**tree["students"], **tree["ranking"]}[name]
     cheap = RANKING if name in tree["ranking"] else []
     recipe = Recipe.from_dict(quality.merged(tree["protocol"], changes), place=f"{options.students}: {name}")
@@ -155,7 +165,11 @@ def shapes(options: argparse.Namespace) -> dict[str, Any]:
     torch.manual_seed(0)
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     with torch.device(device):
-        model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=options.shapes_layers, **LLAMA_1B)).to(dtype).eval()
+        model = (
+            LlamaForCausalLM(LlamaConfig(num_hidden_layers=options.shapes_layers, **LLAMA_1B))
+            .to(dtype)
+            .eval()
+        )
     model.requires_grad_(False)
     folder = options.work / "shapes"
     corpus = small_corpus(recipe, tokenizer, None, folder / "data", device)
@@ -186,7 +200,11 @@ def fidelity(lines: list[dict[str, Any]]) -> str:
         for n in LENGTHS:
             found = by_length[n]["student"]
             low, high = found["intervals"]["kl"]
-            goal = "" if n not in goals else f", {'met' if found['kl'] <= goals[n] else 'missed'} (<= {goals[n]})"
+            goal = (
+                ""
+                if n not in goals
+                else f", {'met' if found['kl'] <= goals[n] else 'missed'} (<= {goals[n]})"
+            )
             cells.append(f"{found['kl']:.4f} [{low:.4f}, {high:.4f}]{goal}")
         memory = Results.from_dict(line["results"]).memory
         share = memory["student"].bytes_at(4096) / memory[TEACHER].bytes_at(4096)
@@ -205,7 +223,8 @@ def recall(lines: list[dict[str, Any]]) -> str:
                 continue
             truth = results.cell(TEACHER, cell.task, cell.length)
             won, lost = (
-                sum(a > b for a, b in zip(x.hits, y.hits, strict=True)) for x, y in ((cell, truth), (truth, cell))
+                sum(a > b for a, b in zip(x.hits, y.hits, strict=True))
+                for x, y in ((cell, truth), (truth, cell))
             )
             p = mcnemar(won, lost)
             worse = "below the teacher" if lost > won and p < 0.05 else "not below"
@@ -222,7 +241,9 @@ def plans(lines: list[dict[str, Any]]) -> str:
     told = []
     for line in lines:
         if line["plan"] is not None:
-            words = "\n".join(f"- {sentence}" for sentence in [*line["scan"]["words"], *line["plan"]["words"]])
+            words = "\n".join(
+                f"- {sentence}" for sentence in [*line["scan"]["words"], *line["plan"]["words"]]
+            )
             told.append(f"### {line['student']}\n\n{words}\n\n```yaml\n{line['plan']['fragment']}```")
     return "## Plans\n\n" + "\n\n".join(told) if told else ""
 
@@ -256,9 +277,13 @@ def times(done: dict[str, Any]) -> str:
     told = []
     for line in done.values():
         if line["student"] == "shapes":
-            told.append(f"- shapes of Llama-3.2-1B, {line['layers']} layers: {line['seconds']} s for {line['rows']} rows")
+            told.append(
+                f"- shapes of Llama-3.2-1B, {line['layers']} layers: {line['seconds']} s for {line['rows']} rows"
+            )
         elif line.get("plan"):
-            told.append(f"- {line['student']}: scan, plan and verification {line['seconds'].get('plan', 0):.0f} s")
+            told.append(
+                f"- {line['student']}: scan, plan and verification {line['seconds'].get('plan', 0):.0f} s"
+            )
     return "## Time\n\n" + "\n".join(told) if told else ""
 
 

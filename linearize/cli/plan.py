@@ -10,7 +10,8 @@ from ..terminal import print_json, stdout, watching
 from .app import AsJson, Method, Words, app, recipe_of, split
 
 Folder = Annotated[
-    Path | None, typer.Option(help="The scan's folder; runs/<teacher>-scan if not given. A second call goes on there.")
+    Path | None,
+    typer.Option(help="The scan's folder; runs/<teacher>-scan if not given. A second call goes on there."),
 ]
 Heads = Annotated[bool, typer.Option("--heads", help="Also every kv head of a layer alone.")]
 MAIN = "salient"
@@ -72,17 +73,28 @@ def scan_(
 def plan_(
     words: Words = None,
     method: Method = None,
-    kv_share: Annotated[str | None, typer.Option(help="Share of the KV cache at --at tokens, such as 6%.")] = None,
-    state_mb: Annotated[float | None, typer.Option(help="MiB of state for --batch sequences of --at tokens.")] = None,
+    kv_share: Annotated[
+        str | None, typer.Option(help="Share of the KV cache at --at tokens, such as 6%.")
+    ] = None,
+    state_mb: Annotated[
+        float | None, typer.Option(help="MiB of state for --batch sequences of --at tokens.")
+    ] = None,
     softmax_layers: Annotated[int | None, typer.Option(help="How many layers keep softmax.")] = None,
-    decode_us: Annotated[float | None, typer.Option(help="Microseconds a token in all layers; needs --times.")] = None,
+    decode_us: Annotated[
+        float | None, typer.Option(help="Microseconds a token in all layers; needs --times.")
+    ] = None,
     times: Annotated[Path | None, typer.Option(help='JSON: {"layer_us": {candidate: microseconds}}.')] = None,
-    at: Annotated[str | None, typer.Option(help="Tokens, such as 4096 or 32k; the teacher's context if not given.")] = None,
+    at: Annotated[
+        str | None, typer.Option(help="Tokens, such as 4096 or 32k; the teacher's context if not given.")
+    ] = None,
     batch: Annotated[int | None, typer.Option(min=1, help="Sequences that share --state-mb.")] = None,
     min_recall: Annotated[
-        float | None, typer.Option(help="Least share of the teacher's recall that the plan may be expected to keep.")
+        float | None,
+        typer.Option(help="Least share of the teacher's recall that the plan may be expected to keep."),
     ] = None,
-    softmax: Annotated[bool, typer.Option("--softmax", help="Layers may keep softmax, whose memory grows.")] = False,
+    softmax: Annotated[
+        bool, typer.Option("--softmax", help="Layers may keep softmax, whose memory grows.")
+    ] = False,
     output: Folder = None,
     as_json: AsJson = False,
 ) -> None:
@@ -105,11 +117,12 @@ def plan_(
         from ..modeling.errors import RecipeError
 
         raise RecipeError(
-            "plan: no budget; give one of --kv-share 6%, --state-mb 64, --softmax-layers 2, --decode-us 500 --times FILE"
+            "plan: no budget; give --kv-share 6%, --state-mb 64, --softmax-layers 2 or --decode-us 500 --times FILE"
         )
     folder = _folder(recipe, output)
 
-    from ..plan import curve_rows, plan
+    from ..plan import plan
+    from ..planned import curve_rows
 
     with watching() as watch:
         teacher, tokenizer, corpus = _ready(recipe, folder, watch)
@@ -139,8 +152,8 @@ def _folder(recipe: Any, output: Path | None) -> Path:
 
 def _ready(recipe: Any, folder: Path, watch: Any) -> tuple[Any, Any, Any]:
     """The teacher, its tokenizer, and a little text."""
-    from ..run import device_of
     from ..plan import check as check_plan
+    from ..run import device_of
     from ..scan.material import small_corpus
     from ..scan.measure import check
     from ..teacher import load_teacher

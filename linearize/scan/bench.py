@@ -14,6 +14,7 @@ from ..modeling.attention import attention_mode
 from ..modeling.mixer import Mixer
 from ..modeling.model import FORMAT, convert_, layer_spec, unconvert_
 from ..modeling.registry import METHODS
+from ..modeling.salient import SalientConfig
 from ..modeling.window import SoftmaxConfig
 from ..probe import Probed, check_deferral
 from ..recipe import Scan
@@ -81,7 +82,7 @@ class Bench:
     def seat(self, candidate: Candidate, layer: int, memo: Memo, head: int | None = None) -> Mixer:
         """A mixer for one layer: Salient's stand-in, what transfer taught, or fresh by the seed."""
         geometry, config = self.found[layer].geometry, candidate.method
-        if config.name == "salient":
+        if isinstance(config, SalientConfig):
             mixer: Mixer = OracleMixer(config, geometry, memo, self.scan.score_fit)
         elif candidate.name in self.trained:
             mixer = self.trained[candidate.name][layer]

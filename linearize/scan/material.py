@@ -50,7 +50,9 @@ class Batch:
 def small_data(recipe: Recipe) -> Any:
     """``data`` with no more self-made text than a scan reads, and no recall documents: prompts are made anyway."""
     scan = recipe.scan
-    needed = max(LEAST_HAYSTACK, 2 * (scan.sequences + 2) * (scan.seq_len + 1), *map(lambda n: 2 * n, lengths(scan)))
+    needed = max(
+        LEAST_HAYSTACK, 2 * (scan.sequences + 2) * (scan.seq_len + 1), *(2 * n for n in lengths(scan))
+    )
     kept = []
     for source in recipe.data.sources:
         if source.kind == "self":
@@ -58,7 +60,9 @@ def small_data(recipe: Recipe) -> Any:
         elif source.kind != "recall":
             kept.append(source)
     if not kept:
-        raise RecipeError("data.sources: recall documents alone leave a scan no text; name a text source, or 'self'")
+        raise RecipeError(
+            "data.sources: recall documents alone leave a scan no text; name a text source, or 'self'"
+        )
     return recipe.data.model_copy(
         update={"sources": kept, "held_out": None, "packing": "cross", "seq_len": scan.seq_len}
     )
@@ -82,7 +86,9 @@ def training_tokens(corpus: Corpus) -> Tensor:
     """[N] text that may be trained on, at most ``HAYSTACK`` tokens of it: the haystack of the scan's prompts."""
     pools = [part.train.tokens for part in corpus.parts if part.train is not None]
     if not pools:
-        raise RecipeError("data.sources: recall documents alone leave a scan no text; name a text source, or 'self'")
+        raise RecipeError(
+            "data.sources: recall documents alone leave a scan no text; name a text source, or 'self'"
+        )
     share = HAYSTACK // len(pools)
     return torch.from_numpy(np.concatenate([pool[:share].astype(np.int64) for pool in pools]))
 
@@ -96,7 +102,12 @@ def batches(scan: Scan, corpus: Corpus, tokenizer: Any, seed: int, vocab: int) -
     for task in scan.recall_tasks:
         for length in lengths(scan):
             asked = prompts(
-                tokenizer, task, length, samples=scan.recall_samples, seed=seed + SEED, haystack_tokens=haystack
+                tokenizer,
+                task,
+                length,
+                samples=scan.recall_samples,
+                seed=seed + SEED,
+                haystack_tokens=haystack,
             )
             made += [Batch(_ids(part), (task, length), part) for part in _split(asked, scan.batch_size)]
     return made

@@ -173,13 +173,18 @@ def read(folder: Path) -> ScanResult:
     try:
         return ScanResult.from_dict(json.loads((folder / RESULT).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
-        raise RecipeError(f"{folder / RESULT}: cannot be read ({error}); run `linearize scan` again") from None
+        raise RecipeError(
+            f"{folder / RESULT}: cannot be read ({error}); run `linearize scan` again"
+        ) from None
 
 
 def check(model: Any, recipe: Recipe) -> None:
     """Refuse lengths at which the teacher is no reference."""
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    for key, value in (("seq_len", recipe.scan.seq_len), ("recall_lens", max(lengths(recipe.scan), default=0))):
+    for key, value in (
+        ("seq_len", recipe.scan.seq_len),
+        ("recall_lens", max(lengths(recipe.scan), default=0)),
+    ):
         if limit and value > limit:
             raise RecipeError(
                 f"scan.{key}: {value} is longer than the teacher's context of {limit}; give at most {limit}"
@@ -234,7 +239,9 @@ def train(
         model = convert(bench.model, dict.fromkeys(bench.found, candidate.method))
         try:
             below = folder / "transfer" / name.replace(" ", "-")
-            transfer(model, corpus, config, folder=below, seed=recipe.seed, device=bench.device, progress=progress)
+            transfer(
+                model, corpus, config, folder=below, seed=recipe.seed, device=bench.device, progress=progress
+            )
             bench.trained[name] = {i: mixer.requires_grad_(False) for i, mixer in model.mixers().items()}
         finally:
             unconvert(model)
@@ -276,12 +283,15 @@ def _notes(recipe: Recipe, tried: list[Candidate], teacher: Mapping[str, list[in
         )
     if any(candidate.trains for candidate in tried):
         spent = recipe.scan.transfer_tokens
-        told.append(f"Other methods had {spent:,} tokens of transfer." if spent else "Other methods are untrained.")
+        told.append(
+            f"Other methods had {spent:,} tokens of transfer." if spent else "Other methods are untrained."
+        )
     for cell, (count, right) in teacher.items():
         if right < ANSWERED * count:
             low, high = wilson(right, count)
             told.append(
-                f"{cell}: the teacher answers {right} of {count} itself [{100 * low:.0f}, {100 * high:.0f} %]; not counted."
+                f"{cell}: the teacher answers {right} of {count} itself [{100 * low:.0f}, {100 * high:.0f} %]; "
+                "not counted."
             )
     return told
 
@@ -289,7 +299,9 @@ def _notes(recipe: Recipe, tried: list[Candidate], teacher: Mapping[str, list[in
 def require_recall(result: ScanResult) -> None:
     """Raise where a least recall is asked for and the teacher has none to lose."""
     if not any(row.answered for row in result.rows):
-        told = ", ".join(f"{right} of {count} at {cell}" for cell, (count, right) in result.teacher_cells.items())
+        told = ", ".join(
+            f"{right} of {count} at {cell}" for cell, (count, right) in result.teacher_cells.items()
+        )
         raise EvaluationError(
             f"plan.min_recall: the teacher fails the recall tasks itself ({told or 'none was asked'}); "
             "leave min_recall out, or choose other scan.recall_tasks or shorter scan.recall_lens"

@@ -1,4 +1,4 @@
-"""Mixers of the scan alone: Salient with a score that nobody had to train, one kv head alone, and attention's own shape.
+"""Mixers of the scan alone: Salient with a score that nobody had to train, one kv head alone, where attention looks.
 
 An untrained score ranks by chance, so that its student says nothing of a trained one. The stand-in ranks by what the
 score is taught in stage 1, the log of the largest attention that a token will get after it left the local span
@@ -40,7 +40,7 @@ class Memo:
         return self.values["softmax"]
 
     def target(self, x: MixerInput, chunk: int, floor: float) -> Tensor:
-        """[B, T, G] what stage 1 of Salient teaches; -inf would never be chosen, so tokens nobody asks get the floor."""
+        """[B, T, G] what stage 1 of Salient teaches; the floor where no later query asks."""
         key = ("target", chunk, floor)
         if key not in self.values:
             paid = future_attention(x.q, x.k, scale=x.scale, chunk=chunk, softcap=x.softcap)
@@ -99,7 +99,14 @@ def softmax_output(x: MixerInput) -> Tensor:
     """y [B, T, H, V] of causal softmax attention with the model's scale and soft-cap."""
     if x.softcap is not None:
         return window_attention(
-            x.q, x.k, x.v, scale=x.scale, window=x.q.shape[1], window_kind="sliding", softcap=x.softcap, sinks=0
+            x.q,
+            x.k,
+            x.v,
+            scale=x.scale,
+            window=x.q.shape[1],
+            window_kind="sliding",
+            softcap=x.softcap,
+            sinks=0,
         )
     q, k, v = (t.transpose(1, 2) for t in (x.q, x.k, x.v))
     y = scaled_dot_product_attention(q, k, v, is_causal=True, scale=x.scale, enable_gqa=True)
@@ -113,7 +120,10 @@ def far_mass(x: MixerInput, chunk: int, places: Tensor | None = None) -> tuple[T
     A chunk of queries at a time: C x T probabilities a head. Queries without a past count as looking at none of it.
     """
     batch, time, heads = x.q.shape[:3]
-    q, k = x.q.float().transpose(1, 2), x.k.float().transpose(1, 2).repeat_interleave(heads // x.k.shape[2], 1)
+    q, k = (
+        x.q.float().transpose(1, 2),
+        x.k.float().transpose(1, 2).repeat_interleave(heads // x.k.shape[2], 1),
+    )
     position = torch.arange(time, device=x.q.device)
     total, copied = q.new_zeros(heads), None if places is None else q.new_zeros(heads)
     for start in range(0, time, chunk):

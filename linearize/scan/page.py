@@ -30,7 +30,9 @@ def words(result: "ScanResult") -> list[str]:
     by_kl = sorted(rows.values(), key=lambda row: -row.kl)
     most = ", ".join(f"{row.layer} ({row.kl:.3f})" for row in by_kl[:3])
     total = sum(row.kl for row in by_kl)
-    told.append(f"{result.reference} in one layer alone costs most KL in layers {most}; all of them add up to {total:.3f}.")
+    told.append(
+        f"{result.reference} in one layer alone costs most KL in layers {most}; all of them add up to {total:.3f}."
+    )
     return told
 
 
@@ -92,7 +94,9 @@ def html(result: "ScanResult") -> str:
         body.append(f"<h2>{escape(title)}</h2>{_heat(result, value, form)}")
     if result.selectors:
         body.append("<h2>Rules for choosing layers, side by side</h2>")
-        body.append("<p>A higher score asks sooner for the layer to be kept; darker is higher within its rule.</p>")
+        body.append(
+            "<p>A higher score asks sooner for the layer to be kept; darker is higher within its rule.</p>"
+        )
         body.append(_selectors(result))
         body.append("<h2>How far they agree</h2><p>Spearman's rank correlation over layers.</p>")
         names = list(result.correlations)

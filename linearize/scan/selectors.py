@@ -9,8 +9,7 @@ the one that keeps least.
     next token          gain of the next-token loss with r there alone
     HALO's ratio        (max R - R_i) / (max C - C_i + 1e-6), R recall and C common-sense reasoning with layer i alone
                         converted (arXiv 2601.22156, as we read it); here C is the negative next-token loss
-    restore one         how much KL falls when every layer has r, and this one its softmax back (arXiv 2512.20569 selects
-                        layers so)
+    restore one         how much KL falls when every layer has r, and this one its softmax back (after arXiv 2512.20569)
     attention distance  share of attention beyond the local span on text, mean over heads: what DuoAttention (arXiv
                         2410.10819) calls attention profiling, and finds wanting beside its trained gates
     retrieval heads     attention that the tokens of an answer pay to the token of the needle that they copy, of the
@@ -59,9 +58,7 @@ def scores(
     alone = {row.layer: row for row in rows if row.candidate == name and row.head is None}
     kept = {i: 1 - row.lost / max(1, row.answered) for i, row in alone.items()}
     gain = {i: row.next_token for i, row in alone.items()}
-    halo = {
-        i: (max(kept.values()) - kept[i]) / (gain[i] - min(gain.values()) + 1e-6) for i in layers
-    }
+    halo = {i: (max(kept.values()) - kept[i]) / (gain[i] - min(gain.values()) + 1e-6) for i in layers}
     found = {
         "loss": {i: row.loss(WEIGHT) for i, row in alone.items()},
         "KL": {i: row.kl for i, row in alone.items()},

@@ -105,9 +105,9 @@ class Task:
         fixed = len(start) + len(hidden) + sum(map(len, others)) + len(asked) + len(answer)
         room = length - fixed
         if room < 0:
+            what = "the needle" if self.needles == 1 else "its needles"
             raise DataError(
-                f"{self.name}: a prompt of {length} tokens cannot hold {'the needle' if self.needles == 1 else 'its needles'}; "
-                f"ask for {fixed} or more"
+                f"{self.name}: a prompt of {length} tokens cannot hold {what}; ask for {fixed} or more"
             )
         if self.haystack == "noise":
             hay = filler(tokenizer, room)
