@@ -57,7 +57,7 @@ class Section(BaseModel):
 class Scan(Section):
     """What is tried in each layer alone, and what it is measured on: training text and recall prompts of its own."""
 
-    budgets: list[Count] = [0, 16, 32, 64, 128, 256, 512, 1024, 2048]
+    budgets: list[Count] = [0, 32, 128, 256, 512, 1024, 2048]
     """Salient's N; those that would hold all of ``seq_len`` are left out. Empty where the method is another."""
     chunks: list[Positive] | None = None
     """Salient's C, each with every budget; None: the method's own."""

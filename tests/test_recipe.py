@@ -22,7 +22,8 @@ def test_what_is_written_reads_back_equal(name, tmp_path):
 def test_nothing_means_the_quickstart_and_a_model_means_the_defaults():
     assert Recipe.resolve() == Recipe.resolve(QUICKSTART)
     assert Recipe.resolve().teacher.name == "books-5m"
-    assert Recipe.resolve().layers == [0, 1, 2]
+    assert Recipe.resolve().layers == "all"
+    assert Recipe.resolve().plan.kv_share == 0.08
     assert Recipe.resolve("some/model") == Recipe.from_dict({"teacher": {"name": "some/model"}})
     assert Recipe.resolve("some/model").layers == "all"
 
