@@ -188,5 +188,7 @@ def test_the_length_gate_compares_pairs_as_far_as_the_teacher_goes():
     assert rows[3].note == "beyond the teacher's context of 50"
     assert gate_lengths(10, 50) == [10, 20, 40]
     assert [row.note for row in length_gate(results, 20)] == ["", "", *["this length was not measured"] * 2]
-    alone = Results("x", ["teacher", "student"], 0, {10: {"teacher": at(better), "student": at(better)}}, [], {})
+    alone = Results(
+        "x", ["teacher", "student"], 0, {10: {"teacher": at(better), "student": at(better)}}, [], {}
+    )
     assert length_gate(alone, 10)[0].note == "no window control was trained"

@@ -110,7 +110,9 @@ def test_what_keeps_everything_loses_nothing_and_more_is_better(scanned, teacher
 
 
 def test_kv_heads_alone_add_up_to_the_layer(teacher, tokenizer, corpus, recipe, tmp_path):
-    heads = recipe.override(["scan.heads=true", "scan.budgets=[2]", "scan.windows=[]", "scan.selectors=false"])
+    heads = recipe.override(
+        ["scan.heads=true", "scan.budgets=[2]", "scan.windows=[]", "scan.selectors=false"]
+    )
     result = scan(teacher, tokenizer, corpus, heads, folder=tmp_path)
     for layer in result.layers:
         parts = sum(result.row(layer, "salient 16+2", head).error for head in (0, 1))
@@ -132,7 +134,9 @@ def test_a_scan_goes_on_from_its_lines_and_takes_more_candidates(
     assert calls == [1, 2]
     assert again.rows == whole.rows
     more = recipe.override(["scan.windows=[8, 32]"])
-    assert {row.candidate for row in scan(teacher, tokenizer, corpus, more, folder=tmp_path).rows} > {"window 32"}
+    assert {row.candidate for row in scan(teacher, tokenizer, corpus, more, folder=tmp_path).rows} > {
+        "window 32"
+    }
     with pytest.raises(RecipeError, match="holds a scan with another scan; choose another folder"):
         scan(teacher, tokenizer, corpus, recipe.override(["scan.sequences=2"]), folder=tmp_path)
     assert read(folder).rows == whole.rows
@@ -192,7 +196,11 @@ def test_a_layer_that_copies_is_a_retrieval_head():
 def test_ranks_and_their_correlation():
     assert selectors.ranks([3.0, 1.0, 3.0, 2.0]) == [3.5, 1.0, 3.5, 2.0]
     found = selectors.correlations(
-        {"a": {"0": 1.0, "1": 2.0, "2": 9.0}, "b": {"0": 0.1, "1": 0.2, "2": 0.3}, "flat": dict.fromkeys("012", 1.0)}
+        {
+            "a": {"0": 1.0, "1": 2.0, "2": 9.0},
+            "b": {"0": 0.1, "1": 0.2, "2": 0.3},
+            "flat": dict.fromkeys("012", 1.0),
+        }
     )
     assert found == {"a": {"a": 1.0, "b": 1.0}, "b": {"a": 1.0, "b": 1.0}}
 

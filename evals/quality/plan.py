@@ -9,6 +9,7 @@ scan of a random model with the shapes of Llama-3.2-1B (`--shapes-layers` of its
 
 import argparse
 import json
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -125,6 +126,7 @@ def measure(name: str, options: argparse.Namespace, tree: dict[str, Any]) -> dic
             f"output={folder}",
         ),
     )
+    take_scan(folder, recipe, [options.work / other for other in tree["students"]])
     done = quality.run(recipe, progress=quality.Reporter(name))
     quality.check_windows(done.results, recipe, options.data / quality.EVAL)
     record = json.loads((folder / "results.json").read_text())
@@ -142,6 +144,19 @@ def measure(name: str, options: argparse.Namespace, tree: dict[str, Any]) -> dic
         "tf32": options.tf32,
         "results": done.results.to_dict(),
     }
+
+
+def take_scan(folder: Path, recipe: Recipe, others: list[Path]) -> None:
+    """A run that has not begun starts with the lines of a scan that another has finished: the text is the same."""
+    if recipe.plan is None or folder.exists():
+        return
+    for other in others:
+        if (other / "scan" / "scan.json").exists():
+            (folder / "scan").mkdir(parents=True)
+            for name in ("scan.jsonl", "selectors.json"):
+                shutil.copy(other / "scan" / name, folder / "scan" / name)
+            (folder / "recipe.yaml").write_text(recipe.to_yaml())
+            return
 
 
 def chosen(recipe: Recipe) -> dict[str, str]:
