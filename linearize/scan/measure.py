@@ -236,7 +236,7 @@ def train(
     for name, candidate in tried.items():
         if not candidate.trains or name in bench.trained:
             continue
-        model = convert(bench.model, dict.fromkeys(bench.found, candidate.method))
+        model: Any = convert(bench.model, dict.fromkeys(bench.found, candidate.method))
         try:
             below = folder / "transfer" / name.replace(" ", "-")
             transfer(
