@@ -15,7 +15,6 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import (
     AfterValidator,
-    BaseModel,
     BeforeValidator,
     Field,
     PrivateAttr,
@@ -29,26 +28,30 @@ from pydantic import (
 from .complaints import complaint, located, near
 from .methods import (
     DEFAULT_METHOD,
-    STRICT,
     build_layers,
     build_method,
     leading,
     method_names,
-    read_number,
     read_whole,
     spell_out,
 )
 from .modeling.errors import LinearizeError, RecipeError
 from .overrides import flatten, parse_override, read_yaml, set_dotted
+from .sections import (
+    Count,
+    Plan,
+    Positive,
+    PositiveRate,
+    Rate,
+    RecallTask,
+    Scan,
+    Section,
+    Share,
+    read_plan,
+)
 
 QUICKSTART = "quickstart"
 
-Count = Annotated[int, BeforeValidator(read_whole), Field(ge=0)]
-Positive = Annotated[int, BeforeValidator(read_whole), Field(ge=1)]
-Rate = Annotated[float, BeforeValidator(read_number), Field(ge=0)]
-PositiveRate = Annotated[float, BeforeValidator(read_number), Field(gt=0)]
-Share = Annotated[float, BeforeValidator(read_number), Field(ge=0, le=1)]
-RecallTask = Literal["passkey", "number_in_noise", "number_in_text", "uuid_in_text"]
 SuiteTask = Literal[
     "niah_single_1",
     "niah_single_2",
@@ -102,12 +105,6 @@ def _one_or_more(value: Any) -> Any:
     if value in (None, "none"):
         return []
     return [value] if isinstance(value, str) else value
-
-
-class Section(BaseModel):
-    """A part of the recipe: immutable, finite, and free of keys that nobody reads."""
-
-    model_config = STRICT
 
 
 class Teacher(Section):
@@ -347,6 +344,8 @@ class Evaluate(Section):
     prompt: str | None = None
     suite: Suite = Suite()
     lm_eval: LmEvalTasks = LmEvalTasks()
+    length_gate: bool = False
+    """Measure at 1, 2, 4 and 8 times data.seq_len too, and hold the student against the window control there."""
 
 
 class Recipe(Section):
@@ -361,6 +360,8 @@ class Recipe(Section):
     finetune: Finetune = Finetune()
     control: Control = Control()
     evaluate: Evaluate = Evaluate()
+    scan: Scan = Scan()
+    plan: Annotated[Plan | None, BeforeValidator(read_plan)] = None
     output: Name | None = None
     seed: Annotated[Count, Field(lt=2**32)] = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -404,6 +405,8 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _parts_fit(self) -> "Recipe":
+        if self.plan is not None and self.layers != "all":
+            raise ValueError("plan: chooses what every layer gets; leave out layers, or leave out plan")
         if isinstance(self.layers, list) and (not self.layers or len(set(self.layers)) != len(self.layers)):
             raise ValueError(
                 f"layers: {self.layers} is not a list of distinct layer numbers, such as [0, 1, 2]"

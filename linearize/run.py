@@ -3,6 +3,7 @@
 <output>/
   recipe.yaml           resolved, every default included; a run of another recipe is refused here
   data/                 the tokens, sampled or read once
+  scan/                 with `plan`: what each layer loses alone, and the plan made of it (see scan/, plan.py)
   transfer/ finetune/   metrics.jsonl, checkpoints while they run, then the weights (see train/resume.py)
   student/              the checkpoint: what is measured, and what may be published; certificate.json says what was
   control/<method>/     transfer/, finetune/ and student/ of each control that the recipe asks for
@@ -30,6 +31,7 @@ from . import checkpoint, interrupt, report
 from .convert import convert, describe, unconvert
 from .data import Corpus, build
 from .evaluate import Results, check, evaluate
+from .evaluate.length_gate import context_of, gate_lengths, gated
 from .evaluate.vocabulary import refuse_other_vocabulary
 from .files import write_text
 from .generate import generate
@@ -37,10 +39,13 @@ from .methods import adjust, build_method, method_words
 from .modeling.errors import LinearizeError, RecipeError
 from .modeling.linear import LinearConfig
 from .modeling.mixer import MethodConfig
+from .plan import PlanResult, plan, resolved
+from .plan import check as check_plan
 from .progress import Progress, Watch
 from .proof import certify, controls_of, device_of, gates_of, text_of
 from .provenance import origin
-from .recipe import Recipe
+from .recipe import Evaluate, Recipe
+from .scan import ScanResult
 from .teacher import load_teacher
 from .tracking import check_trackers, tracked
 from .train.finetune import finetune
@@ -95,6 +100,8 @@ def _go(recipe: Recipe, folder: Path, progress: Watch | None) -> RunResult:
         model, tokenizer = load_teacher(recipe.teacher, device)
         unconvert(_converted(model, recipe))  # refused, if at all, before any data is made
         _refuse_long_sequences(model, recipe)
+        if recipe.plan is not None:
+            check_plan(model, recipe)
     with clock("data"), _claimed(folder, recipe):
         at = folder / "data"
         corpus = build(
@@ -106,7 +113,13 @@ def _go(recipe: Recipe, folder: Path, progress: Watch | None) -> RunResult:
             device=device,
             progress=progress,
         )
-        check(model, tokenizer, corpus, recipe.evaluate)
+        check(model, tokenizer, corpus, evaluated(recipe, model, corpus))
+    planned: tuple[PlanResult, ScanResult] | None = None
+    asked = recipe
+    if recipe.plan is not None:
+        with clock("plan"):
+            planned = plan(model, tokenizer, corpus, recipe, folder=folder / "scan", progress=progress)
+            recipe = resolved(recipe, planned[0])
     model = _converted(model, recipe)
     _teach(model, tokenizer, corpus, recipe, folder, clock, progress)
 
@@ -124,15 +137,16 @@ def _go(recipe: Recipe, folder: Path, progress: Watch | None) -> RunResult:
         teacher, tokenizer = load_teacher(recipe.teacher, device)
         watch = interrupt.stopping(progress, f"evaluate: what was trained is saved in {folder}")
         gates = gates_of(students["student"], teacher, tokenizer, saved["student"], recipe, watch)
-        results = evaluate(
-            students, teacher, tokenizer, corpus, recipe.evaluate, recipe.seed, watch, folder / "suite"
-        )
+        config = evaluated(recipe, teacher, corpus)
+        results = evaluate(students, teacher, tokenizer, corpus, config, recipe.seed, watch, folder / "suite")
+        if recipe.evaluate.length_gate:
+            results = gated(results, recipe.data.seq_len, context_of(teacher))
         results = replace(results, gates=gates)
         prompt, text = _continuation(students["student"], tokenizer, corpus, recipe)
         for name, at in saved.items():
             own = results if name == "student" else replace(results, gates=None, ablations=None)
             certify(at, own, recipe)
-    return _finish(folder, recipe, results, prompt, text, clock.seconds)
+    return _finish(folder, asked, results, prompt, text, clock.seconds, planned)
 
 
 def _converted(model: Any, recipe: Recipe, control: MethodConfig | None = None) -> Any:
@@ -191,6 +205,16 @@ def _teach(
         checkpoint.save(model, tokenizer, folder / "student", extra={"recipe.yaml": recipe.to_yaml()})
 
 
+def evaluated(recipe: Recipe, teacher: Any, corpus: Corpus) -> Evaluate:
+    """What is measured: with the length gate, at multiples of the training length too, as far as the text goes."""
+    config = recipe.evaluate
+    if not config.length_gate:
+        return config
+    longest = max((len(held.pool) for held in corpus.held), default=0)
+    more = [n for n in gate_lengths(recipe.data.seq_len, context_of(teacher)) if n < longest]
+    return config.model_copy(update={"seq_lens": sorted({*config.seq_lens, *more})})
+
+
 @interrupt.catching()
 def evaluate_checkpoint(
     folder: str | Path,
@@ -243,9 +267,9 @@ def evaluate_checkpoint(
     at = folder if not fields else None  # with other fields it is another student than the folder's
     watch = interrupt.stopping(progress, f"evaluate: {folder} is as it was; nothing of a measurement is kept")
     gates = gates_of(students["student"], teacher, tokenizer, at, recipe, watch)
-    results = evaluate(
-        students, teacher, tokenizer, corpus, recipe.evaluate, recipe.seed, watch, suite_folder
-    )
+    # The length gate needs the control beside the student.
+    config = recipe.evaluate.model_copy(update={"length_gate": False})
+    results = evaluate(students, teacher, tokenizer, corpus, config, recipe.seed, watch, suite_folder)
     results = replace(results, gates=gates)
     if at is not None:
         try:
@@ -358,7 +382,13 @@ def _continuation(student: Any, tokenizer: Any, corpus: Corpus, recipe: Recipe) 
 
 
 def _finish(
-    folder: Path, recipe: Recipe, results: Results, prompt: str, text: str, seconds: dict[str, float]
+    folder: Path,
+    recipe: Recipe,
+    results: Results,
+    prompt: str,
+    text: str,
+    seconds: dict[str, float],
+    planned: tuple[PlanResult, ScanResult] | None,
 ) -> RunResult:
     made = RunResult(folder, folder / "student", results, prompt, text, seconds)
     record = {
@@ -369,7 +399,11 @@ def _finish(
         "continuation": text,
         "results": results.to_dict(),
     }
-    write_text(folder / "table.md", report.markdown(results))
+    told = report.markdown(results)
+    if planned is not None:
+        record |= {"plan": planned[0].to_dict(), "scan": planned[1].to_dict()}
+        told = report.as_markdown(report.plan_table(planned[0], planned[1].words)) + "\n" + told
+    write_text(folder / "table.md", told)
     write_text(folder / "results.json", json.dumps(record, indent=1, ensure_ascii=False) + "\n")
     if report.available():
         report.write_report([folder])

@@ -54,7 +54,7 @@ def test_a_first_word_with_an_equals_sign_is_an_override():
 
 
 def test_a_mistake_is_one_line_on_stderr_and_code_2():
-    made = call("show", "method.widow=3")
+    made = call("show", "books-5m", "method.widow=3")
     assert made.exit_code == 2
     assert made.stdout == ""
     assert made.stderr == "error: method.widow: unknown key; did you mean 'window'?\n"

@@ -343,3 +343,31 @@ def test_mistakes_are_named(teacher, windows, change, text):
     arguments = {"students": {}, "windows": windows, "batch_size": 2, "vocab_size": VOCAB} | change
     with pytest.raises(EvaluationError, match=text):
         compare(teacher, **arguments)
+
+
+def test_the_length_gate_compares_pairs_as_far_as_the_teacher_goes():
+    from linearize.evaluate import Results
+    from linearize.evaluate.length_gate import gate_lengths, length_gate
+    from linearize.evaluate.likelihood import Likelihood
+
+    def at(window_kl):
+        tokens = 10 * len(window_kl)
+        return Likelihood(1.0, sum(window_kl) / tokens, 1.0, tokens, len(window_kl), {}, [], [], window_kl)
+
+    better, worse, mixed = [1.0, 2.0, 3.0, 4.0], [2.0, 3.0, 4.0, 5.0], [0.5, 3.0, 1.0, 6.0]
+    measured = {
+        10: {"teacher": at([0.0] * 4), "student": at(better), "window control": at(worse)},
+        20: {"teacher": at([0.0] * 4), "student": at(worse), "window control": at(better)},
+        40: {"teacher": at([0.0] * 4), "student": at(better), "window control": at(mixed)},
+    }
+    results = Results("x", ["teacher", "student", "window control"], 0, measured, [], {})
+    rows = length_gate(results, 10, 50)
+    assert [row.status for row in rows] == ["passed", "failed", "passed", "not run"]
+    assert rows[1].difference == pytest.approx(0.1)
+    assert rows[3].note == "beyond the teacher's context of 50"
+    assert gate_lengths(10, 50) == [10, 20, 40]
+    assert [row.note for row in length_gate(results, 20)] == ["", "", *["this length was not measured"] * 2]
+    alone = Results(
+        "x", ["teacher", "student"], 0, {10: {"teacher": at(better), "student": at(better)}}, [], {}
+    )
+    assert length_gate(alone, 10)[0].note == "no window control was trained"

@@ -14,6 +14,7 @@ from linearize.evaluate import Results
 from linearize.modeling.errors import LinearizeError
 from linearize.modeling.registry import METHODS
 from linearize.recipe import Recipe
+from linearize.scan.candidates import candidates
 from linearize.tasks.words import WORDS
 from linearize.teacher import BUNDLED
 
@@ -142,3 +143,25 @@ def test_what_falls_short_of_a_mark_is_named(quality):
         f"- lolcats: KL at 1,024 is {kl:.4g}, 2.0 % above {kl / 1.02:.4g}",
         "- lolcats: passkey at 512 is 7 % [3, 14], the mark 50 % [31, 69]",
     ]
+
+
+def test_planned_students_keep_to_their_tokens_and_hand_made_ones_are_scanned(quality, tmp_path):
+    """Nothing runs: the recipes of plan.py, and the table of lines that hold nothing."""
+    spec = importlib.util.spec_from_file_location("quality_plan", SCRIPT.with_name("plan.py"))
+    sys.modules["run"] = quality
+    plan = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(plan)
+    del sys.modules["run"]
+    options = plan.arguments(["--teacher=x", "--data=x", f"--out={tmp_path / 'out.jsonl'}"])
+    tree = plan.read_yaml(options.students)
+    shares = []
+    for name in tree["students"]:
+        recipe = plan.recipe_of(name, options, tree)
+        assert recipe.transfer.tokens + recipe.finetune.tokens <= 10_000_000
+        shares.append((recipe.plan.kv_share, recipe.plan.at))
+    assert shares == [(0.063, 4096), (0.1, 4096), (0.03, 4096)]
+    assert len(tree["ranking"]) >= 8
+    tried = {c.name for c in candidates(recipe)}
+    for name in tree["ranking"]:
+        assert set(plan.chosen(plan.recipe_of(name, options, tree)).values()) <= tried, name
+    assert plan.markdown({}, {"targets": [], "ranking": []}) == ""

@@ -88,12 +88,12 @@ def test_no_prompts_no_answers(model):
 
 @pytest.mark.parametrize("task", TASKS)
 def test_prompts_fit_and_do_not_depend_on_what_else_is_asked(tokenizer, task):
-    text = torch.arange(5000) % 4000 + 50
-    made = prompts(tokenizer, task, 256, samples=4, seed=7, haystack_tokens=text)
-    assert all(len(p.ids) > 0 and len(p.ids) + len(p.answer) <= 256 for p in made)
-    again = prompts(tokenizer, task, 256, samples=2, seed=7, haystack_tokens=text)
+    text, length = torch.arange(5000) % 4000 + 50, 192 + 64 * TASKS[task].needles
+    made = prompts(tokenizer, task, length, samples=4, seed=7, haystack_tokens=text)
+    assert all(len(p.ids) > 0 and len(p.ids) + len(p.answer) <= length for p in made)
+    again = prompts(tokenizer, task, length, samples=2, seed=7, haystack_tokens=text)
     assert digest(again) == digest(made[:2]) != digest(made[2:])
-    assert digest(prompts(tokenizer, task, 256, samples=2, seed=8, haystack_tokens=text)) != digest(again)
+    assert digest(prompts(tokenizer, task, length, samples=2, seed=8, haystack_tokens=text)) != digest(again)
 
 
 def test_cells(tokenizer):

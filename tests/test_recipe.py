@@ -22,7 +22,8 @@ def test_what_is_written_reads_back_equal(name, tmp_path):
 def test_nothing_means_the_quickstart_and_a_model_means_the_defaults():
     assert Recipe.resolve() == Recipe.resolve(QUICKSTART)
     assert Recipe.resolve().teacher.name == "books-5m"
-    assert Recipe.resolve().layers == [0, 1, 2]
+    assert Recipe.resolve().layers == "all"
+    assert Recipe.resolve().plan.kv_share == 0.08
     assert Recipe.resolve("some/model") == Recipe.from_dict({"teacher": {"name": "some/model"}})
     assert Recipe.resolve("some/model").layers == "all"
 
@@ -66,7 +67,7 @@ def test_numbers_of_a_method_are_read_like_all_others(name):
 
 def test_overrides_are_yaml_and_the_last_one_wins():
     words = ["layers=[0,2]", "method.window=16", "method.window=32", "data.sources.0.weight=2", "output=null"]
-    recipe = Recipe.resolve(overrides=words)
+    recipe = Recipe.resolve("books-5m/lolcats", overrides=words)
     assert recipe.layers == [0, 2]
     assert recipe.method.window == 32
     assert recipe.data.sources[0].weight == 2
@@ -100,13 +101,13 @@ def test_a_method_recommends_and_the_user_decides():
 
 
 def test_differences_name_keys_and_leave_the_output_out():
-    one = Recipe.resolve()
+    one = Recipe.resolve("books-5m/lolcats")
     other = one.override(["method.window=16", "data.sources.1.weight=3", "output=elsewhere"])
     assert one.differences(other) == ["method.window", "data.sources.1.weight"]
 
 
 def test_a_recipe_cannot_be_changed_in_place():
-    recipe = Recipe.resolve()
+    recipe = Recipe.resolve("books-5m/lolcats")
     with pytest.raises(Exception, match="frozen"):
         recipe.seed = 1
     with pytest.raises(dataclasses.FrozenInstanceError):
@@ -210,7 +211,7 @@ REFUSED = {
 @pytest.mark.parametrize("word", REFUSED)
 def test_a_wrong_word_is_refused_in_one_line(word):
     with pytest.raises(RecipeError) as error:
-        Recipe.resolve(overrides=[word])
+        Recipe.resolve("books-5m/lolcats", overrides=[word])
     line = str(error.value)
     assert REFUSED[word] in line
     assert "\n" not in line

@@ -18,7 +18,7 @@ from linearize.train.transfer import transfer
 
 MODELS = ("llama-3.2-1b", "llama-3.1-8b", "qwen3-0.6b", "mistral-7b")
 CONTROLS = {"linear", "softmax", "window"}  # nobody converts a model for their sake
-FAMILIES = {"llama": "llama", "smollm2": "llama", "qwen3": "qwen3", "mistral": "mistral"}
+FAMILIES = {"books": "llama", "llama": "llama", "smollm2": "llama", "qwen3": "qwen3", "mistral": "mistral"}
 LENGTH = 200  # longer than two windows of 64
 
 

@@ -1,6 +1,7 @@
 """Recall documents: exact lengths, nothing random but the seed, and wordings that a teacher knows."""
 
 import random
+import re
 from functools import lru_cache
 from types import SimpleNamespace
 
@@ -60,6 +61,7 @@ def haystack_of(tokenizer, rng):
 
 
 def sample(tokenizer, task, length, index=0, seed=42, depth=None):
+    length += 200 * (task.needles - 1)  # of bytes, a needle has some 80
     rng = generator(task.name, length, index, seed, depth)
     return task.make(tokenizer, length, rng, haystack_of(tokenizer, rng), depth=depth)
 
@@ -69,7 +71,7 @@ def sample(tokenizer, task, length, index=0, seed=42, depth=None):
 def test_prompt_and_answer_fill_the_length_to_the_token(tokenizer, task, length):
     for index in range(3):
         prompt = sample(tokenizer, task, length, index)
-        assert len(prompt.ids) + len(prompt.answer) == length
+        assert len(prompt.ids) + len(prompt.answer) == length + 200 * (task.needles - 1)
         assert 0 <= prompt.depth < 1
 
 
@@ -82,6 +84,13 @@ def test_the_answer_is_what_follows_and_stands_in_the_prompt(tokenizer, task):
     assert text.endswith(" is")
     assert text.count(answer) == (2 if task.needle == "passkey" else 1)
     assert tokenizer.decode(prompt.ids + prompt.answer).endswith(f" is {answer}")
+    if task.needle == "magic":
+        values = re.findall(r"special magic numbers for [\w-]+ is: ([\w-]+)\.", text)
+        assert len(set(values)) == len(values) == task.needles
+        key = re.search(r"for ([\w-]+) mentioned", text)[1]
+        assert f"numbers for {key} is: {answer}." in text
+        begin = text.index(f" One of the special magic numbers for {key} is")
+        assert len(piece(tokenizer, text[:begin])) / len(prompt.ids) == pytest.approx(prompt.depth, abs=0.02)
 
 
 def test_a_tokenizer_that_opens_with_special_tokens_opens_the_prompt_with_them():

@@ -5,7 +5,7 @@ mistake is one line and exit code 2, an interruption is 130.
 """
 
 # Imported in the order in which --help lists the verbs.
-from . import make, lists, measure, use, state, tools  # noqa: F401, I001
+from . import make, plan, lists, measure, use, state, tools  # noqa: F401, I001
 from .app import app
 from .lists import FAMILIES
 

@@ -19,6 +19,7 @@ from . import ablations, harness, likelihood, recall, suite
 from .ablations import Ablations
 from .gates import Gates
 from .harness import LmEval
+from .length_gate import LengthRow
 from .likelihood import TEACHER, Bucket, Likelihood
 from .memory import LayerMemory, Memory, memory
 from .recall import Cell
@@ -33,6 +34,7 @@ __all__ = [
     "Gates",
     "HeldOut",
     "LayerMemory",
+    "LengthRow",
     "Likelihood",
     "LmEval",
     "Memory",
@@ -90,6 +92,8 @@ class Results:
     overlap: dict[str, Overlap] = field(default_factory=dict)
     """Held-out text by name -> its runs of 13 tokens that were trained on; empty where either is not at hand."""
     lm_eval: LmEval | None = None
+    length_gate: list[LengthRow] | None = None
+    """Students against the window control at multiples of the training length; None where it was not asked for."""
 
     def cell(self, model: str, task: str, length: int) -> Cell:
         for cell in self.recall:
@@ -122,6 +126,9 @@ class Results:
             speed=SpeedResults.from_dict(tree["speed"]) if tree.get("speed") else None,
             overlap={name: Overlap(**entry) for name, entry in tree.get("overlap", {}).items()},
             lm_eval=LmEval.from_dict(tree["lm_eval"]) if tree.get("lm_eval") else None,
+            length_gate=None
+            if tree.get("length_gate") is None
+            else [LengthRow.from_dict(row) for row in tree["length_gate"]],
         )
 
 

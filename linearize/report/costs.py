@@ -4,7 +4,8 @@ from collections.abc import Sequence
 
 from ..evaluate.likelihood import TEACHER
 from ..evaluate.speed import Planned, Point, SpeedResults
-from .tables import Table, bytes_text
+from ..words import bytes_text
+from .tables import Table
 
 PART_NAMES = {"prefill": "Prefill", "decode": "Decode"}
 NOTHING = "not run"

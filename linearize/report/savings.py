@@ -5,13 +5,14 @@ from dataclasses import replace
 from typing import Any
 
 from ..evaluate.speed import SpeedResults
+from ..words import bytes_text
 from . import plots
 from .blocks import Block, Figure, Figures, Section, Words, missing
 from .costs import milliseconds, speed_tables
 from .names import label, merged, of
 from .plots import Line
 from .record import Run
-from .tables import Table, bytes_text, memory
+from .tables import Table, memory
 
 MEMORY_GRID = [512 << power for power in range(9)]
 MIB = 2**20

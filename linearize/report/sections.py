@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 from ..evaluate import TEACHER
+from ..words import bytes_text
 from . import plots, words
 from .blocks import Block, Code, Figure, Figures, Points, Section, Words, missing
 from .checks import ablations, gates, lm_eval
@@ -16,7 +17,7 @@ from .names import colours, merged, of
 from .plots import Line
 from .record import Run
 from .savings import costs
-from .tables import Table, bytes_text, comparison, fidelity
+from .tables import Table, comparison, fidelity
 from .training import layer_errors, loss_curves
 
 

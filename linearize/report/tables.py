@@ -6,12 +6,14 @@
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from ..evaluate import TEACHER, Cell, Results, SuiteCell
 from ..evaluate.likelihood import difference
 from ..evaluate.recall import GATE
 from ..evaluate.statistics import Interval, mcnemar, wilson
 from ..tasks.suite import SUITE
+from ..words import bytes_text
 
 MEMORY_LENS = (1024, 8192, 32768)
 
@@ -38,7 +40,7 @@ def tables(
         comparison(results),
         ablations(results),
     ]
-    made += [memory(results, memory_lens), gates(results)]
+    made += [length_gate(results), memory(results, memory_lens), gates(results)]
     return [table for table in made if table.rows]
 
 
@@ -296,6 +298,40 @@ def _recall_row(results: Results, first: str, other: Cell) -> list[str]:
     return [other.task, f"{other.length:,}", other.model, told, f"{other.samples} prompts"]
 
 
+def length_gate(results: Results) -> Table:
+    """One row per student and multiple of the training length: whether it is no worse than the window control."""
+    rows = []
+    for row in results.length_gate or []:
+        told = ""
+        if row.difference is not None:
+            told = f"{row.difference:+.3f} {_between(row.interval or (math.nan, math.nan), '+.3f')}"
+        rows.append(
+            [
+                f"{row.length:,} ({row.factor}x)",
+                row.model,
+                "" if row.kl is None else f"{row.kl:.3f}",
+                "" if row.control_kl is None else f"{row.control_kl:.3f}",
+                told,
+                row.status + (f": {row.note}" if row.note else ""),
+                str(row.windows or ""),
+            ]
+        )
+    note = (
+        "No student may be worse than a window alone, at its training length or beyond: failed where the whole "
+        "interval of the difference lies above 0 [95 % paired bootstrap]."
+    )
+    header = ["length", "model", "KL", "KL, window control", "difference", "verdict", "windows"]
+    return Table("Length gate", note, header, rows)
+
+
+def plan_table(made: Any, scanned: Sequence[str]) -> Table:
+    """What every layer got, expected and measured; ``made`` is a plan's result, ``scanned`` the scan in words."""
+    measured = made.chosen.measured
+    rows = [[f"layer {layer}", name] for layer, name in made.chosen.layers.items()]
+    note = " ".join([*scanned, *made.words])
+    return Table("Plan" if measured is None else "Plan, by measurement", note, ["layer", "gets"], rows)
+
+
 def memory(results: Results, lengths: Sequence[int] = MEMORY_LENS) -> Table:
     """One row per model: bytes that one sequence of each length keeps for the next token."""
     base = results.memory.get(TEACHER)
@@ -350,16 +386,6 @@ def gates(results: Results) -> Table:
     rows = [[gate.name, gate.status, gate.measured, gate.note] for gate in (found.gates if found else ())]
     note = f"Is the student one function, however it is run: {found.status if found else ''}."
     return Table("Integrity gates", note, ["gate", "status", "largest difference", "what"], rows)
-
-
-def bytes_text(count: float) -> str:
-    """1536 -> "1.5 KiB"."""
-    size = float(count)
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if size < 1024 or unit == "GiB":
-            break
-        size /= 1024
-    return f"{size:.0f} {unit}" if unit == "B" or size >= 100 else f"{size:.1f} {unit}"
 
 
 def _thousands(length: int) -> str:

@@ -9,8 +9,9 @@ import torch
 from ..evaluate import TEACHER
 from ..evaluate.likelihood import difference
 from ..evaluate.statistics import bootstrap
+from ..words import bytes_text
 from .record import Run
-from .tables import GATE, bytes_text
+from .tables import GATE
 
 LENGTHS = (1024, 8192, 32768)
 WINDOW = "window control"

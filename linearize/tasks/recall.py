@@ -69,12 +69,14 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Task:
-    """One needle, one question. A "text" `haystack` is given by the caller, "noise" is our own filler."""
+    """One question, and one needle or several, of which one is asked for. A "text" `haystack` is given by the caller,
+    "noise" is our own filler."""
 
     name: str
     needle: Literal["passkey", "magic"]
     value: Literal["passkey", "number", "uuid"]
     haystack: Literal["noise", "text"]
+    needles: int = 1
 
     def make(
         self,
@@ -99,11 +101,13 @@ class Task:
         mark = "\n" if self.needle == "magic" else ""
         asked = piece(tokenizer, mark + question.format(key=key))
         answer = piece(tokenizer, f" {value}")
-        fixed = len(start) + len(hidden) + len(asked) + len(answer)
+        others = self._others(tokenizer, rng, key, value)
+        fixed = len(start) + len(hidden) + sum(map(len, others)) + len(asked) + len(answer)
         room = length - fixed
         if room < 0:
+            what = "the needle" if self.needles == 1 else "its needles"
             raise DataError(
-                f"{self.name}: a prompt of {length} tokens cannot hold the needle; ask for {fixed} or more"
+                f"{self.name}: a prompt of {length} tokens cannot hold {what}; ask for {fixed} or more"
             )
         if self.haystack == "noise":
             hay = filler(tokenizer, room)
@@ -114,8 +118,27 @@ class Task:
         else:
             hay = _clean_text(tokenizer, haystack, room, (value, *GIVEAWAYS))
         cut = rng.randrange(room + 1) if depth is None else round(depth * room)
-        ids = [*start, *hay[:cut], *hidden, *hay[cut:], *asked]
-        return Prompt(ids, answer, (len(start) + cut) / len(ids))
+        # The others lie at uniform places of their own, in the order drawn where two fall together.
+        cuts = sorted((rng.randrange(room + 1), index) for index in range(len(others)))
+        ids, done, before = list(start), 0, 0
+        for place, index in sorted([*cuts, (cut, -1)]):
+            ids += hay[done:place]
+            done = place
+            if index < 0:
+                before = len(ids)
+            ids += hidden if index < 0 else others[index]
+        ids += [*hay[done:], *asked]
+        return Prompt(ids, answer, before / len(ids))
+
+    def _others(self, tokenizer: Tokenizer, rng: random.Random, key: str, value: str) -> list[list[int]]:
+        """The needles that nobody asks for, under keys and values of their own."""
+        made: dict[str, str] = {key: value}
+        while len(made) < self.needles:
+            other, found = draw_key(rng), VALUES[self.value](rng)
+            if other not in made and found not in made.values():
+                made[other] = found
+        needle = WORDINGS[self.needle][1]
+        return [piece(tokenizer, needle.format(key=k, value=v)) for k, v in list(made.items())[1:]]
 
 
 def generator(
@@ -360,5 +383,7 @@ TASKS: dict[str, Task] = {
         Task("number_in_noise", "magic", "number", "noise"),
         Task("number_in_text", "magic", "number", "text"),
         Task("uuid_in_text", "magic", "uuid", "text"),
+        Task("number_of_4_in_text", "magic", "number", "text", needles=4),
+        Task("number_of_16_in_text", "magic", "number", "text", needles=16),
     )
 }

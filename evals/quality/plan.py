@@ -1,0 +1,306 @@
+"""Students planned under a share of the KV cache, beside their targets; one command, which goes on where it stopped.
+
+    python evals/quality/plan.py --teacher DIR --data DIR --out evals/quality/plans.jsonl > evals/quality/plans.md
+
+The folders are those of run.py. The students of plans.yaml are made one after the other, each line appended when it is
+measured; the same command later makes what is missing. `--part targets|ranking|shapes` does a part. `shapes` times a
+scan of a random model with the shapes of Llama-3.2-1B (`--shapes-layers` of its 16 layers).
+"""
+
+import argparse
+import json
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import run as quality
+import torch
+
+from linearize.evaluate import Results
+from linearize.evaluate.likelihood import TEACHER
+from linearize.evaluate.statistics import mcnemar
+from linearize.methods import spread
+from linearize.overrides import read_yaml
+from linearize.recipe import Recipe
+from linearize.run import device_of
+from linearize.scan import ScanResult, scan
+from linearize.scan.candidates import name_of
+from linearize.scan.material import small_corpus
+from linearize.scan.selectors import pearson, ranks
+
+HERE = Path(__file__).parent
+TARGETS = {"share-6.3": [0.025, 0.035, 0.055], "share-10": [0.011, 0.018, 0.036]}
+"""KL at 1,024, 2,048 and 4,096 tokens."""
+LENGTHS = ["1024", "2048", "4096"]
+RANKING = ["transfer.tokens=1_300_000", "finetune.tokens=700_000", "evaluate.recall_samples=50"]
+LLAMA_1B = dict(
+    vocab_size=128_256,
+    hidden_size=2048,
+    intermediate_size=8192,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    head_dim=64,
+    max_position_embeddings=131_072,
+    tie_word_embeddings=True,
+)
+WEIGHT = 0.1
+"""Nats of KL that a nat lost per answer token counts as, as in plan.recall_weight."""
+
+
+def main(words: list[str] | None = None) -> None:
+    options = arguments(words)
+    tree = read_yaml(options.students)
+    names = {"targets": list(tree["students"]), "ranking": list(tree["ranking"])}
+    parts = options.part or ["targets", "ranking", "shapes"]
+    asked = [
+        name
+        for part in parts
+        if part in names
+        for name in names[part]
+        if not options.student or name in options.student
+    ]
+    for name in asked:
+        recipe_of(name, options, tree)  # a word that is wrong is told before anything runs
+    done = {line["student"]: line for line in read(options.out)}
+    for name in asked:
+        if name not in done:
+            done[name] = measure(name, options, tree)
+            append(options.out, done[name])
+    if "shapes" in parts and "shapes" not in done:
+        done["shapes"] = shapes(options)
+        append(options.out, done["shapes"])
+    print(markdown(done, names))
+
+
+def arguments(words: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--teacher", type=Path, required=True, help="folder of the teacher")
+    parser.add_argument(
+        "--data", type=Path, required=True, help=f"folder with {quality.TRAIN} and {quality.EVAL}"
+    )
+    parser.add_argument("--out", type=Path, required=True, help="JSON lines, appended")
+    parser.add_argument("--part", action="append", choices=["targets", "ranking", "shapes"])
+    parser.add_argument("--student", action="append", help="may be repeated; default: every one of the parts")
+    parser.add_argument("--students", type=Path, default=HERE / "plans.yaml")
+    parser.add_argument("--work", type=Path, default=Path("runs/plans"), help="where the runs are kept")
+    parser.add_argument("--commit", help="commit of the code, where there is no git")
+    parser.add_argument("--tf32", action="store_true", help="let matrix products of fp32 use TF32")
+    parser.add_argument("--shapes-layers", type=int, default=16)
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe keys to change")
+    return parser.parse_intermixed_args(words)
+
+
+def read(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def append(file: Path, line: dict[str, Any]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("a") as out:
+        out.write(json.dumps(line) + "\n")
+
+
+def recipe_of(
+    name: str, options: argparse.Namespace, tree: dict[str, Any], folders: tuple[str, ...] = ()
+) -> Recipe:
+    changes = {**tree["students"], **tree["ranking"]}[name]
+    cheap = RANKING if name in tree["ranking"] else []
+    recipe = Recipe.from_dict(quality.merged(tree["protocol"], changes), place=f"{options.students}: {name}")
+    return recipe.override([*cheap, *options.overrides, *folders])
+
+
+def measure(name: str, options: argparse.Namespace, tree: dict[str, Any]) -> dict[str, Any]:
+    torch.backends.cuda.matmul.allow_tf32 = options.tf32
+    folder = options.work / name
+    recipe = recipe_of(
+        name,
+        options,
+        tree,
+        (
+            f"teacher.name={options.teacher}",
+            f"data.sources.0.path={options.data / quality.TRAIN}",
+            f"data.held_out.0.path={options.data / quality.EVAL}",
+            f"output={folder}",
+        ),
+    )
+    take_scan(folder, recipe, [options.work / other for other in tree["students"]])
+    done = quality.run(recipe, progress=quality.Reporter(name))
+    quality.check_windows(done.results, recipe, options.data / quality.EVAL)
+    record = json.loads((folder / "results.json").read_text())
+    plain = recipe_of(name, options, tree)  # without the folders of one machine
+    return {
+        "student": name,
+        "recipe": plain.to_yaml(),
+        "tokens": recipe.transfer.tokens + recipe.finetune.tokens,
+        "layers": None if not isinstance(plain.layers, dict) else chosen(plain),
+        "plan": record.get("plan"),
+        "scan": record.get("scan"),
+        "seconds": done.timings,
+        "commit": options.commit or quality.commit(),
+        "origin": record["origin"],
+        "tf32": options.tf32,
+        "results": done.results.to_dict(),
+    }
+
+
+def take_scan(folder: Path, recipe: Recipe, others: list[Path]) -> None:
+    """A run that has not begun starts with the lines of a scan that another has finished: the text is the same."""
+    if recipe.plan is None or folder.exists():
+        return
+    for other in others:
+        if (other / "scan" / "scan.json").exists():
+            (folder / "scan").mkdir(parents=True)
+            for name in ("scan.jsonl", "selectors.json"):
+                shutil.copy(other / "scan" / name, folder / "scan" / name)
+            (folder / "recipe.yaml").write_text(recipe.to_yaml())
+            return
+
+
+def chosen(recipe: Recipe) -> dict[str, str]:
+    """Layer -> candidate's name, of a recipe with a map of layers."""
+    return {str(i): name_of(method) for i, method in spread(recipe.layers, range(10)).items()}
+
+
+def shapes(options: argparse.Namespace) -> dict[str, Any]:
+    """Seconds of a scan with the defaults at Llama-3.2-1B's shapes; its weights are random, and so are its figures."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from linearize.teacher import load_teacher
+
+    words = [
+        "teacher.name=" + str(options.teacher), "scan.seq_len=2048",
+        f"data.sources=[{{kind: text, path: {options.data / quality.TRAIN}}}]", *options.overrides,
+    ]  # fmt: skip
+    recipe = Recipe.resolve(str(options.teacher), "salient", words)
+    device = device_of(recipe)
+    _, tokenizer = load_teacher(recipe.teacher)
+    torch.manual_seed(0)
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    with torch.device(device):
+        model = (
+            LlamaForCausalLM(LlamaConfig(num_hidden_layers=options.shapes_layers, **LLAMA_1B))
+            .to(dtype)
+            .eval()
+        )
+    model.requires_grad_(False)
+    folder = options.work / "shapes"
+    corpus = small_corpus(recipe, tokenizer, None, folder / "data", device)
+    started = time.perf_counter()
+    result = scan(model, tokenizer, corpus, recipe, folder=folder, progress=quality.Reporter("shapes"))
+    seconds = time.perf_counter() - started
+    rows = len([row for row in result.rows if row.candidate != "softmax"])
+    return {"student": "shapes", "seconds": round(seconds, 1), "rows": rows, "layers": options.shapes_layers,
+            "origin": result.origin, "commit": options.commit or quality.commit()}  # fmt: skip
+
+
+def markdown(done: dict[str, Any], names: dict[str, list[str]]) -> str:
+    targets = [done[name] for name in names["targets"] if name in done]
+    parts = [fidelity(targets), recall(targets), plans(targets), ranking(done, names["ranking"]), times(done)]
+    return "\n\n".join(part for part in parts if part)
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    return "\n".join("| " + " | ".join(row) + " |" for row in [header, ["---"] * len(header), *rows])
+
+
+def fidelity(lines: list[dict[str, Any]]) -> str:
+    rows = []
+    for line in lines:
+        by_length = line["results"]["likelihood"]
+        goals = dict(zip(LENGTHS, TARGETS.get(line["student"], []), strict=False))
+        cells = []
+        for n in LENGTHS:
+            found = by_length[n]["student"]
+            low, high = found["intervals"]["kl"]
+            goal = (
+                ""
+                if n not in goals
+                else f", {'met' if found['kl'] <= goals[n] else 'missed'} (<= {goals[n]})"
+            )
+            cells.append(f"{found['kl']:.4f} [{low:.4f}, {high:.4f}]{goal}")
+        memory = Results.from_dict(line["results"]).memory
+        share = memory["student"].bytes_at(4096) / memory[TEACHER].bytes_at(4096)
+        rows.append([line["student"], f"{100 * share:.2f} %", f"{line['tokens']:,}", *cells])
+    head = ["student", "memory at 4,096", "training tokens", *(f"KL {int(n):,}" for n in LENGTHS)]
+    return f"## KL to the teacher\n\n{table(head, rows)}" if rows else ""
+
+
+def recall(lines: list[dict[str, Any]]) -> str:
+    """Share answered, teacher and student, and the exact McNemar p of the prompts that only one answers."""
+    rows = []
+    for line in lines:
+        results = Results.from_dict(line["results"])
+        for cell in results.recall:
+            if cell.model != "student":
+                continue
+            truth = results.cell(TEACHER, cell.task, cell.length)
+            won, lost = (
+                sum(a > b for a, b in zip(x.hits, y.hits, strict=True))
+                for x, y in ((cell, truth), (truth, cell))
+            )
+            p = mcnemar(won, lost)
+            worse = "below the teacher" if lost > won and p < 0.05 else "not below"
+            rows.append(
+                [line["student"], cell.task, f"{cell.length:,}", f"{100 * truth.share:.0f} %",
+                 f"{100 * cell.share:.0f} % [{100 * cell.low:.0f}, {100 * cell.high:.0f}]",
+                 f"{won} won, {lost} lost, p = {p:.2g}", worse]
+            )  # fmt: skip
+    head = ["student", "task", "length", "teacher", "student", "paired", "verdict"]
+    return f"## Recall\n\n{table(head, rows)}" if rows else ""
+
+
+def plans(lines: list[dict[str, Any]]) -> str:
+    told = []
+    for line in lines:
+        if line["plan"] is not None:
+            words = "\n".join(
+                f"- {sentence}" for sentence in [*line["scan"]["words"], *line["plan"]["words"]]
+            )
+            told.append(f"### {line['student']}\n\n{words}\n\n```yaml\n{line['plan']['fragment']}```")
+    return "## Plans\n\n" + "\n\n".join(told) if told else ""
+
+
+def ranking(done: dict[str, Any], names: list[str]) -> str:
+    """How far the order that a scan expects is that of the trained students."""
+    scans = [line["scan"] for line in done.values() if line.get("scan")]
+    lines = [done[name] for name in names if name in done]
+    if not scans or len(lines) < 3:
+        return ""
+    found = ScanResult.from_dict(scans[0])
+    rows, expected = [], []
+    for line in lines:
+        mine = [found.row(int(i), candidate) for i, candidate in line["layers"].items()]
+        loss, kl = sum(row.loss(WEIGHT) for row in mine), sum(row.kl for row in mine)
+        by_length = line["results"]["likelihood"]
+        expected.append((loss, kl, [by_length[n]["student"]["kl"] for n in LENGTHS]))
+        rows.append([line["student"], f"{loss:.4f}", f"{kl:.4f}", *(f"{x:.4f}" for x in expected[-1][2])])
+    told = []
+    for at, n in enumerate(LENGTHS):
+        trained = ranks([e[2][at] for e in expected])
+        told.append(f"{pearson(ranks([e[1] for e in expected]), trained):+.2f} at {int(n):,}")
+    head = ["student", "expected loss", "expected KL", *(f"trained KL {int(n):,}" for n in LENGTHS)]
+    return (
+        f"## Expected and trained\n\n{table(head, rows)}\n\n"
+        f"Spearman's rank correlation of expected and trained KL over {len(lines)} students: {', '.join(told)}."
+    )
+
+
+def times(done: dict[str, Any]) -> str:
+    told = []
+    for line in done.values():
+        if line["student"] == "shapes":
+            told.append(
+                f"- shapes of Llama-3.2-1B, {line['layers']} layers: {line['seconds']} s for {line['rows']} rows"
+            )
+        elif line.get("plan"):
+            told.append(
+                f"- {line['student']}: scan, plan and verification {line['seconds'].get('plan', 0):.0f} s"
+            )
+    return "## Time\n\n" + "\n".join(told) if told else ""
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,257 @@
+"""Measures a teacher with some layers changed, against itself, on a scan's batches."""
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..evaluate.statistics import Interval, bootstrap
+from ..modeling.attention import attention_mode
+from ..modeling.mixer import Mixer
+from ..modeling.model import FORMAT, convert_, layer_spec, unconvert_
+from ..modeling.registry import METHODS
+from ..modeling.salient import SalientConfig
+from ..modeling.window import SoftmaxConfig
+from ..probe import Probed, check_deferral
+from ..recipe import Scan
+from .candidates import Candidate
+from .material import Batch
+from .oracle import Memo, OneHead, OracleMixer
+from .trunk import Trunk
+
+PIECE = 1024
+"""Tokens whose fp32 log-softmax exists at one time."""
+ANSWERED = 0.5
+"""A recall cell counts where the teacher itself answers at least this share."""
+
+
+@dataclass
+class Tally:
+    """Sums of one student (or the teacher) over the batches."""
+
+    windows: list[list[float]] = field(default_factory=list)
+    """For each window: negative log-likelihood, KL, agreements; summed over its tokens."""
+    tokens: int = 0
+    error: float = 0.0
+    power: float = 0.0
+    """Squared difference of the changed layer's output from softmax, and the latter's square, on text."""
+    hits: dict[tuple[str, int], list[bool]] = field(default_factory=dict)
+    likelihood: dict[tuple[str, int], list[float]] = field(default_factory=dict)
+    """Mean log-probability of each answer's tokens."""
+
+    @property
+    def kl(self) -> float:
+        return sum(row[1] for row in self.windows) / self.tokens
+
+    @property
+    def nll(self) -> float:
+        return sum(row[0] for row in self.windows) / self.tokens
+
+    def kl_interval(self) -> Interval:
+        rows = torch.tensor(self.windows, dtype=torch.double)
+        return bootstrap(rows, lambda totals: totals[:, 1] / self.tokens, draws=2_000)
+
+
+class Bench:
+    """One copy of the teacher, its layers' places, and what is measured on it."""
+
+    def __init__(
+        self,
+        model: Any,
+        found: Mapping[int, Probed],
+        batches: Sequence[Batch],
+        scan: Scan,
+        vocab: int,
+        seed: int,
+    ):
+        self.model, self.found, self.batches, self.scan = model, dict(found), list(batches), scan
+        self.vocab, self.seed = vocab, seed
+        parameter = next(model.parameters())
+        self.device, self.dtype = parameter.device, parameter.dtype
+        self.trunk = Trunk(model, {index: layer.module for index, layer in self.found.items()})
+        self.trunk.check(self.batches[0].inputs.to(self.device), max(self.found))
+        self.trained: dict[str, dict[int, Mixer]] = {}
+        """Candidate -> layer -> its mixer after transfer."""
+        self.tokens = sum(batch.tokens for batch in self.batches)
+        self._last: dict[int, Any] = {}  # batch -> entry of the last layer, in the teacher
+
+    def seat(self, candidate: Candidate, layer: int, memo: Memo, head: int | None = None) -> Mixer:
+        """A mixer for one layer: Salient's stand-in, what transfer taught, or fresh by the seed."""
+        geometry, config = self.found[layer].geometry, candidate.method
+        if isinstance(config, SalientConfig):
+            mixer: Mixer = OracleMixer(config, geometry, memo, self.scan.score_fit)
+        elif candidate.name in self.trained:
+            mixer = self.trained[candidate.name][layer]
+        else:
+            made = METHODS[config.name].mixer
+            assert made is not None
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(self.seed)
+                mixer = made(config, geometry).float().to(self.device)
+        return mixer if head is None else OneHead(mixer, head, memo)
+
+    @contextlib.contextmanager
+    def seated(self, seats: Mapping[int, Mixer]) -> Iterator[None]:
+        """The model with these layers converted; the plain teacher again afterwards."""
+        layers = {
+            str(index): layer_spec(
+                layer.module,
+                layer.sliding_window,
+                layer.geometry,
+                seats[index].config if index in seats else SoftmaxConfig(),
+            )
+            for index, layer in self.found.items()
+        }
+        unrotated = {i: self.found[i] for i, seat in seats.items() if seat.wants_unrotated}
+        if unrotated:
+            check_deferral(self.model, unrotated)
+        spec = {"format": FORMAT, "version": "", "family": self.model.config.model_type, "layers": layers}
+        convert_(self.model, spec, METHODS)
+        try:
+            for index, attention in self.model.converted().items():
+                attention.mixer = seats[index]
+            yield
+        finally:
+            unconvert_(self.model)
+
+    def memo_seed(self, layer: int, number: int) -> int:
+        """Of the noise in one layer and batch, whoever asks."""
+        return (self.seed * 1_000_003 + layer) * 10_007 + number
+
+    @torch.no_grad()
+    def alone(
+        self, layer: int, seats: Mapping[Any, Mixer], memo: Memo, known: dict[int, tuple[int, Any]], hear: Any
+    ) -> tuple[Tally, dict[Any, Tally]]:
+        """The teacher and each of ``seats`` in ``layer`` alone. ``known`` holds entries of each batch, made newer."""
+        teacher, tallies = Tally(), {key: Tally() for key in seats}
+        for number, batch in enumerate(self.batches):
+            ids = batch.inputs.to(self.device)
+            entry = self.trunk.entry(ids, layer, known.get(number))
+            if entry is not None:
+                known[number] = (layer, entry)
+            with self.seated({layer: next(iter(seats.values()))}):
+                attention = self.model.converted()[layer]
+                with attention_mode("softmax"):
+                    reference = self.trunk.logits(ids, batch.keep, layer, entry)[..., : self.vocab]
+                self._add(teacher, batch, reference, reference)
+                memo.forget(self.memo_seed(layer, number))
+                for key, seat in seats.items():
+                    attention.mixer = seat
+                    handle = seat.register_forward_hook(_error_into(tallies[key], memo, batch))
+                    try:
+                        logits = self.trunk.logits(ids, batch.keep, layer, entry)[..., : self.vocab]
+                    finally:
+                        handle.remove()
+                    self._add(tallies[key], batch, reference, logits)
+            hear(batch.tokens)
+        memo.forget(0)
+        return teacher, tallies
+
+    @torch.no_grad()
+    def whole(
+        self, chosen: Mapping[int, Candidate], hear: Any = None, *, recall: bool = True
+    ) -> tuple[Tally, Tally]:
+        """(teacher, student) with a candidate in every layer of ``chosen``; softmax in all others. Without ``recall``
+        on text alone."""
+        memos = {layer: Memo(0) for layer in chosen}
+        seats = {
+            layer: self.seat(candidate, layer, memos[layer])
+            for layer, candidate in chosen.items()
+            if candidate.method.name != "softmax"
+        }
+        teacher, student, last = Tally(), Tally(), max(self.found)
+        for number, batch in enumerate(self.batches):
+            if batch.cell is not None and not recall:
+                continue
+            ids = batch.inputs.to(self.device)
+            if number not in self._last:
+                self._last[number] = self.trunk.entry(ids, last)
+            reference = self.trunk.logits(ids, batch.keep, last, self._last[number])[..., : self.vocab]
+            for layer, memo in memos.items():
+                memo.forget(self.memo_seed(layer, number))
+            logits = reference
+            if seats:
+                with self.seated(seats):
+                    logits = self.trunk.logits(ids, batch.keep)[..., : self.vocab]
+            self._add(teacher, batch, reference, reference)
+            self._add(student, batch, reference, logits)
+            if hear is not None:
+                hear(batch.tokens)
+        return teacher, student
+
+    def _add(self, tally: Tally, batch: Batch, reference: Tensor, logits: Tensor) -> None:
+        if batch.cell is None:
+            targets, sums = batch.ids[:, 1:], torch.zeros(len(batch.ids), 3, dtype=torch.double)
+            step = max(1, PIECE // len(batch.ids))
+            for start in range(0, targets.shape[1], step):
+                piece = slice(start, start + step)
+                sums += token_sums(reference[:, piece], logits[:, piece], targets[:, piece])
+            tally.windows += sums.tolist()
+            tally.tokens += targets.numel()
+            return
+        for row, prompt in enumerate(batch.prompts):
+            count = len(prompt.answer)
+            # The last position predicts what comes after the answer.
+            predicted = logits[row, -count - 1 : -1].float()
+            answer = torch.tensor(prompt.answer, device=predicted.device)
+            chances = predicted.log_softmax(-1).gather(-1, answer[:, None])
+            tally.hits.setdefault(batch.cell, []).append(bool((predicted.argmax(-1) == answer).all()))
+            tally.likelihood.setdefault(batch.cell, []).append(float(chances.mean()))
+
+
+def _error_into(tally: Tally, memo: Memo, batch: Batch) -> Any:
+    def hook(_module: Any, args: Any, output: Any) -> None:
+        if batch.cell is None:
+            exact = memo.softmax(args[0]).float()
+            tally.error += float((output[0].float() - exact).square().sum())
+            tally.power += float(exact.square().sum())
+
+    return hook
+
+
+@dataclass(frozen=True)
+class Recalled:
+    """What a student answers of the prompts that its teacher answers, over all cells that count."""
+
+    answered: int
+    """By the teacher."""
+    lost: int
+    """Of these, by the student no longer."""
+    answer_loss: float
+    """Mean over all prompts of the nats an answer token has lost, none below 0."""
+    cells: dict[str, list[int]]
+    """``task length`` -> prompts, the teacher's answers, the student's."""
+
+
+def recalled(teacher: Tally, student: Tally) -> Recalled:
+    """Cells that the teacher mostly fails say nothing of its students, and count for nothing."""
+    answered = lost = 0
+    losses: list[float] = []
+    cells = {}
+    for cell, truth in teacher.hits.items():
+        mine = student.hits[cell]
+        cells[f"{cell[0]} {cell[1]}"] = [len(truth), sum(truth), sum(mine)]
+        if sum(truth) < ANSWERED * len(truth):
+            continue
+        answered += sum(truth)
+        lost += sum(t and not m for t, m in zip(truth, mine, strict=True))
+        pairs = zip(teacher.likelihood[cell], student.likelihood[cell], strict=True)
+        losses += [max(0.0, t - m) for t, m in pairs]
+    return Recalled(answered, lost, sum(losses) / max(1, len(losses)), cells)
+
+
+def token_sums(reference: Tensor, logits: Tensor, targets: Tensor) -> Tensor:
+    """[rows, 3] on the CPU, summed over tokens: negative log-likelihood, KL of the reference, agreements."""
+    scores, truth = _log_softmax(logits), _log_softmax(reference)
+    nll = -scores.gather(-1, targets[..., None]).double().sum((1, 2))
+    # exp(-inf) * (-inf - s) is the limit 0, not NaN: a teacher may rule a token out
+    kl = (truth.exp() * (truth - scores)).masked_fill(truth == -torch.inf, 0).double().sum((1, 2))
+    same = (logits.argmax(-1) == reference.argmax(-1)).double().sum(1)
+    return torch.stack([nll, kl, same], dim=-1).cpu()
+
+
+def _log_softmax(logits: Tensor) -> Tensor:
+    return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
