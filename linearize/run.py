@@ -350,7 +350,7 @@ def _refuse_other_data(folder: Path, corpus: Corpus, recipe: Recipe) -> None:
     files = any(source.kind not in ("self", "recall") for source in recipe.data.sources)
     if recipe.data.held_out is not None or not files or not done.exists():
         return
-    if json.loads(done.readtext_of(encoding="utf-8"))["settings"]["corpus"] != corpus.fingerprint:
+    if json.loads(done.read_text(encoding="utf-8"))["settings"]["corpus"] != corpus.fingerprint:
         raise RecipeError(
             f"data.sources: {folder / 'student'} was trained on other data than they hold now; "
             "put the files back, or measure on other text: linearize eval STUDENT data.held_out=..."
@@ -411,7 +411,7 @@ def _finish(
 
 
 def _finished(folder: Path) -> RunResult:
-    record = json.loads((folder / "results.json").readtext_of(encoding="utf-8"))
+    record = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     results = Results.from_dict(record["results"])
     return RunResult(
         folder, folder / "student", results, record["prompt"], record["continuation"], record["timings"]
@@ -431,7 +431,7 @@ class _Clock:
 
     def __init__(self, folder: Path):
         self.folder, self.path, self.prefix = folder, folder / "timings.json", ""
-        self.seconds: dict[str, float] = json.loads(self.path.readtext_of()) if self.path.exists() else {}
+        self.seconds: dict[str, float] = json.loads(self.path.read_text()) if self.path.exists() else {}
 
     def under(self, name: str) -> "_Clock":
         """The same clock, for phases whose names begin with ``name``."""
