@@ -1,6 +1,6 @@
 """Plain trees of dicts and lists: read from YAML, changed by ``key.sub=value`` words, flattened."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -151,3 +151,12 @@ def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
     for key, value in items:
         flat |= flatten(value, f"{prefix}.{key}" if prefix else str(key))
     return flat
+
+
+def merged(tree: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """``tree`` with the leaves of ``changes``; a list or a value is replaced whole."""
+    found = dict(tree)
+    for key, value in changes.items():
+        old = found.get(key)
+        found[key] = merged(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+    return found

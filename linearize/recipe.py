@@ -26,6 +26,7 @@ from pydantic import (
 )
 
 from .complaints import complaint, located, near
+from .measures import Control, Evaluate
 from .methods import (
     DEFAULT_METHOD,
     build_layers,
@@ -36,14 +37,13 @@ from .methods import (
     spell_out,
 )
 from .modeling.errors import LinearizeError, RecipeError
-from .overrides import flatten, parse_override, read_yaml, set_dotted
+from .overrides import flatten, merged, parse_override, read_yaml, set_dotted
 from .sections import (
     Count,
     Plan,
     Positive,
     PositiveRate,
     Rate,
-    RecallTask,
     Scan,
     Section,
     Share,
@@ -51,36 +51,6 @@ from .sections import (
 )
 
 QUICKSTART = "quickstart"
-
-SuiteTask = Literal[
-    "niah_single_1",
-    "niah_single_2",
-    "niah_single_3",
-    "niah_multikey_1",
-    "niah_multikey_2",
-    "niah_multikey_3",
-    "niah_multivalue",
-    "niah_multiquery",
-    "vt",
-    "cwe",
-    "fwe",
-    "passkey",
-    "passkey_legacy",
-    "kv_number",
-    "kv_uuid",
-    "copying_fresh_16",
-    "copying_fresh_64",
-    "copying_fresh_256",
-    "copying_fresh_1024",
-    "copying_natural_16",
-    "copying_natural_64",
-    "copying_natural_256",
-    "copying_natural_1024",
-    "qa1",
-    "qa2",
-    "qa3",
-]
-
 
 TURNS = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
 """Turn the direction of writing, so that a name reads as another."""
@@ -258,96 +228,6 @@ class Finetune(Stage):
         return self
 
 
-class Control(Section):
-    """Students that have a part of the method and the same training: what the whole has to beat.
-
-    ``matched_window`` is a window of as many bytes as the student's state; ``softmax`` is the teacher,
-    fine-tuned alike, with nothing converted.
-    """
-
-    enabled: bool = False
-    methods: list[Literal["window", "linear", "matched_window", "softmax"]] = Field(
-        default=["window"], min_length=1
-    )
-    window: Positive | None = None
-    sinks: Count = 0
-
-    @model_validator(mode="after")
-    def _window_is_asked_for(self) -> "Control":
-        for key in ("window", "sinks"):
-            if getattr(self, key) and "window" not in self.methods:
-                raise ValueError(
-                    f"{key}: {getattr(self, key)} is of the window control; add 'window' to methods"
-                )
-        return self
-
-
-class Suite(Section):
-    """The recall suite, in generated answers and by likelihood; empty of tasks and preset, it is not run.
-
-    A preset sets the prompts of each task and length (50, 100 or 500), and means every task where none is named.
-    ``haystack`` is ``held_out``, ``noise``, or a text file.
-    """
-
-    preset: Literal["smoke", "standard", "publication"] | None = None
-    tasks: list[SuiteTask] = []
-    lengths: Annotated[list[Positive], Field(min_length=1)] | None = None
-    samples: Positive | None = None
-    depths: list[Share] = [0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0]
-    fill: Literal["grid", "ruler"] = "grid"
-    haystack: Annotated[str, Field(min_length=1)] = "held_out"
-    seed: Annotated[Count, Field(lt=2**32)] = 42
-
-    @property
-    def wanted(self) -> bool:
-        return bool(self.tasks or self.preset)
-
-
-class Ablations(Section):
-    """Branches switched off and states zeroed at evaluation; ``per_layer`` for each layer too, not only for all."""
-
-    enabled: bool = False
-    per_layer: bool = True
-
-
-class LmEvalTasks(Section):
-    """Tasks of lm-eval by name, its own or those of a local ``folder``; also ``zero-shot`` and ``mmlu``.
-
-    ``limit`` takes the first samples of every task alone.
-    """
-
-    tasks: list[str] = []
-    folder: str | None = None
-    num_fewshot: Count | None = None
-    limit: Positive | None = None
-    batch_size: Positive = 4
-
-    @model_validator(mode="after")
-    def _a_folder_is_for_tasks(self) -> "LmEvalTasks":
-        if self.folder is not None and not self.tasks:
-            raise ValueError(f"folder: {self.folder} is given, but no tasks; name some of its own in tasks")
-        return self
-
-
-class Evaluate(Section):
-    """What is measured on the saved folder, reloaded, beside a separately loaded teacher."""
-
-    seq_lens: list[Annotated[int, BeforeValidator(read_whole), Field(ge=2)]] = [1024]
-    sequences: Positive = 32
-    batch_size: Positive = 4
-    recall_lens: list[Positive] = [512, 1024]
-    recall_tasks: list[RecallTask] = ["passkey", "number_in_text"]
-    recall_samples: Positive = 50
-    generate_tokens: Count = 60
-    gates: bool = True
-    ablations: Ablations = Ablations()
-    prompt: str | None = None
-    suite: Suite = Suite()
-    lm_eval: LmEvalTasks = LmEvalTasks()
-    length_gate: bool = False
-    """Measure at 1, 2, 4 and 8 times data.seq_len too, and hold the student against the window control there."""
-
-
 class Recipe(Section):
     """The whole run. Made by ``resolve``, ``from_file`` or ``from_dict``; changed by ``override``."""
 
@@ -362,6 +242,8 @@ class Recipe(Section):
     evaluate: Evaluate = Evaluate()
     scan: Scan = Scan()
     plan: Annotated[Plan | None, BeforeValidator(read_plan)] = None
+    compare: dict[str, dict[str, Any]] = {}
+    """Method -> keys that `linearize compare` gives it; a run alone does not read them."""
     output: Name | None = None
     seed: Annotated[Count, Field(lt=2**32)] = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -478,6 +360,24 @@ class Recipe(Section):
     def override(self, overrides: Sequence[str]) -> "Recipe":
         """A new recipe with words such as ``method.window=32`` applied; values are read as YAML."""
         return _assemble(self._given, None, overrides)
+
+    def for_method(self, name: str) -> "Recipe":
+        """The same data, tokens and seeds for a method, with what ``compare`` says of it.
+
+        The method's fields, a map of layers and a plan stay only with the method that they were written for.
+        """
+        tree = copy.deepcopy(self._given)
+        changes = copy.deepcopy(self.compare.get(name, {}))
+        tree.pop("compare", None)
+        if self.method.name != name or isinstance(self.layers, dict):
+            tree["method"] = name
+            tree.pop("plan", None)
+            if isinstance(self.layers, dict):
+                tree.pop("layers", None)
+        for each in (tree, changes):
+            if isinstance(each.get("method"), str):
+                each["method"] = {"name": each["method"]}
+        return Recipe.from_dict(merged(tree, changes), place=f"compare.{name}")
 
     def to_dict(self) -> dict[str, Any]:
         """Every key with its value, as plain data."""

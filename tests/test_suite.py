@@ -14,10 +14,11 @@ from linearize.convert import convert
 from linearize.evaluate import Results, answers, cells, evaluate, suite
 from linearize.evaluate.cells import Answer
 from linearize.evaluate.suite import measure
+from linearize.measures import Evaluate, Suite
 from linearize.modeling.errors import EvaluationError, LinearizeError
 from linearize.modeling.lolcats import LolcatsConfig
 from linearize.modeling.window import WindowConfig
-from linearize.recipe import Evaluate, Recipe, Suite
+from linearize.recipe import Recipe
 from linearize.report import markdown, tables
 from linearize.tasks.budget import Haystack, Question
 from linearize.tasks.suite import SUITE

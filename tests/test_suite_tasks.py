@@ -13,8 +13,8 @@ import pytest
 from test_tasks import byte_tokenizer
 from transformers import AutoTokenizer
 
+from linearize.measures import SuiteTask as SuiteNames
 from linearize.modeling.errors import DataError
-from linearize.recipe import SuiteTask as SuiteNames
 from linearize.tasks import babi, ruler, scorers
 from linearize.tasks.budget import Haystack, largest, noise
 from linearize.tasks.recall import FILLER, generator

@@ -21,7 +21,7 @@ from linearize.evaluate import Results
 from linearize.evaluate.likelihood import TEACHER
 from linearize.evaluate.statistics import mcnemar
 from linearize.methods import spread
-from linearize.overrides import read_yaml
+from linearize.overrides import merged, read_yaml
 from linearize.recipe import Recipe
 from linearize.run import device_of
 from linearize.scan import ScanResult, scan
@@ -108,7 +108,7 @@ def recipe_of(
 ) -> Recipe:
     changes = {**tree["students"], **tree["ranking"]}[name]
     cheap = RANKING if name in tree["ranking"] else []
-    recipe = Recipe.from_dict(quality.merged(tree["protocol"], changes), place=f"{options.students}: {name}")
+    recipe = Recipe.from_dict(merged(tree["protocol"], changes), place=f"{options.students}: {name}")
     return recipe.override([*cheap, *options.overrides, *folders])
 
 

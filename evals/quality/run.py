@@ -17,7 +17,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -29,7 +29,7 @@ import torch
 
 from linearize.evaluate import Results, digest_of_windows
 from linearize.modeling.errors import LinearizeError
-from linearize.overrides import read_yaml
+from linearize.overrides import merged, read_yaml
 from linearize.progress import Progress
 from linearize.recipe import Recipe
 from linearize.run import run
@@ -79,14 +79,6 @@ def students(file: Path) -> dict[str, dict[str, Any]]:
     """Name -> recipe, the shared protocol with what each student says differently."""
     tree = read_yaml(file)
     return {name: merged(tree["protocol"], changes) for name, changes in tree["students"].items()}
-
-
-def merged(tree: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    found = dict(tree)
-    for key, value in changes.items():
-        old = found.get(key)
-        found[key] = merged(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
-    return found
 
 
 def recipe_of(name: str, options: argparse.Namespace, folders: Iterable[str] = ()) -> Recipe:

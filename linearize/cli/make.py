@@ -56,6 +56,40 @@ def run_(
     typer.echo(f'  AutoModelForCausalLM.from_pretrained("{made.checkpoint}", trust_remote_code=True)')
 
 
+@app.command("compare")
+def compare_(
+    words: Words = None,
+    methods: Annotated[
+        str, typer.Option(metavar="A,B", help="Methods to run side by side; see `linearize list methods`.")
+    ] = "lolcats,liger,still,lawcat,salient,window",
+    output: Annotated[
+        Path | None, typer.Option(help="The folder of all runs; the same as output=...")
+    ] = None,
+    timed: Annotated[bool, typer.Option("--bench/--no-bench", help="Time every student, too.")] = True,
+    as_json: AsJson = False,
+) -> None:
+    """Run several methods on one teacher, and write one report.
+
+    With the same data, tokens and seeds. What one method gets differently stands under `compare` in the recipe
+    (compare.salient.method.budget=256). A second call of the same command goes on where the first was stopped.
+    """
+    model, overrides = split(words)
+    if output is not None:
+        overrides.append(f"output={json.dumps(str(output))}")
+    recipe = recipe_of(model, None, overrides)
+
+    from ..compare import compare
+
+    with watching() as watch:
+        made = compare(recipe, [name.strip() for name in methods.split(",")], timed=timed, progress=watch)
+    if as_json:
+        print_json((made.folder / "results.json").read_text(encoding="utf-8"))
+        return
+    print_results(made.results)
+    typer.echo(f"Tables and numbers: {made.folder / 'table.md'}, {made.folder / 'results.json'}")
+    typer.echo(f"Report: {made.page or 'none, for want of matplotlib; pip install linearize[report]'}")
+
+
 @app.command()
 def show(words: Words = None, method: Method = None, as_json: AsJson = False) -> None:
     """Print the recipe with every default.

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from ..data import Corpus
 from ..data.overlap import Overlap
+from ..measures import Evaluate
 from ..modeling.errors import EvaluationError
 from ..progress import Progress, Watch
-from ..recipe import Evaluate
 from . import ablations, harness, likelihood, recall, suite
 from .ablations import Ablations
 from .gates import Gates

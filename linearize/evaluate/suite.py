@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..measures import Suite
 from ..modeling.errors import DataError, EvaluationError
 from ..progress import Progress, Watch
-from ..recipe import Suite
 from ..tasks.budget import Haystack, Question, noise
 from ..tasks.suite import COUNTS, REPORTABLE, SUITE, SuiteTask, questions, tokens_of
 from . import answers, cells, recall

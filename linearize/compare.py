@@ -1,0 +1,143 @@
+"""Several methods on one teacher, with the same data, tokens and seeds: a run each, and one report.
+
+<output>/
+  <method>/             a run, as of `linearize run`; what is done stays, so that the same command goes on
+  results.json table.md every student beside the others
+  report.html report.md the same as a page, where matplotlib is installed
+"""
+
+import logging
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from . import interrupt, report
+from .evaluate import Results
+from .evaluate.bench import FILE, bench
+from .evaluate.beside import beside
+from .files import write_json, write_text
+from .modeling.errors import LinearizeError, RecipeError
+from .modeling.registry import METHODS
+from .progress import Progress, Watch
+from .provenance import origin
+from .recipe import Recipe
+from .run import RunResult, run
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Where it is, every student beside the others, the runs by method, and the page (None without matplotlib)."""
+
+    folder: Path
+    results: Results
+    runs: dict[str, RunResult]
+    page: Path | None
+
+
+def recipes_of(recipe: Recipe, methods: Sequence[str]) -> dict[str, Recipe]:
+    """A recipe for each method. Raises RecipeError for a method that is unknown, converts nothing or is named twice."""
+    possible = [name for name, method in METHODS.items() if method.mixer is not None]
+    for place, names in (("--methods", methods), ("compare", list(recipe.compare))):
+        for name in names:
+            if name not in possible:
+                raise RecipeError(
+                    f"{place}: {name!r} is no method to convert to; choose from {', '.join(possible)}"
+                )
+    if len(set(methods)) < max(2, len(methods)):
+        raise RecipeError(
+            f"--methods: {','.join(methods) or 'nothing'} is no comparison; name two or more, each once"
+        )
+    folder = folder_of(recipe)
+    made = {name: recipe.for_method(name).override([f"output={folder / name}"]) for name in methods}
+    first = made[methods[0]]
+    for name, other in made.items():
+        for key in ("teacher", "data", "evaluate", "seed"):
+            if getattr(other, key) != getattr(first, key):
+                raise RecipeError(
+                    f"compare.{name}.{key}: is what all methods share; say it outside of compare"
+                )
+    return made
+
+
+def folder_of(recipe: Recipe) -> Path:
+    """``output``, or ``runs/<teacher>-compare``."""
+    if recipe.output is not None:
+        return Path(recipe.output).expanduser()
+    return Path("runs") / f"{Path(recipe.teacher.name).name.lower()}-compare"
+
+
+@interrupt.catching()
+def compare(
+    recipe: Recipe, methods: Sequence[str], *, timed: bool = True, progress: Watch | None = None
+) -> Comparison:
+    """Run the recipe with every method, or what is missing of it, and write one report.
+
+    ``timed`` times each student beside the teacher (`linearize bench`), unless the integrity gates of its run failed.
+    """
+    recipes = recipes_of(recipe, methods)
+    folder = folder_of(recipe)
+    runs: dict[str, RunResult] = {}
+    for name, own in recipes.items():
+        watch = _under(name, progress)
+        if runs:
+            _share_data(next(iter(runs.values())).folder, folder / name, own)
+        runs[name] = run(own, progress=watch)
+        if timed and not (runs[name].folder / FILE).exists():
+            _time(runs[name], watch)
+    return _finish(folder, recipes, runs)
+
+
+def _share_data(first: Path, folder: Path, recipe: Recipe) -> None:
+    """A run that has not begun starts with the data of the first, which is the same."""
+    if folder.exists() or not (first / "data").is_dir():
+        return
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    (partial / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+    shutil.copytree(first / "data", partial / "data", copy_function=_linked)
+    partial.rename(folder)
+
+
+def _linked(source: str, target: str) -> None:
+    """A hard link, since data are never changed in place; a copy where the file system has none."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
+def _time(made: RunResult, progress: Watch | None) -> None:
+    try:
+        bench(made.checkpoint, progress=progress)
+    except LinearizeError as error:
+        logger.warning("%s: not timed (%s)", made.folder, error)
+
+
+def _finish(folder: Path, recipes: Mapping[str, Recipe], runs: dict[str, RunResult]) -> Comparison:
+    results = beside({name: made.results for name, made in runs.items()})
+    record: dict[str, Any] = {
+        "origin": origin(),
+        "recipes": {name: recipe.to_dict() for name, recipe in recipes.items()},
+        "timings": {name: made.timings for name, made in runs.items()},
+        "results": results.to_dict(),
+    }
+    write_text(folder / "table.md", report.markdown(results, buckets=False))
+    write_json(folder / "results.json", record)
+    page = None
+    if report.available():
+        page, _ = report.write_report([made.folder for made in runs.values()], folder / "report.html")
+    return Comparison(folder, results, runs, page)
+
+
+def _under(name: str, progress: Watch | None) -> Callable[[Progress], None] | None:
+    def watch(at: Progress) -> None:
+        assert progress is not None
+        progress(replace(at, phase=f"{name} {at.phase}"))
+
+    return watch if progress is not None else None

@@ -1,0 +1,120 @@
+"""Several methods on one tiny teacher: the same data and prompts, what is resumed, what is refused."""
+
+import json
+from dataclasses import replace
+
+import pytest
+from tiny import tiny
+from transformers import AutoTokenizer
+from typer.testing import CliRunner
+
+from linearize.cli import app
+from linearize.compare import compare, recipes_of
+from linearize.evaluate import TEACHER
+from linearize.evaluate.beside import beside
+from linearize.modeling.errors import EvaluationError, RecipeError
+from linearize.recipe import Recipe
+from linearize.teacher import BUNDLED
+
+WORDS = [
+    "method.window=8",
+    "data.seq_len=192",
+    "data.sources=[{kind: self, tokens: 4000}, {kind: recall, weight: 0.2, kinds: [passkey]}]",
+    "transfer.tokens=384",
+    "finetune.tokens=384",
+    "evaluate.seq_lens=[64]",
+    "evaluate.sequences=2",
+    "evaluate.recall_lens=[128]",
+    "evaluate.recall_samples=2",
+    "evaluate.generate_tokens=0",
+    "evaluate.gates=false",
+    "device=cpu",
+    "compare.window.method.window=16",
+]
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tiny-teacher")
+    tokenizer = AutoTokenizer.from_pretrained(BUNDLED["books-5m"])
+    special = dict(
+        pad_token_id=None, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id
+    )
+    tiny("llama", vocab_size=len(tokenizer), **special).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return Recipe.resolve(folder, "lolcats", [*WORDS, f"output={folder.parent / 'compared'}"])
+
+
+@pytest.fixture(scope="module")
+def made(recipe):
+    return compare(recipe, ["lolcats", "window"], timed=False)
+
+
+def test_students_stand_beside_one_teacher_on_the_same_data(made):
+    assert made.results.models == [TEACHER, "lolcats", "window"]
+    first, second = (made.runs[name].folder for name in ("lolcats", "window"))
+    shared = [path.relative_to(first) for path in (first / "data").rglob("*") if path.is_file()]
+    assert shared
+    assert all((first / path).read_bytes() == (second / path).read_bytes() for path in shared)
+    for name, done in made.runs.items():
+        assert made.results.likelihood[64][name] == done.results.likelihood[64]["student"]
+        assert (
+            made.results.cell(name, "passkey", 128).hits == done.results.cell("student", "passkey", 128).hits
+        )
+        assert made.results.memory[name] == done.results.memory["student"]
+    assert {"results.json", "table.md", "report.html", "report.md"} <= {p.name for p in made.folder.iterdir()}
+    page = made.page.read_text()
+    assert "lolcats" in page and "window" in page
+
+
+def test_fields_belong_to_their_method(recipe):
+    recipes = recipes_of(recipe, ["lolcats", "window", "salient"])
+    assert recipes["lolcats"].method.window == 8
+    assert recipes["window"].method.window == 16
+    assert recipes["salient"] == recipe.for_method("salient").override(
+        [f"output={recipes['salient'].output}"]
+    )
+    assert {one.transfer.tokens for one in recipes.values()} == {384}
+    assert {json.dumps(one.to_dict()["data"]) for one in recipes.values()} == {
+        json.dumps(recipe.to_dict()["data"])
+    }
+
+
+def test_what_is_done_stays(made, recipe):
+    before = {name: (done.folder / "results.json").stat().st_mtime_ns for name, done in made.runs.items()}
+    again = compare(recipe, ["lolcats", "window"], timed=False)
+    assert {n: (d.folder / "results.json").stat().st_mtime_ns for n, d in again.runs.items()} == before
+    assert again.results.to_dict() == made.results.to_dict()
+
+
+def test_other_measurements_are_not_put_side_by_side(made):
+    parts = {name: done.results for name, done in made.runs.items()}
+    assert beside(parts).to_dict() == made.results.to_dict()
+    with pytest.raises(EvaluationError, match="window: was measured with another seed than lolcats"):
+        beside(parts | {"window": replace(parts["window"], seed=1)})
+    with pytest.raises(EvaluationError, match="window: was asked other recall prompts"):
+        beside(parts | {"window": replace(parts["window"], recall=[])})
+
+
+@pytest.mark.parametrize(
+    ("methods", "words", "told"),
+    [
+        (["lolcats", "mamba"], [], "--methods: 'mamba' is no method"),
+        (["lolcats", "softmax"], [], "--methods: 'softmax' is no method"),
+        (["lolcats"], [], "name two or more"),
+        (["lolcats", "lolcats"], [], "each once"),
+        (["lolcats", "window"], ["compare.mamba.seed=1"], "compare: 'mamba' is no method"),
+        (["lolcats", "window"], ["compare.window.seed=1"], "compare.window.seed: is what all methods share"),
+        (["lolcats", "window"], ["compare.window.method.windw=1"], "windw"),
+    ],
+)
+def test_what_cannot_be_compared_is_said(recipe, methods, words, told):
+    with pytest.raises(RecipeError, match=told):
+        recipes_of(recipe.override(words), methods)
+
+
+def test_the_command_ends_with_one_object(made, recipe):
+    words = ["compare", recipe.teacher.name, *WORDS, "method.name=lolcats", f"output={recipe.output}"]
+    result = CliRunner().invoke(app, [*words, "--methods", "lolcats,window", "--no-bench", "--json"])
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout.splitlines()[-1])["results"]["models"] == [TEACHER, "lolcats", "window"]
