@@ -16,6 +16,7 @@ from typing import Any
 
 from . import interrupt, report
 from .evaluate import Results
+from .evaluate.ablations import verdict
 from .evaluate.bench import FILE, bench
 from .evaluate.beside import beside
 from .files import write_json, write_text
@@ -27,6 +28,8 @@ from .recipe import Recipe
 from .run import RunResult, run
 
 logger = logging.getLogger(__name__)
+
+CONTROL = "window"
 
 
 @dataclass(frozen=True)
@@ -127,12 +130,23 @@ def _finish(folder: Path, recipes: Mapping[str, Recipe], runs: dict[str, RunResu
         "timings": {name: made.timings for name, made in runs.items()},
         "results": results.to_dict(),
     }
-    write_text(folder / "table.md", report.markdown(results, buckets=False))
+    if CONTROL in runs:
+        record["evidence"] = {
+            name: _evidence(name, recipes[name], results) for name in runs if name != CONTROL
+        }
+    told = [f"- {name}: {words}" for name, words in record.get("evidence", {}).items()]
+    write_text(folder / "table.md", "\n".join([*told, "", report.markdown(results, buckets=False)]))
     write_json(folder / "results.json", record)
     page = None
     if report.available():
         page, _ = report.write_report([made.folder for made in runs.values()], folder / "report.html")
     return Comparison(folder, results, runs, page)
+
+
+def _evidence(name: str, recipe: Recipe, results: Results) -> str:
+    """Whether recall shows more than the window control's, in words."""
+    window = getattr(recipe.method, "window", None) or 2 * getattr(recipe.method, "chunk", 0)
+    return verdict(results.recall, window, student=name, control=CONTROL, seed=results.seed)
 
 
 def _under(name: str, progress: Watch | None) -> Callable[[Progress], None] | None:

@@ -63,6 +63,9 @@ def test_students_stand_beside_one_teacher_on_the_same_data(made):
         )
         assert made.results.memory[name] == done.results.memory["student"]
     assert {"results.json", "table.md", "report.html", "report.md"} <= {p.name for p in made.folder.iterdir()}
+    assert (
+        "no evidence" in json.loads((made.folder / "results.json").read_text())["evidence"]["lolcats"].lower()
+    )
     page = made.page.read_text()
     assert "lolcats" in page and "window" in page
 
