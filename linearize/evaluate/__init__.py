@@ -302,7 +302,8 @@ def check(teacher: nn.Module, tokenizer: Any, corpus: HeldOut, config: Evaluate)
         for length in config.recall_lens:
             recall.prompts(tokenizer, task, length, samples=1, seed=0, haystack_tokens=text)
     if config.suite.wanted:
-        suite.haystack_of(config.suite, tokenizer, text, corpus.label)
+        haystack = suite.haystack_of(config.suite, tokenizer, text, corpus.label)
+        suite.check(tokenizer, config.suite, haystack, _context(teacher))
 
 
 def _suite(

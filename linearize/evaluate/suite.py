@@ -148,6 +148,23 @@ def lengths_of(config: Suite, limit: int | None) -> list[int]:
     return fitting or [limit or LENGTHS[0]]
 
 
+def check(tokenizer: Any, config: Suite, haystack: Haystack, limit: int | None = None) -> None:
+    """Raise now what would leave `measure` with nothing to ask: one question of each task and length is made."""
+    reason = ""
+    for task in [SUITE[name] for name in config.tasks or SUITE]:
+        for length in lengths_of(config, limit):
+            try:
+                asked = questions(
+                    task, tokenizer, length,
+                    samples=1, seed=config.seed, depths=config.depths, fill=config.fill, haystack=haystack,
+                )  # fmt: skip
+                _refuse_long(task, asked, limit)
+                return
+            except DataError as error:
+                reason = reason or str(error)
+    raise EvaluationError(f"evaluate.suite: nothing can be run; {reason}")
+
+
 def measure(
     models: dict[str, nn.Module],
     tokenizer: Any,
