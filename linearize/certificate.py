@@ -62,17 +62,20 @@ def certify(
     *,
     data: Mapping[str, str | None] | None = None,
     device: str | None = None,
+    planned: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Write a checkpoint's certificate, whole or not at all; returns what it says.
 
-    ``data`` are hashes of what the student was trained and measured on (:func:`data_hashes`). Sections that an earlier
-    certificate of the same weights has, and these results have not, are kept.
+    ``data`` are hashes of what the student was trained and measured on (:func:`data_hashes`), ``planned`` the budget,
+    the plan and the scan that chose its layers. What an earlier certificate of the same weights has, and these results
+    have not, is kept.
     """
     folder = Path(folder)
     found = identity(folder, recipe.teacher) | dict(data or {})
     measured = results.to_dict()
     trouble = list(_not_finite(asdict(results)))
-    earlier = _earlier(folder, found)
+    before = _earlier(folder, found)
+    earlier = before.get("measured") or {}
     for section in SECTIONS:
         if not measured.get(section) and earlier.get(section):
             measured[section] = earlier[section]
@@ -97,6 +100,7 @@ def certify(
         "teacher": {"name": recipe.teacher.name, "revision": recipe.teacher.revision},
         "identity": found,
         "plan": _plan(folder),
+        "planned": dict(planned) if planned is not None else before.get("planned"),
         "training": trained | {"device": device},
         "measured": measured,
         "quoted": {},
@@ -302,13 +306,13 @@ def _expected(found: Mapping[str, str | None]) -> list[str]:
 
 
 def _earlier(folder: Path, found: Mapping[str, str | None]) -> dict[str, Any]:
-    """What an earlier certificate of the same weights measured."""
+    """An earlier certificate of the same weights."""
     try:
         tree = read(folder)
     except CheckpointError:
         return {}
     same = all(tree["identity"].get(n) == found[n] for n in ("student.weights", "student.config"))
-    return tree.get("measured") or {} if same else {}
+    return tree if same else {}
 
 
 def _walk(tree: Any, place: str = "") -> Iterator[tuple[str, Any]]:

@@ -150,9 +150,12 @@ def gates_of(
     return found
 
 
-def certify(folder: Path, results: Results, recipe: Recipe) -> None:
-    """Write the certificate of a checkpoint from what was measured, and from the run that it lies in."""
+def certify(folder: Path, results: Results, recipe: Recipe, planned: Mapping[str, Any] | None = None) -> None:
+    """Write the certificate of a checkpoint from what was measured, and from the run that it lies in.
+
+    ``planned`` is the budget, the plan and the scan that chose its layers, if any did.
+    """
     trained = certificate.trained_on(folder)
     data = certificate.data_hashes(trained, results.windows, data_folder(folder))
-    made = certificate.certify(folder, results, recipe, data=data, device=device_of(recipe))
+    made = certificate.certify(folder, results, recipe, data=data, device=device_of(recipe), planned=planned)
     logger.debug("%s: certificate %s", folder, made["status"])

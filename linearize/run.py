@@ -145,8 +145,16 @@ def _go(recipe: Recipe, folder: Path, progress: Watch | None) -> RunResult:
         prompt, text = _continuation(students["student"], tokenizer, corpus, recipe)
         for name, at in saved.items():
             own = results if name == "student" else replace(results, gates=None, ablations=None)
-            certify(at, own, recipe)
+            certify(at, own, recipe, _chosen(asked, planned) if name == "student" else None)
     return _finish(folder, asked, results, prompt, text, clock.seconds, planned)
+
+
+def _chosen(recipe: Recipe, planned: "tuple[PlanResult, ScanResult] | None") -> dict[str, Any] | None:
+    """What chose the layers, as the certificate records it."""
+    if planned is None:
+        return None
+    made, scanned = planned
+    return {"budget": recipe.to_dict()["plan"], "plan": made.to_dict(), "scan": scanned.to_dict()}
 
 
 def _converted(model: Any, recipe: Recipe, control: MethodConfig | None = None) -> Any:
