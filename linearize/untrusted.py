@@ -42,7 +42,9 @@ def refusal(fields: Any, folder: Path | None) -> str | None:
             return (
                 f"config.json: {key}: {value!r} names code of the Hub, which is not fetched; remove the key"
             )
-        if isinstance(value, int) and layers and "layers" in key and value > layers:
+        # Not `max_window_layers` and its like, which bound a choice and build nothing.
+        sized = "layers" in key and not key.startswith("max_")
+        if isinstance(value, int) and layers and sized and value > layers:
             return f"config.json: {key}: {value} is more than the {layers} tensors of the weights"
     return None
 

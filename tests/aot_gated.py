@@ -134,13 +134,14 @@ def cases(candidates: bool = False):
             rows = CANDIDATES[name + suffix] if candidates else CANDIDATES[name + suffix][:1]
             made = STRONG.get(name, kernel) if strong else kernel
             for row in rows:
-                for width in (128,) if candidates else (128, 64):
-                    for extra in more:
-                        fixed = constants(width) | extra | {"STRONG": strong}
-                        label = f"{name}{suffix} {width} {extra or ''}"
-                        yield case(
-                            label, made, typed(made), fixed, row, matrix=not strong and name not in PLAIN
-                        )
+                # Every mode at the benchmark's width; at 64, where less can go wrong, the first.
+                widths = {128: more if not strong else more[:1]}
+                if not candidates and not strong:
+                    widths[64] = more[:1]
+                for width, extra in ((w, e) for w, extras in widths.items() for e in extras):
+                    fixed = constants(width) | extra | {"STRONG": strong}
+                    label = f"{name}{suffix} {width} {extra or ''}"
+                    yield case(label, made, typed(made), fixed, row, matrix=not strong and name not in PLAIN)
     for row in CANDIDATES["gated_scan"][: None if candidates else 1]:
         fixed = dict(SIZE=16384, V=128, F=128, HAS_START=False, REVERSED=False, SHARE=1)
         yield case("gated_scan", shared.scan_kernel, typed(shared.scan_kernel), fixed, row, matrix=False)

@@ -217,7 +217,10 @@ BAD_INPUT = {
         "a/b/c: not a repository id",
     ),
     "repository without owner": (lambda f: call("push", saved(f), "mine", "--dry-run"), "write owner/mine"),
-    "upload without network": (lambda f: call("push", saved(f), "me/mine"), "me/mine: the upload failed"),
+    "upload without network": (
+        lambda f: call("push", saved(f), "me/mine"),
+        "me/mine: the upload was interrupted",
+    ),
     "resume with a changed recipe": (other_recipe, "another recipe (method.window differ)"),
 }
 

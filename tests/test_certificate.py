@@ -184,7 +184,10 @@ def test_measuring_again_renews_the_certificate_and_keeps_what_it_did_not_measur
 
 def whole(made) -> Results:
     """Results against which nothing can be said."""
-    model = {name: replace(m, sequences=50) for name, m in made.results.likelihood[64].items()}
+    model = {
+        name: replace(m, sequences=50, sources=[replace(source, sequences=50) for source in m.sources])
+        for name, m in made.results.likelihood[64].items()
+    }
     rows = [replace(row, windows=50) for row in made.results.ablations.rows]
     return replace(
         made.results,

@@ -44,7 +44,7 @@ def test_the_recipe_names_tasks():
 def test_the_command_line_names_tasks(monkeypatch):
     seen = []
 
-    def stop(folder, overrides, progress):
+    def stop(folder, overrides, **_):
         seen.append(overrides)
         raise EvaluationError("evaluate: stopped")
 

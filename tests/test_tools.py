@@ -66,7 +66,7 @@ def test_every_verb_offers_json():
     without = [
         name for name, verb in found.items() if "--json" not in [o for p in verb.params for o in p.opts]
     ]
-    assert without == []
+    assert without == ["serve"]  # which answers over HTTP until it is stopped
 
 
 @pytest.mark.parametrize("verb", VERBS)

@@ -87,7 +87,9 @@ def student(
     family: str = "llama", config: MethodConfig | None = None, *, layers="all", **kwargs
 ) -> PreTrainedModel:
     """A tiny model converted, its mixers randomised too; fp64 unless told otherwise, mixers never below fp32."""
-    return _copied(_student, family, _frozen(config), _frozen(layers), _frozen(kwargs))
+    # Tests may register another mixer under a name.
+    registered = tuple(method.mixer for method in METHODS.values())
+    return _copied(_student, family, _frozen(config), _frozen(layers), _frozen(kwargs), registered)
 
 
 def _tiny(family: str, dtype: torch.dtype, seed: int, overrides: Any) -> PreTrainedModel:
@@ -100,7 +102,7 @@ def _tiny(family: str, dtype: torch.dtype, seed: int, overrides: Any) -> PreTrai
     return randomise(model, seed).eval()
 
 
-def _student(family: str, config: Any, layers: Any, kwargs: Any) -> PreTrainedModel:
+def _student(family: str, config: Any, layers: Any, kwargs: Any, _registered: Any) -> PreTrainedModel:
     kwargs, config = _thawed(kwargs), _thawed(config)
     dtype = kwargs.setdefault("dtype", torch.float64)
     model = convert(tiny(family, **kwargs), config or LolcatsConfig(window=8), layers=_thawed(layers))

@@ -95,7 +95,8 @@ def recall(run: Run) -> Iterator[str]:
             "so they say nothing of the student."
         )
         return
-    kept = sum(ours["high"] >= theirs["share"] for theirs, ours in good)
+    # One prompt has no interval.
+    kept = sum((ours["high"] or ours["share"]) >= theirs["share"] for theirs, ours in good)
     theirs, ours = min(good, key=lambda pair: pair[1]["share"] - pair[0]["share"])
     yield (
         f"Recall: of {len(good)} cells that the teacher masters (of {len(pairs)}), the student's interval reaches the "

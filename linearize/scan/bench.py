@@ -245,6 +245,7 @@ def recalled(teacher: Tally, student: Tally) -> Recalled:
 
 def token_sums(reference: Tensor, logits: Tensor, targets: Tensor) -> Tensor:
     """[rows, 3] on the CPU, summed over tokens: negative log-likelihood, KL of the reference, agreements."""
+    targets = targets.to(logits.device)
     scores, truth = _log_softmax(logits), _log_softmax(reference)
     nll = -scores.gather(-1, targets[..., None]).double().sum((1, 2))
     # exp(-inf) * (-inf - s) is the limit 0, not NaN: a teacher may rule a token out
