@@ -146,7 +146,10 @@ def _finish(folder: Path, recipes: Mapping[str, Recipe], runs: dict[str, RunResu
 def _evidence(name: str, recipe: Recipe, results: Results) -> str:
     """Whether recall shows more than the window control's, in words."""
     window = getattr(recipe.method, "window", None) or 2 * getattr(recipe.method, "chunk", 0)
-    return verdict(results.recall, window, student=name, control=CONTROL, seed=results.seed)
+    told = verdict(results.recall, window, student=name, control=CONTROL, seed=results.seed)
+    return (
+        told if name != "salient" else told.replace("the linear branch", "the exact memory behind the window")
+    )
 
 
 def _under(name: str, progress: Watch | None) -> Callable[[Progress], None] | None:

@@ -291,7 +291,9 @@ def _draw(axes: Any, line: Line, band: bool, moved: float) -> None:
     marker = {} if line.thin else {"marker": _marker(line.series), "markersize": 4.5}
     axes.plot(x, line.y, color=colour, linestyle=style, **marker)
     if line.low is not None and line.high is not None:
-        low, high = ([math.nan if value is None else value for value in edge] for edge in (line.low, line.high))
+        low, high = (
+            [math.nan if value is None else value for value in edge] for edge in (line.low, line.high)
+        )
         if band:
             axes.fill_between(x, low, high, color=colour, alpha=0.18, linewidth=0)
         axes.vlines(x, low, high, color=colour, linewidth=1.2)

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,8 @@ class Run:
     hashes: dict[str, str] = field(default_factory=dict)
     seen_alone: bool = True
     """Whether no other run is on the page."""
+    control: Results | None = None
+    """Of the run on the same page whose student is a window alone: everyone's control, where text and prompts agree."""
 
     def label(self, model: str) -> str:
         """A model's name on the page: with its run's, where there are several."""
@@ -79,7 +81,21 @@ def open_runs(folders: Sequence[str | Path]) -> list[Run]:
         raise EvaluationError("report: no run is named; give the folder of a finished run")
     paths = [Path(folder) for folder in folders]
     names = _names(paths)
-    return [_open(path, name, alone=len(paths) == 1) for path, name in zip(paths, names, strict=True)]
+    runs = [_open(path, name, alone=len(paths) == 1) for path, name in zip(paths, names, strict=True)]
+    windows = [run for run in runs if (run.recipe.get("method") or {}).get("name") == "window"]
+    if not windows:
+        return runs
+    lent = windows[0]
+    return [
+        replace(run, control=lent.results) if run is not lent and _measured(run) == _measured(lent) else run
+        for run in runs
+    ]
+
+
+def _measured(run: Run) -> tuple[Any, ...]:
+    """What a run was measured on."""
+    asked = {(cell.task, cell.length): cell.digest for cell in run.results.recall}
+    return run.results.source, run.results.windows, asked
 
 
 def _names(paths: Sequence[Path]) -> list[str]:

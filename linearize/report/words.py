@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -25,13 +26,35 @@ OPTIONAL = {
 
 def summary(run: Run) -> list[str]:
     """The sentences of one run, the most important first."""
-    used, lines = linear_branch(run), [converted(run), *fidelity(run), *recall(run), *memory(run)]
+    beside = with_control(run)
+    used, lines = linear_branch(beside), [converted(run), *fidelity(run), *recall(run), *memory(run)]
     lines += [*speed(run), *gates(run)]
     if used:
         lines.insert(0 if used.startswith("No evidence") else len(lines), used)
-    if ablations := run.section("ablations"):
+    if (ablations := run.section("ablations")) and not used and not _is_window(run):
         lines.append(f"Ablations: {ablations.get('verdict') or 'no verdict'}")
-    return [*lines, not_run(run)]
+    return [*lines, not_run(beside)]
+
+
+def _is_window(run: Run) -> bool:
+    return (run.recipe.get("method") or {}).get("name") == "window"
+
+
+def with_control(run: Run) -> Run:
+    """The run with another's window control beside its student, where it has none of its own."""
+    if run.control is None or WINDOW in run.results.models or "student" not in run.control.models:
+        return run
+    results, lent = run.results, run.control
+    recall = [replace(cell, model=WINDOW) for cell in lent.recall if cell.model == "student"]
+    likelihood = {
+        length: by_model | {WINDOW: lent.likelihood[length]["student"]}
+        for length, by_model in results.likelihood.items()
+    }
+    models = [*results.models, WINDOW]
+    return replace(
+        run,
+        results=replace(results, models=models, recall=[*results.recall, *recall], likelihood=likelihood),
+    )
 
 
 def converted(run: Run) -> str:
@@ -161,7 +184,7 @@ def linear_branch(run: Run) -> str | None:
     """Whether the student recalls more than a window alone could: the paired difference to the window control in cells
     that the teacher masters and that are longer than four windows, at 95 % over all of them together."""
     span = exact_span(run)
-    if WINDOW not in run.results.models or not run.students or not span:
+    if WINDOW not in run.results.models or not run.students or _is_window(run):
         return None
     name, cells = run.students[0], []
     for by in _cells(run):
@@ -173,10 +196,10 @@ def linear_branch(run: Run) -> str | None:
             ours, other = by[name]["hits"], by[WINDOW]["hits"]
             if ours and len(ours) == len(other):
                 cells.append((by[name], ours, other))
-    where = f"longer than four windows ({4 * span:,} tokens)"
+    where = f"longer than four windows ({4 * span:,} tokens)" if span else "of any length"
     if not cells:
         return (
-            f"No evidence that the linear branch is used: no recall cell that the teacher masters is {where} and was "
+            f"No evidence that {branch(run)} is used: no recall cell that the teacher masters is {where} and was "
             "asked of the window control too."
         )
     level = 1 - 0.05 / len(cells)
@@ -190,13 +213,19 @@ def linear_branch(run: Run) -> str | None:
             gain = float((pairs[:, 0] - pairs[:, 1]).double().mean())
             more = f"{100 * gain:.0f} points{between((100 * low, 100 * high), '.0f')} more often"
             return (
-                f"The linear branch is used: {cell['task']} at {cell['length']:,} tokens is answered {more} than by "
-                "the window control."
+                f"{branch(run).capitalize()} is used: {cell['task']} at {cell['length']:,} tokens is answered "
+                f"{more} than by the window control."
             )
     return (
-        f"No evidence that the linear branch is used: in none of {len(cells)} recall cells {where} does the student "
+        f"No evidence that {branch(run)} is used: in none of {len(cells)} recall cells {where} does the student "
         f"answer more prompts than the window control does.{_kl_gain(run, name)}"
     )
+
+
+def branch(run: Run) -> str:
+    """What stands behind the window, in words."""
+    name = (run.recipe.get("method") or {}).get("name")
+    return "the exact memory behind the window" if name == "salient" else "the linear branch"
 
 
 def exact_span(run: Run) -> int:
