@@ -339,8 +339,14 @@ def test_code_in_a_folder_does_not_run_unless_it_is_trusted(student, tmp_path, t
     folder = tmp_path / "teacher"
     shutil.copytree(teacher, folder)
     config = json.loads((folder / "config.json").read_text())
-    names = "LlamaConfig as MyConfig, LlamaForCausalLM as MyModel, PreTrainedTokenizerFast as Mine"
-    body = f"from transformers import {names}"
+    # Classes of their own: transformers marks those that it loads so, and would save its own ones otherwise ever after.
+    body = """
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+class MyConfig(LlamaConfig): ...
+class MyModel(LlamaForCausalLM): config_class = MyConfig
+class Mine(PreTrainedTokenizerFast): ...
+"""
     marked(folder, "mine", body)
     mapped = {
         "AutoConfig": "mine.MyConfig",

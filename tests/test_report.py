@@ -7,7 +7,8 @@ from dataclasses import replace
 import pytest
 
 from linearize.evaluate import Bucket, Cell, LayerMemory, Likelihood, Memory, Results
-from linearize.report import bytes_text, markdown, tables
+from linearize.report import markdown, tables
+from linearize.words import bytes_text
 
 
 def measured(ppl: float, kl: float) -> Likelihood:
