@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import sys
 from types import SimpleNamespace
 
 import pytest
@@ -74,11 +73,13 @@ def test_json_is_one_object_on_the_last_line(verb, teacher, student, tmp_path, m
     # What these measure has its own tests, and takes its time.
     (tmp_path / "results.json").write_text('{\n "results": {}\n}')
     made = SimpleNamespace(folder=tmp_path)
-    monkeypatch.setattr(sys.modules["linearize.run"], "run", lambda *_, **__: made)
+    monkeypatch.setattr(importlib.import_module("linearize.run"), "run", lambda *_, **__: made)
     results = SimpleNamespace(to_dict=lambda: {"measured": 1})
-    monkeypatch.setattr(sys.modules["linearize.run"], "evaluate_checkpoint", lambda *_, **__: results)
+    monkeypatch.setattr(
+        importlib.import_module("linearize.run"), "evaluate_checkpoint", lambda *_, **__: results
+    )
 
-    monkeypatch.setattr(sys.modules["linearize.tune"], "tune", lambda *_, **__: [])
+    monkeypatch.setattr(importlib.import_module("linearize.tune"), "tune", lambda *_, **__: [])
     words, key = VERBS[verb]
     places = {"teacher": teacher, "student": student, "new": tmp_path / "new"}
     answer = CliRunner().invoke(app, [*(word.format(**places) for word in words), "--json"])
