@@ -52,17 +52,6 @@ def each_pair(turn):
     return pytest.mark.parametrize(("family", "variant"), pairs(FAMILIES, turn))
 
 
-def some_families(turn):
-    """Every method on two families, and every family with two methods at least: for slow tests of transformers' own."""
-    names = list(FAMILIES)
-    found = [
-        (names[(2 * i + turn + k) % len(names)], method)
-        for i, method in enumerate(METHOD_NAMES)
-        for k in (0, 1)
-    ]
-    return pytest.mark.parametrize(("family", "method"), found)
-
-
 def build(family, config, **changes):
     return student(family, config, **{"num_hidden_layers": 2} | FAMILIES[family] | changes)
 
@@ -330,7 +319,8 @@ def test_greedy_equals_recompute(family, method):
     assert torch.equal(generate(model, x, mask, 10), recompute(model, x, mask, 10))
 
 
-@some_families(0)
+@each_family
+@each_method
 def test_beams_with_and_without_cache(family, method):
     model, (x, mask) = method_of(family, method), prompts()
     kept, recomputed = (
@@ -340,7 +330,8 @@ def test_beams_with_and_without_cache(family, method):
     assert torch.equal(kept, recomputed)
 
 
-@some_families(1)
+@each_family
+@each_method
 def test_assisted_equals_greedy(family, method):
     """By prompt lookup in a prompt that repeats, and by a model near enough to be believed at times."""
     model, x = method_of(family, method), ids(1, 9).repeat(1, 3)
