@@ -68,6 +68,9 @@ def test_students_stand_beside_one_teacher_on_the_same_data(made):
     )
     page = made.page.read_text()
     assert "lolcats" in page and "window" in page
+    # The window is everyone's control there.
+    assert "No evidence that the linear branch is used" in page
+    assert page.count(", a window control") == 1  # which the window alone has not
 
 
 def test_fields_belong_to_their_method(recipe):
