@@ -82,7 +82,11 @@ def convert(
         except ConversionError as error:
             raise ConversionError(f"layer {index}: {error}") from error
         spec["layers"][str(index)] = layer_spec(layer.module, layer.sliding_window, layer.geometry, config)
-    unrotated = [i for i, c in chosen.items() if getattr(METHODS[c.name].mixer, "wants_unrotated", False)]
+    unrotated = [
+        i
+        for i, c in chosen.items()
+        if c.wants_unrotated or getattr(METHODS[c.name].mixer, "wants_unrotated", False)
+    ]
     if unrotated:
         check_deferral(model, {i: found[i] for i in unrotated})
     return convert_(model, spec, METHODS)

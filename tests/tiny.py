@@ -151,6 +151,7 @@ def variants() -> dict[str, MethodConfig]:
             dict(budget=3, chunk=4, score_dim=6),
             dict(budget=6, chunk=3, score_dim=6, score_context=5),
             dict(budget=0, chunk=8),
+            dict(budget=4, chunk=4, score_dim=5, score_context=3, objective="locret"),
         ],
         "liger": [
             dict(window=8),

@@ -37,6 +37,11 @@ class MethodConfig:
     adjustable: ClassVar[frozenset[str]] = frozenset()
     """Fields that no weight depends on, so that they may be set anew on a trained student."""
 
+    @property
+    def wants_unrotated(self) -> bool:
+        """Whether these fields make a mixer read ``q_plain`` and ``k_plain``, where its class does not by itself."""
+        return False
+
     def check(self, geometry: Geometry | None = None) -> None:
         """Raise :class:`ConversionError` for values that no layer (or no layer of this geometry) can have."""
 
@@ -98,7 +103,7 @@ class Mixer(nn.Module):
     only entry point: sharded training, offloading and adapters hook nothing else.
     """
 
-    wants_unrotated: ClassVar[bool] = False
+    wants_unrotated: bool = False
     """Whether the mixer reads ``q_plain`` and ``k_plain``; layers that cannot provide them are refused."""
 
     def __init__(self, config: Any, geometry: Geometry):

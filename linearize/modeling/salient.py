@@ -10,7 +10,8 @@ input, c(t) = floor(t / C) and a the teacher's attention,
 
 Stage 1 fits rho to log(max a_tj + floor), the maximum over the heads of the group and the queries with
 c(t) >= c(j) + 2; positions that no such query has seen are left out. Nothing else is learned there: selection is
-discrete, and what is kept is attended exactly. No gradient reaches the score in stage 2.
+discrete, and what is kept is attended exactly. No gradient reaches the score in stage 2. ``objective`` has other losses
+for the same score, Locret's and TRIM-KV's among them (``objectives.py``).
 
 Memory: N + 1 kept tokens and 2 C local ones for every key/value head, whatever the length; C and N are fixed at
 conversion. Budgets differ by layer through the recipe's ``layers`` map, ``{7: {budget: 1024}, rest: {budget: 32}}``:
@@ -22,7 +23,7 @@ is not offered, because its mass grows with the length (KL .906 against .123 at 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +31,8 @@ from torch.nn.functional import avg_pool1d, gelu
 
 from .errors import ConversionError
 from .mixer import Fit, Geometry, Method, MethodConfig, Mixer, MixerInput
-from .ops import Kept, future_attention, kept_attention, kept_decode, merge_kept, salient_step
+from .objectives import OBJECTIVES
+from .ops import Kept, kept_attention, kept_decode, merge_kept, salient_step
 from .ring import at_columns, final, new_columns, resize, span, step_positions, take, unroll, write
 from .selection import rounded
 
@@ -55,8 +57,17 @@ class SalientConfig(MethodConfig):
     """Width of the score's hidden layer."""
     score_context: int | None = None
     """The score also sees the mean of this many newest inputs, the token's own included (16 works); None is off."""
+    objective: Literal["log_attention", "ranking", "locret", "retention"] = "log_attention"
+    """What the score learns in stage 1; ``objectives.py`` tells them apart. Only locret's reads q, k and v."""
     target_floor: float = 1e-4
-    """Added to the attention before the logarithm, so that what is never attended has a finite target."""
+    """Added to the attention before the logarithm, so that what is never attended has a finite target. Of log_attention
+    and ranking."""
+    capacity_weight: float = 0.1
+    """Of what retention's gates hold beyond the budget, beside the relative error of the layer's output."""
+
+    @property
+    def wants_unrotated(self) -> bool:
+        return OBJECTIVES[self.objective].reads_projections
 
     def check(self, geometry: Geometry | None = None) -> None:
         least = {"budget": 0, "chunk": 1, "score_dim": 1, "score_context": 2}
@@ -65,6 +76,14 @@ class SalientConfig(MethodConfig):
             if value is not None and value < bound:
                 off = ", or null for none" if field == "score_context" else ""
                 raise ConversionError(f"method.{field}: {value} is impossible; give {bound} or more{off}")
+        if self.objective not in OBJECTIVES:
+            raise ConversionError(
+                f"method.objective: {self.objective!r} is unknown; choose from {', '.join(OBJECTIVES)}"
+            )
+        if not self.capacity_weight >= 0:
+            raise ConversionError(
+                f"method.capacity_weight: {self.capacity_weight} is impossible; give 0 or more"
+            )
         if not self.target_floor > 0:
             raise ConversionError(
                 f"method.target_floor: {self.target_floor} is impossible; give a number above 0, such as 1e-4"
@@ -104,15 +123,21 @@ class SalientState(NamedTuple):
 
 
 class SalientMixer(Mixer):
-    """One layer. Parameters, all the score's: ``inner`` M to D, ``outer`` D to G; ``context`` M to D for the mean."""
+    """One layer. Parameters, all the score's: ``inner`` M to D, ``outer`` D to G; ``context`` M to D for the mean. Where
+    the objective reads q, k and v, (H + G) K + G V stands for M."""
 
     def __init__(self, config: SalientConfig, geometry: Geometry):
         super().__init__(config, geometry)
-        self.inner = nn.Linear(geometry.hidden, config.score_dim)
+        self.wants_unrotated = config.wants_unrotated
+        width = geometry.hidden
+        if self.wants_unrotated:
+            heads, groups = geometry.heads, geometry.kv_heads
+            width = (heads + groups) * geometry.key_dim + groups * geometry.value_dim
+        self.inner = nn.Linear(width, config.score_dim)
         self.context = None
         if config.score_context:
             # The mean of projected inputs is the projection of their mean, and has a smaller tail to remember.
-            self.context = nn.Linear(geometry.hidden, config.score_dim, bias=False)
+            self.context = nn.Linear(width, config.score_dim, bias=False)
         self.outer = nn.Linear(config.score_dim, geometry.kv_heads)
 
     def why_not_without(self, branch: str) -> str | None:
@@ -232,7 +257,7 @@ class SalientMixer(Mixer):
     def _score(self, x: MixerInput, tail: Tensor, seen: Tensor) -> tuple[Tensor, Tensor | None]:
         """What tokens are ranked by [B, T, G], inf for the first of a row, and what the tail must remember of them."""
         position = seen[:, None] + torch.arange(x.hidden.shape[1], device=x.hidden.device)
-        score, inputs = self._rank(x.hidden, tail, position)
+        score, inputs = self._rank(self._read(x), tail, position)
         return rounded(score).masked_fill((position == 0)[..., None], torch.inf), inputs
 
     def _rank(self, hidden: Tensor, tail: Tensor, position: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -248,22 +273,18 @@ class SalientMixer(Mixer):
             inner = inner + mean * (width / (position + 1).clamp_max(width))[..., None]
         return self.outer(gelu(inner)), inputs
 
+    def _read(self, x: MixerInput) -> Tensor:
+        """[B, T, n] what the score is made of: the layer's input, or q, k and v of all heads side by side."""
+        if not self.wants_unrotated:
+            return x.hidden
+        assert x.q_plain is not None and x.k_plain is not None
+        return torch.cat([part.flatten(2) for part in (x.q_plain, x.k_plain, x.v)], dim=-1)
+
     def _fit(self, x: MixerInput) -> Fit:
-        """The score's squared error against the attention that the teacher pays later, and the targets' variance."""
-        config, time = self.config, x.q.shape[1]
-        position = torch.arange(time, device=x.q.device).expand(len(x.q), -1)
-        score, _ = self._rank(x.hidden, self._tail(x), position)
-        paid = future_attention(
-            x.q, x.k, scale=x.scale, chunk=config.chunk, softcap=x.softcap, lengths=x.lengths
-        )
-        target = (paid + config.target_floor).log()
-        lengths = torch.full_like(position[:, 0], time) if x.lengths is None else x.lengths
-        asked = (position < final(lengths, config.chunk, "terraced")[:, None])[..., None].to(target.dtype)
-        count = (asked.sum() * target.shape[-1]).clamp_min(1)
-        mean = (target * asked).sum() / count
-        variance = ((target - mean).square() * asked).sum() / count
-        error = ((score - target).square() * asked).sum() / count
-        return Fit(error, variance.clamp_min(torch.finfo(variance.dtype).tiny))
+        """The loss that the objective makes of the score."""
+        position = torch.arange(x.q.shape[1], device=x.q.device).expand(len(x.q), -1)
+        score, _ = self._rank(self._read(x), self._tail(x), position)
+        return OBJECTIVES[self.config.objective].fit(x, score, self.config)
 
     def _start(self, x: MixerInput) -> SalientState:
         rows, config = len(x.k), self.config

@@ -128,6 +128,31 @@ def future_attention(
     return found.transpose(1, 2)
 
 
+@torch.no_grad()
+def future_logit(
+    q: Tensor,
+    k: Tensor,
+    *,
+    scale: float,
+    chunk: int,
+    softcap: float | None = None,
+    lengths: Tensor | None = None,
+) -> Tensor:
+    """[B, T, G] the largest scaled logit that a token gets, by heads and queries as in ``future_attention``; zero where
+    no query asks."""
+    time, groups, dtype = q.shape[1], k.shape[2], accumulator(q, k)
+    found = k.new_full((len(k), groups, time), -torch.inf, dtype=dtype)
+    position = torch.arange(time, device=q.device)
+    for start in range(2 * chunk, time, chunk):
+        stop, old = min(start + chunk, time), start - chunk
+        scores = scores_of(q[:, start:stop].to(dtype), k[:, :old].to(dtype), scale, softcap)  # [B, H, C, old]
+        if lengths is not None:
+            pads = position[start:stop] >= lengths[:, None]
+            scores = scores.masked_fill(pads[:, None, :, None], -torch.inf)
+        found[..., :old] = found[..., :old].maximum(scores.unflatten(1, (groups, -1)).amax(dim=(2, 3)))
+    return found.masked_fill(found == -torch.inf, 0.0).transpose(1, 2)
+
+
 # The kept set as it grows.
 
 
