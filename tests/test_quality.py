@@ -12,6 +12,7 @@ import yaml
 
 from linearize.evaluate import Results
 from linearize.modeling.errors import LinearizeError
+from linearize.modeling.objectives import OBJECTIVES
 from linearize.modeling.registry import METHODS
 from linearize.recipe import Recipe
 from linearize.scan.candidates import candidates
@@ -145,13 +146,19 @@ def test_what_falls_short_of_a_mark_is_named(quality):
     ]
 
 
+def beside(quality, name):
+    """Another script of the folder, which takes run.py for its module."""
+    spec = importlib.util.spec_from_file_location(f"quality_{name}", SCRIPT.with_name(f"{name}.py"))
+    sys.modules["run"] = quality
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    del sys.modules["run"]
+    return module
+
+
 def test_planned_students_keep_to_their_tokens_and_hand_made_ones_are_scanned(quality, tmp_path):
     """Nothing runs: the recipes of plan.py, and the table of lines that hold nothing."""
-    spec = importlib.util.spec_from_file_location("quality_plan", SCRIPT.with_name("plan.py"))
-    sys.modules["run"] = quality
-    plan = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(plan)
-    del sys.modules["run"]
+    plan = beside(quality, "plan")
     options = plan.arguments(["--teacher=x", "--data=x", f"--out={tmp_path / 'out.jsonl'}"])
     tree = plan.read_yaml(options.students)
     shares = []
@@ -165,3 +172,32 @@ def test_planned_students_keep_to_their_tokens_and_hand_made_ones_are_scanned(qu
     for name in tree["ranking"]:
         assert set(plan.chosen(plan.recipe_of(name, options, tree)).values()) <= tried, name
     assert plan.markdown({}, {"targets": [], "ranking": []}) == ""
+
+
+def test_objectives_have_equal_tokens_and_bytes_and_one_table(quality, tmp_path):
+    """Nothing runs: the recipes of objectives.py, a transfer handed on, and the table of two lines."""
+    script = beside(quality, "objectives")
+    options = script.arguments(["--teacher=x", "--data=x", f"--out={tmp_path}", f"--work={tmp_path}"])
+    recipes = {name: quality.recipe_of(name, options) for name in quality.students(options.students)}
+    assert set(recipes) == set(OBJECTIVES)
+    for name, recipe in recipes.items():
+        assert {method.objective for method in recipe.layers.values()} == {name}
+        same = ("method.objective", "layers.7.objective", "layers.rest.objective")
+        assert set(recipe.differences(recipes["log_attention"])) <= set(same)
+    for part in ("transfer", "data"):
+        (tmp_path / "before" / "locret" / part).mkdir(parents=True)
+    script.take_transfer("locret", options, tmp_path / "before" / "locret")
+    assert not (tmp_path / "locret").exists()  # that transfer is not done
+    (tmp_path / "before" / "locret" / "transfer" / "done.json").write_text("{}")
+    script.take_transfer("locret", options, tmp_path / "before" / "locret")
+    assert (tmp_path / "locret" / "transfer" / "done.json").exists()
+    assert Recipe.from_file(tmp_path / "locret" / "recipe.yaml").method.objective == "locret"
+    results = quality.table.newest(SCRIPT.with_name("results.jsonl"), ["salient-256"])[0]["results"]
+    lines = [{"student": "ranking", "stage": stage, "results": results} for stage in reversed(script.STAGES)]
+    told = [row.split(" | ")[:5] for row in script.markdown(lines).splitlines()[2:]]
+    assert [row[0:2] for row in told] == [
+        ["| teacher", ""], ["| ranking", "without LoRA"], ["| ranking", "with LoRA"]
+    ]  # fmt: skip
+    assert [row[2] for row in told] == ["100.00 %", "9.47 %", "9.47 %"]
+    kl = results["likelihood"]["2048"]["student"]["kl"]
+    assert told[1][4].startswith(f"{kl:.4f} [") and script.markdown([]) == ""

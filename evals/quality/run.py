@@ -90,6 +90,16 @@ def recipe_of(name: str, options: argparse.Namespace, folders: Iterable[str] = (
     )
 
 
+def folders(name: str, options: argparse.Namespace) -> list[str]:
+    """The words that say where things lie on this machine."""
+    return [
+        f"teacher.name={options.teacher}",
+        f"data.sources.0.path={options.data / TRAIN}",
+        f"data.held_out.0.path={options.data / EVAL}",
+        f"output={options.work / name}",
+    ]
+
+
 def append(name: str, options: argparse.Namespace) -> None:
     """Make one student and append its line."""
     torch.backends.cuda.matmul.allow_tf32 = options.tf32
@@ -100,16 +110,7 @@ def append(name: str, options: argparse.Namespace) -> None:
 
 def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
     """Make one student; its line."""
-    recipe = recipe_of(
-        name,
-        options,
-        [
-            f"teacher.name={options.teacher}",
-            f"data.sources.0.path={options.data / TRAIN}",
-            f"data.held_out.0.path={options.data / EVAL}",
-            f"output={options.work / name}",
-        ],
-    )
+    recipe = recipe_of(name, options, folders(name, options))
     started = time.perf_counter()
     done = run(recipe, progress=Reporter(name))
     seconds = time.perf_counter() - started

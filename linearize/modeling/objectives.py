@@ -58,9 +58,7 @@ def log_attention(x: MixerInput, rho: Tensor, config: Any) -> Fit:
 
 def locret(x: MixerInput, rho: Tensor, config: Any) -> Fit:
     """Smooth L1 against the largest logit that the teacher gives later, and that of the targets' mean."""
-    target = future_logit(
-        x.q, x.k, scale=x.scale, chunk=config.chunk, softcap=x.softcap, lengths=x.lengths
-    )
+    target = future_logit(x.q, x.k, scale=x.scale, chunk=config.chunk, softcap=x.softcap, lengths=x.lengths)
     return _regression(rho, target, asked(x, config.chunk), smooth_l1_loss)
 
 
@@ -124,9 +122,7 @@ def asked(x: MixerInput, chunk: int) -> Tensor:
 
 def log_target(x: MixerInput, config: Any) -> Tensor:
     """[B, T, G] log of the largest attention paid later; of the floor alone where none is."""
-    paid = future_attention(
-        x.q, x.k, scale=x.scale, chunk=config.chunk, softcap=x.softcap, lengths=x.lengths
-    )
+    paid = future_attention(x.q, x.k, scale=x.scale, chunk=config.chunk, softcap=x.softcap, lengths=x.lengths)
     return (paid + config.target_floor).log()
 
 

@@ -123,8 +123,10 @@ class SalientState(NamedTuple):
 
 
 class SalientMixer(Mixer):
-    """One layer. Parameters, all the score's: ``inner`` M to D, ``outer`` D to G; ``context`` M to D for the mean. Where
-    the objective reads q, k and v, (H + G) K + G V stands for M."""
+    """One layer. Parameters, all the score's: ``inner`` M to D, ``outer`` D to G; ``context`` M to D for the mean.
+
+    Where the objective reads q, k and v, (H + G) K + G V stands for M.
+    """
 
     def __init__(self, config: SalientConfig, geometry: Geometry):
         super().__init__(config, geometry)
