@@ -151,6 +151,7 @@ def variants() -> dict[str, MethodConfig]:
             dict(budget=3, chunk=4, score_dim=6),
             dict(budget=6, chunk=3, score_dim=6, score_context=5),
             dict(budget=0, chunk=8),
+            dict(budget=(9, 2), chunk=4, score_dim=6),
         ],
         "liger": [
             dict(window=8),
