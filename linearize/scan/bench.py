@@ -82,8 +82,9 @@ class Bench:
         """A mixer for one layer: Salient's stand-in, what transfer taught, or fresh by the seed."""
         geometry, config = self.found[layer].geometry, candidate.method
         if isinstance(config, SalientConfig):
-            mixer: Mixer = OracleMixer(config, geometry, memo, self.scan.score_fit)
-        elif candidate.name in self.trained:
+            return OracleMixer(config, geometry, memo, self.scan.score_fit, head)
+        mixer: Mixer
+        if candidate.name in self.trained:
             mixer = self.trained[candidate.name][layer]
         else:
             made = METHODS[config.name].mixer

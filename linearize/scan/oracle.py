@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from ..modeling.head_budgets import HeadBudgets
 from ..modeling.mixer import Geometry, Mixer, MixerInput
 from ..modeling.ops import future_attention, kept_attention, window_attention
 from ..modeling.salient import SalientConfig
@@ -56,11 +57,17 @@ class Memo:
 
 
 class OracleMixer(Mixer):
-    """Salient's attention with the stand-in for its score; it reads the future, and serves to measure only."""
+    """Salient's attention with the stand-in for its score; it reads the future, and serves to measure only.
 
-    def __init__(self, config: SalientConfig, geometry: Geometry, memo: Memo, fit: float):
+    With ``head`` in the query heads of that kv head alone; the others keep softmax.
+    """
+
+    def __init__(
+        self, config: SalientConfig, geometry: Geometry, memo: Memo, fit: float, head: int | None = None
+    ):
         super().__init__(config, geometry)
-        self.memo, self.fit = memo, fit
+        self.memo, self.fit, self.head = memo, fit, head
+        self.budgets = HeadBudgets(config.budget, geometry.kv_heads)
 
     def forward(self, x: MixerInput, state: Any = None) -> tuple[Tensor, None]:
         config = self.config
@@ -69,9 +76,19 @@ class OracleMixer(Mixer):
         spread = asked.std(dim=1, keepdim=True) if asked.shape[1] > 1 else torch.zeros_like(target[:, :1])
         score = target + ((1 - self.fit) / self.fit) ** 0.5 * spread * self.memo.noise(target)
         score[:, 0] = torch.inf
-        y = kept_attention(
-            x.q, x.k, x.v, score, scale=x.scale, chunk=config.chunk, size=config.budget + 1, softcap=x.softcap
-        )
+        terms = dict(scale=x.scale, chunk=config.chunk, softcap=x.softcap)
+
+        def attend(slots: int, _kept: None, *parts: Tensor) -> Tensor:
+            return kept_attention(*parts, size=slots, **terms)
+
+        whole = (x.q, x.k, x.v, score)
+        if self.head is None:
+            return self.budgets.attend(attend, None, *whole), None
+        run = next(run for run in self.budgets.runs if run.first <= self.head < run.stop)
+        one = run._replace(first=self.head, stop=self.head + 1)
+        own = attend(run.slots, None, *(one.part(t, self.geometry.kv_heads) for t in whole))
+        y = self.memo.softmax(x).clone()
+        one.part(y, self.geometry.kv_heads).copy_(own)
         return y, None
 
 
