@@ -224,7 +224,7 @@ def bench_of(
 def settings_of(model: Any, corpus: Corpus, recipe: Recipe) -> dict[str, Any]:
     """What two scans must share for their lines to belong together."""
     return {
-        "format": 1,
+        "format": 2,
         "teacher": model_digest(model),
         "corpus": corpus.fingerprint,
         "seed": recipe.seed,

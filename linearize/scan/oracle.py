@@ -30,9 +30,11 @@ class Memo:
 
     seed: int
     values: dict[Any, Tensor] = field(default_factory=dict)
+    lengths: Tensor | None = None
+    """[B] tokens of each row that are no padding; None where all are none."""
 
-    def forget(self, seed: int) -> None:
-        self.seed, self.values = seed, {}
+    def forget(self, seed: int, lengths: Tensor | None = None) -> None:
+        self.seed, self.values, self.lengths = seed, {}, lengths
 
     def softmax(self, x: MixerInput) -> Tensor:
         """y [B, T, H, V] of the layer's own attention."""
@@ -44,9 +46,21 @@ class Memo:
         """[B, T, G] what stage 1 of Salient teaches; the floor where no later query asks."""
         key = ("target", chunk, floor)
         if key not in self.values:
-            paid = future_attention(x.q, x.k, scale=x.scale, chunk=chunk, softcap=x.softcap)
+            lengths = None if self.lengths is None else self.lengths.to(x.q.device)
+            paid = future_attention(
+                x.q, x.k, scale=x.scale, chunk=chunk, softcap=x.softcap, lengths=lengths
+            )
             self.values[key] = (paid + floor).log()
         return self.values[key]
+
+    def spread(self, target: Tensor, chunk: int) -> Tensor:
+        """[B, 1, G] standard deviation of the target over positions that a later query asks for."""
+        time = torch.tensor(target.shape[1]).expand(len(target)) if self.lengths is None else self.lengths
+        count = ((time.to(target.device) // chunk - 1) * chunk).clamp_min(1)[:, None, None]
+        asked = torch.arange(target.shape[1], device=target.device)[:, None] < count
+        mean = (target * asked).sum(1, keepdim=True) / count
+        squares = ((target - mean).square() * asked).sum(1, keepdim=True)
+        return (squares / (count - 1).clamp_min(1)).sqrt()
 
     def noise(self, like: Tensor) -> Tensor:
         """Standard normal, the same for every budget: a larger one keeps a superset."""
@@ -72,8 +86,7 @@ class OracleMixer(Mixer):
     def forward(self, x: MixerInput, state: Any = None) -> tuple[Tensor, None]:
         config = self.config
         target = self.memo.target(x, config.chunk, config.target_floor)
-        asked = target[:, : max(1, (target.shape[1] // config.chunk - 1) * config.chunk)]
-        spread = asked.std(dim=1, keepdim=True) if asked.shape[1] > 1 else torch.zeros_like(target[:, :1])
+        spread = self.memo.spread(target, config.chunk)
         score = target + ((1 - self.fit) / self.fit) ** 0.5 * spread * self.memo.noise(target)
         score[:, 0] = torch.inf
         terms = dict(scale=x.scale, chunk=config.chunk, softcap=x.softcap)
