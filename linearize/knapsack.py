@@ -106,9 +106,7 @@ def _states(
         at = parent[at]
     rows = np.array(picks[::-1], dtype=np.int64).reshape(len(places), -1).T.tolist()
     return [
-        Choice(
-            tuple(row), int(cost), float(loss), sum(places[i][pick].count for i, pick in enumerate(row))
-        )
+        Choice(tuple(row), int(cost), float(loss), sum(places[i][pick].count for i, pick in enumerate(row)))
         for row, cost, loss in zip(rows, states.cost, states.loss, strict=True)
     ]
 

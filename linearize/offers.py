@@ -77,7 +77,11 @@ def _combined(
         share = {name: (costs[name] - least) // len(heads) for name in names}
         places = [
             [
-                Option(share[name], rows[layer, head, name].loss(spec.recall_weight), rows[layer, head, name].lost)
+                Option(
+                    share[name],
+                    rows[layer, head, name].loss(spec.recall_weight),
+                    rows[layer, head, name].lost,
+                )
                 for name in names
             ]
             for head in heads

@@ -266,7 +266,9 @@ def test_budgets_by_head_are_the_best_of_all_combinations(asked, chunks):
     allowed = []
     for names in itertools.product(*places):
         mine = [options[name] for options, name in zip(places, names, strict=True)]
-        if sum(o.cost for o in mine) <= budget.amount and (most is None or sum(o.count for o in mine) <= most):
+        if sum(o.cost for o in mine) <= budget.amount and (
+            most is None or sum(o.count for o in mine) <= most
+        ):
             allowed.append((sum(o.loss for o in mine), names))
     made = choose(scanned, costs, budget, spec)
     assert [p.expected.loss for p in made.best] == pytest.approx([loss for loss, _ in sorted(allowed)[:2]])

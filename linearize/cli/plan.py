@@ -13,7 +13,9 @@ Folder = Annotated[
     Path | None,
     typer.Option(help="The scan's folder; runs/<teacher>-scan if not given. A second call goes on there."),
 ]
-Heads = Annotated[bool, typer.Option("--heads", help="Also every kv head of a layer alone; of some layers: scan.heads=[7].")]
+Heads = Annotated[
+    bool, typer.Option("--heads", help="Also every kv head of a layer alone; of some layers: scan.heads=[7].")
+]
 MAIN = "salient"
 """What is scanned where neither a recipe nor --method says it."""
 

@@ -73,4 +73,5 @@ class HeadBudgets:
         found = [function(held, *parts) for _, held, parts in self.each(kept, *tensors)]
         if len(found) == 1:
             return found[0]
-        return Kept(*(torch.cat([x.flatten(1, 2) for x in part], dim=1)[:, :, None] for part in zip(*found, strict=True)))
+        packed = ([x.flatten(1, 2) for x in parts] for parts in zip(*found, strict=True))
+        return Kept(*(torch.cat(parts, dim=1)[:, :, None] for parts in packed))

@@ -213,7 +213,9 @@ class Reference:
         """logits [B, T, vocab]; targets [B, T], the tokens that text goes on with, None for prompts."""
         self.logits, self.targets = logits, targets
         if targets is not None:
-            self.totals = torch.cat([exact(part).logsumexp(-1) for part in logits.flatten(0, 1).split(_tokens(logits))])
+            self.totals = torch.cat(
+                [exact(part).logsumexp(-1) for part in logits.flatten(0, 1).split(_tokens(logits))]
+            )
             # A teacher may rule a token out: exp(-inf) (-inf - s) is the limit 0, not NaN.
             self.rules_out = bool(torch.isneginf(logits.amin()))
 
@@ -228,7 +230,9 @@ class Reference:
         step, rows = _tokens(self.logits), self.logits.flatten(0, 1)
         totals, kl = self.totals, torch.zeros_like(self.totals)
         if logits is not None:
-            parts = zip(rows.split(step), logits.flatten(0, 1).split(step), self.totals.split(step), strict=True)
+            parts = zip(
+                rows.split(step), logits.flatten(0, 1).split(step), self.totals.split(step), strict=True
+            )
             found = [self._compared(exact(z), exact(s), total) for z, s, total in parts]
             totals, kl = (torch.cat(each) for each in zip(*found, strict=True))
             rows = logits.flatten(0, 1)

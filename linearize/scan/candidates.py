@@ -25,7 +25,7 @@ class Candidate:
     """One thing that a layer may become."""
 
     name: str
-    """Unique in a scan, such as ``salient 64+256`` (chunk + budget; ``64+256/32`` by kv head), ``window 64`` or ``softmax``."""
+    """Unique in a scan: ``salient 64+256`` (chunk + budget; ``64+256/32`` by kv head), ``window 64``, ``softmax``."""
     method: MethodConfig
 
     @property

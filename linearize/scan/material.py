@@ -53,7 +53,9 @@ class Batch:
         """Of prompts: the columns among the last ``keep`` that predict the answers, and the answers' tokens, [B, m]
         each; -1 where an answer has fewer."""
         most, first = max(len(p.answer) for p in self.prompts), self.inputs.shape[1] - self.keep
-        columns = [[len(p.ids) - 1 - first + min(i, len(p.answer) - 1) for i in range(most)] for p in self.prompts]
+        columns = [
+            [len(p.ids) - 1 - first + min(i, len(p.answer) - 1) for i in range(most)] for p in self.prompts
+        ]
         tokens = [[*p.answer, *[-1] * (most - len(p.answer))] for p in self.prompts]
         return torch.tensor(columns), torch.tensor(tokens)
 

@@ -47,9 +47,7 @@ class Memo:
         key = ("target", chunk, floor)
         if key not in self.values:
             lengths = None if self.lengths is None else self.lengths.to(x.q.device)
-            paid = future_attention(
-                x.q, x.k, scale=x.scale, chunk=chunk, softcap=x.softcap, lengths=lengths
-            )
+            paid = future_attention(x.q, x.k, scale=x.scale, chunk=chunk, softcap=x.softcap, lengths=lengths)
             self.values[key] = (paid + floor).log()
         return self.values[key]
 
