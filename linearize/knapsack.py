@@ -6,9 +6,14 @@ whole numbers, compared exactly; only losses are floating point. (Nemhauser and 
 for the list of undominated states; Pisinger, EJOR 83, 1995, for classes of options.)
 """
 
-from bisect import bisect_right, insort
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+AT_ONCE = 1 << 20
+"""Partial choices that are compared at one time; bounds memory."""
 
 
 @dataclass(frozen=True)
@@ -54,51 +59,95 @@ def pareto(
     return curve
 
 
+def front(places: Sequence[Sequence[Option]], *, counted: bool, best: int = 1) -> list[Choice]:
+    """Every choice that may be part of one of the ``best`` of a larger problem: those that fewer than ``best`` others
+    equal or better in cost, loss and, where it is ``counted``, count."""
+    most = sum(max(o.count for o in options) for options in places) if counted else None
+    return _states(places, None, most, best)
+
+
+class _States(NamedTuple):
+    """Partial choices; how each goes back to the one that it extends."""
+
+    cost: np.ndarray
+    loss: np.ndarray
+    count: np.ndarray
+    parent: np.ndarray
+    pick: np.ndarray
+
+    def of(self, index: np.ndarray) -> "_States":
+        return _States(*(x[index] for x in self))
+
+
 def _states(
     places: Sequence[Sequence[Option]], budget: int | None, most: int | None, best: int
 ) -> list[Choice]:
     rest_cost = _least_of_rest([[o.cost for o in options] for options in places])
     rest_count = _least_of_rest([[o.count for o in options] for options in places])
-    states = [Choice((), 0, 0.0, 0)]
+    none = np.zeros(1, dtype=np.int64)
+    states, trail = _States(none, np.zeros(1), none, none, none), []
     for index, options in enumerate(places):
-        made = [
-            Choice(
-                (*state.picks, pick),
-                state.cost + option.cost,
-                state.loss + option.loss,
-                # Without a bound nobody asks for the count, and it must not keep states apart.
-                state.count + option.count if most is not None else 0,
-            )
-            for state in states
-            for pick, option in enumerate(options)
-        ]
-        made = [
-            c
-            for c in made
-            if (budget is None or c.cost + rest_cost[index + 1] <= budget)
-            and (most is None or c.count + rest_count[index + 1] <= most)
-        ]
-        states = _undominated(made, best)
-    if most is None:
-        states = [
-            Choice(c.picks, c.cost, c.loss, sum(places[i][pick].count for i, pick in enumerate(c.picks)))
-            for c in states
-        ]
-    return states
+        step = max(1, AT_ONCE // max(1, len(states.cost)))
+        made = states.of(none[:0])
+        for start in range(0, len(options), step):
+            new = _extended(states, options[start : start + step], start, counted=most is not None)
+            fits = np.ones(len(new.cost), dtype=bool)
+            if budget is not None:
+                fits &= new.cost + rest_cost[index + 1] <= budget
+            if most is not None:
+                fits &= new.count + rest_count[index + 1] <= most
+            pool = _States(*(np.concatenate(pair) for pair in zip(made, new.of(fits), strict=True)))
+            made = pool.of(_undominated(pool, best))
+        states = made
+        trail.append((states.parent, states.pick))
+    at, picks = np.arange(len(states.cost)), []
+    for parent, pick in reversed(trail):
+        picks.append(pick[at])
+        at = parent[at]
+    rows = np.array(picks[::-1], dtype=np.int64).reshape(len(places), -1).T.tolist()
+    return [
+        Choice(tuple(row), int(cost), float(loss), sum(places[i][pick].count for i, pick in enumerate(row)))
+        for row, cost, loss in zip(rows, states.cost, states.loss, strict=True)
+    ]
 
 
-def _undominated(made: list[Choice], best: int) -> list[Choice]:
-    """Those that fewer than ``best`` others dominate; of equal ones the first by its picks stay."""
-    kept: list[Choice] = []
-    losses: dict[int, list[float]] = {}  # count -> losses of what is kept, sorted: its costs are no higher
-    for choice in sorted(made, key=lambda c: (c.cost, c.loss, c.count, c.picks)):
-        better = sum(
-            bisect_right(known, choice.loss) for count, known in losses.items() if count <= choice.count
-        )
-        if better < best:
-            kept.append(choice)
-            insort(losses.setdefault(choice.count, []), choice.loss)
-    return kept
+def _extended(states: _States, options: Sequence[Option], first: int, *, counted: bool) -> _States:
+    """Every state with every option; ``first`` is the number of the first one."""
+    old, new = np.repeat(np.arange(len(states.cost)), len(options)), len(states.cost)
+    cost, loss, count = (
+        np.tile(np.array([getattr(o, name) for o in options], dtype=kind), new)
+        for name, kind in (("cost", np.int64), ("loss", float), ("count", np.int64))
+    )
+    # Without a bound nobody asks for the count, and it must not keep states apart.
+    return _States(
+        states.cost[old] + cost,
+        states.loss[old] + loss,
+        states.count[old] + count if counted else 0 * count,
+        old,
+        np.tile(np.arange(first, first + len(options)), new),
+    )
+
+
+def _undominated(made: _States, best: int) -> np.ndarray:
+    """Indices of those that fewer than ``best`` others dominate, by cost; of equal ones the first stay."""
+    order = np.lexsort((made.count, made.loss, made.cost))
+    loss, count = made.loss[order], made.count[order]
+    kept = np.zeros(len(order), dtype=bool)
+    for level in np.unique(count):
+        # All that come before are no dearer: the ``best``-th least loss among those that lose no more of the count.
+        among = np.flatnonzero(count <= level)
+        kept[among] |= (count[among] == level) & (loss[among] < _running(loss[among], best))
+    return order[kept]
+
+
+def _running(values: np.ndarray, rank: int) -> np.ndarray:
+    """The ``rank``-th least of the values before each one; infinite where there are fewer."""
+    least = values
+    for _ in range(rank):
+        # A value takes the place of the least so far, or goes on to the next rank; so does whoever is displaced.
+        before = np.concatenate(([np.inf], np.minimum.accumulate(values)[:-1]))
+        least, values = before, np.maximum(values, before)
+    return least
 
 
 def _least_of_rest(values: list[list[int]]) -> list[int]:

@@ -21,6 +21,7 @@ from .data import Corpus
 from .files import write_json, write_text
 from .knapsack import Choice, Option, pareto, solve
 from .modeling.errors import RecipeError
+from .offers import offers
 from .planned import Budget, Choices, Figures, Planned, PlanResult, fragment_of, layers_map, words
 from .probe import probe
 from .progress import Progress, Watch
@@ -62,9 +63,11 @@ def plan(
     made = choose(result, costs, budget, spec)
     bench = bench_of(model, tokenizer, corpus, recipe, found)
     train(bench, corpus, recipe, tried, folder, progress)
+    tried |= {name: Candidate(name, method) for name, method in made.by_head.items()}
+    rivals = made.rivals(spec.verify)
     verified = [
-        Planned(p.layers, p.cost, p.expected, _measured(bench, p, tried, spec, progress, i, len(made.best)))
-        for i, p in enumerate(made.best[: spec.verify])
+        Planned(p.layers, p.cost, p.expected, _measured(bench, p, tried, spec, progress, i, len(rivals)))
+        for i, p in enumerate(rivals)
     ]
     chosen = _best(verified, spec) if verified else made.best[0]
     layers = layers_map(recipe, {i: tried[name] for i, name in chosen.layers.items()})
@@ -124,15 +127,8 @@ def budget_of(model: Any, recipe: Recipe) -> Budget:
 
 def choose(result: ScanResult, costs: Mapping[int, Mapping[str, int]], budget: Budget, spec: Plan) -> Choices:
     """The best plans within the budget, and the curve around it, from a scan's rows."""
-    rows = {(row.layer, row.candidate): row for row in result.rows if row.head is None}
-    names = {layer: list(by) for layer, by in costs.items()}
-    places = [
-        [
-            Option(costs[i][name], rows[i, name].loss(spec.recall_weight), rows[i, name].lost)
-            for name in names[i]
-        ]
-        for i in costs
-    ]
+    offered = offers(result, costs, spec, by_head=budget.kind == "bytes")
+    places = [[offer.option for offer in mine] for mine in offered.values()]
     answered = max(row.answered for row in result.rows)
     most = None
     if spec.min_recall is not None:
@@ -140,10 +136,10 @@ def choose(result: ScanResult, costs: Mapping[int, Mapping[str, int]], budget: B
         most = math.floor((1 - spec.min_recall) * answered + 1e-9)
 
     def told(choice: Choice) -> Planned:
-        layers = {i: names[i][pick] for i, pick in zip(costs, choice.picks, strict=True)}
-        mine = [rows[key] for key in layers.items()]
-        kl, answer = sum(row.kl for row in mine), sum(row.answer_loss for row in mine)
-        return Planned(layers, choice.cost, Figures(kl, answer, choice.count, answered, choice.loss))
+        mine = {i: offered[i][pick] for i, pick in zip(offered, choice.picks, strict=True)}
+        kl, answer = sum(o.kl for o in mine.values()), sum(o.answer_loss for o in mine.values())
+        figures = Figures(kl, answer, choice.count, answered, choice.loss)
+        return Planned({i: o.name for i, o in mine.items()}, choice.cost, figures)
 
     best = solve(places, budget.amount, most=most, best=max(1, spec.verify))
     if not best:
@@ -159,7 +155,17 @@ def choose(result: ScanResult, costs: Mapping[int, Mapping[str, int]], budget: B
     curve = pareto(places, CURVE * budget.amount if budget.kind != "softmax_layers" else None, most=most)
     step = MEBIBYTE // spec.batch if budget.kind == "bytes" else max(1, budget.amount // 10)
     more = solve(places, budget.amount + step, most=most)
-    return Choices([told(c) for c in best], [told(c) for c in curve], told(more[0]) if more else None)
+    by_head = {o.name: o.method for i, mine in offered.items() for o in mine if o.name not in costs[i]}
+    # Heads' losses are added up, a layer's are measured: the best plan without the former is a rival too.
+    whole = [places[n][: len(costs[i])] for n, i in enumerate(offered)]
+    plain = solve(whole, budget.amount, most=most) if by_head else []
+    return Choices(
+        [told(c) for c in best],
+        [told(c) for c in curve],
+        told(more[0]) if more else None,
+        told(plain[0]) if plain else None,
+        by_head,
+    )
 
 
 def _costs(

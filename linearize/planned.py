@@ -5,11 +5,12 @@ import math
 import shlex
 import textwrap
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import yaml
 
+from .modeling.mixer import MethodConfig
 from .recipe import Plan, Recipe
 from .scan.candidates import SOFTMAX, Candidate, fields_of, method_of
 from .words import bytes_text
@@ -101,6 +102,16 @@ class Choices:
     curve: list[Planned]
     more: Planned | None
     """The best with a mebibyte (or a tenth of another budget) more."""
+    plain: Planned | None = None
+    """The best in which all kv heads of a layer have one budget, where others may."""
+    by_head: dict[str, MethodConfig] = field(default_factory=dict)
+    """Name -> what a layer gets in plans whose kv heads have budgets of their own."""
+
+    def rivals(self, count: int) -> list[Planned]:
+        """What is measured whole: the ``count`` best, and ``plain`` if it is none of them."""
+        chosen = self.best[:count]
+        known = [rival.layers for rival in chosen]
+        return chosen + ([self.plain] if chosen and self.plain and self.plain.layers not in known else [])
 
 
 def _planned(tree: Mapping[str, Any]) -> Planned:

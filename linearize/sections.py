@@ -76,8 +76,8 @@ class Scan(Section):
     batch_size: Positive = 8
     score_fit: Annotated[PartShare, Field(gt=0)] = 0.5
     """Share of its target's variance that Salient's untrained stand-in explains; trained scores reach about half."""
-    heads: bool = False
-    """Also every kv head of a layer alone."""
+    heads: bool | list[Count] = False
+    """Also every kv head alone, of all layers or of those listed; a plan of bytes then gives heads their own N."""
     selectors: bool = True
     """Also rank the layers as papers do, for comparison."""
 

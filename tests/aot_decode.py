@@ -82,8 +82,8 @@ def salient(name, settings, width=128):
         ("scale", "cap"), "fp32"
     )
     constants = dict(
-        H=32, G=8, K=width, V=width, KP=width, VP=width, N=128, SLOTS=257, CHUNK=64, CP=64, CAP=False,
-        **settings.blocks,
+        H=32, G=8, GR=8, K=width, V=width, KP=width, VP=width, N=128, SLOTS=257, KEPT=8 * 257, CHUNK=64, CP=64,
+        CAP=False, **settings.blocks,
     )  # fmt: skip
     return plain(name, salient_step_kernel, arguments, constants, settings)
 

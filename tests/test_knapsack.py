@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from linearize.knapsack import Choice, Option, pareto, solve
+from linearize.knapsack import Choice, Option, front, pareto, solve
 
 OPTIONS = st.builds(
     Option, st.integers(0, 6), st.integers(0, 8).map(lambda n: n / 4), st.integers(0, 2)
@@ -58,3 +58,20 @@ def test_nothing_fits():
     assert solve([[Option(3, 0.0)], [Option(2, 1.0)]], 4) == []
     with pytest.raises(ValueError, match="empty"):
         solve([[]])
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.lists(PLACES, min_size=1, max_size=2),
+    st.none() | st.integers(0, 20),
+    st.none() | st.integers(0, 5),
+    st.integers(1, 3),
+)
+def test_places_that_are_problems_themselves_are_solved_by_their_fronts(groups, budget, most, best):
+    outer = [
+        [Option(c.cost, c.loss, c.count) for c in front(places, counted=most is not None, best=best)]
+        for places in groups
+    ]
+    found = solve(outer, budget, most=most, best=best)
+    flat = solve([options for places in groups for options in places], budget, most=most, best=best)
+    assert [c.loss for c in found] == [c.loss for c in flat]

@@ -1,14 +1,18 @@
 """Plans: the memory goes where the loss is, budgets hold to the byte, and a run plans for itself."""
 
 import functools
+import itertools
 import json
+import random
 from dataclasses import replace
 
 import pytest
+import torch
 import yaml
 from tiny import tiny
 from transformers import AutoTokenizer
 
+from linearize.convert import convert, describe
 from linearize.evaluate import Results
 from linearize.knapsack import Option, solve
 from linearize.modeling.errors import EvaluationError, RecipeError
@@ -16,8 +20,8 @@ from linearize.plan import budget_of, check, choose, resolved
 from linearize.planned import curve_rows, fragment_of, layers_map, words
 from linearize.recipe import Recipe
 from linearize.run import run
-from linearize.scan.candidates import candidates
-from linearize.scan.measure import Row, ScanResult
+from linearize.scan.candidates import Candidate, candidates, fields_of, layer_bytes, name_of
+from linearize.scan.measure import Row, ScanResult, scanned_layers
 from linearize.teacher import BUNDLED
 
 PLAN = "plan={kv_share: 20%, at: 4096}"
@@ -210,3 +214,80 @@ def test_what_the_budget_leaves_is_never_enough_for_a_better_choice():
     best = solve(places, budget.amount)[0]
     made = choose(scanned, costs, budget, recipe.plan).best[0]
     assert (made.cost, made.expected.loss) == (best.cost, best.loss)
+
+
+def with_heads(scanned, heads=2, carrier=(1, 1)):
+    """Rows of kv heads that add up to their layers', one of them with all that its layer loses of recall."""
+    rows = list(scanned.rows)
+    for row in scanned.rows:
+        if row.candidate != "softmax":
+            mine = [replace(row, head=h, kl=row.kl / heads, lost=0, answer_loss=0.0) for h in range(heads)]
+            if row.layer == carrier[0]:
+                mine[carrier[1]] = replace(mine[carrier[1]], lost=row.lost, answer_loss=row.answer_loss)
+            rows += mine
+    return replace(scanned, rows=rows, candidates=fields(recipe_of()))
+
+
+def fields(recipe):
+    return {c.name: fields_of(c.method) for c in candidates(recipe)}
+
+
+@pytest.mark.parametrize("asked", ["kv_share: 11%", "kv_share: 11%, min_recall: 0.9", "state_mb: 0.25"])
+@pytest.mark.parametrize("chunks", ["[32]", "[16, 32]"])
+def test_budgets_by_head_are_the_best_of_all_combinations(asked, chunks):
+    """Against brute force over every chunk and every budget of every head; costs are those of a layer as it is."""
+    recipe = recipe_of(f"plan={{{asked}, at: 4096, verify: 2}}", f"scan.chunks={chunks}", "scan.windows=[]")
+    teacher, spec = teacher_of(), recipe.plan
+    budget, costs = check(teacher, recipe)
+    rng, rows = random.Random(0), []
+    for row in with_heads(scan_of(recipe)).rows:
+        if row.head is not None:
+            row = replace(row, kl=rng.random() / 9, lost=rng.choice([0, 0, 1]), answer_loss=rng.random())
+        rows.append(row)
+    scanned = replace(scan_of(recipe), rows=rows, candidates=fields(recipe))
+    by_key = {(row.layer, row.head, row.candidate): row for row in rows}
+    layers = scanned_layers(teacher, recipe)
+    sizes = {(i, name_of(m)): layer_bytes(m, layers[i], torch.float32, 4096)
+             for i in layers for c in candidates(recipe) if c.name != "softmax"
+             for b in itertools.product([8, 64, 512], repeat=2)
+             for m in [replace(c.method, budget=b if b[0] != b[1] else b[0])]}  # fmt: skip
+    places = []
+    for i in layers:
+        options = {}
+        for name in (n for at, n in sizes if at == i):
+            chunk, budgets = name.removeprefix("salient ").split("+")
+            each = budgets.split("/")
+            mine = [by_key[i, h, f"salient {chunk}+{n}"] for h, n in enumerate(each)]
+            mine = [by_key[i, None, name]] if len(each) == 1 else mine
+            loss = sum(row.loss(spec.recall_weight) for row in mine)
+            options[name] = Option(sizes[i, name], loss, min(20, sum(row.lost for row in mine)))
+        places.append(options)
+    most = 2 if spec.min_recall else None
+    allowed = []
+    for names in itertools.product(*places):
+        mine = [options[name] for options, name in zip(places, names, strict=True)]
+        if sum(o.cost for o in mine) <= budget.amount and (
+            most is None or sum(o.count for o in mine) <= most
+        ):
+            allowed.append((sum(o.loss for o in mine), names))
+    made = choose(scanned, costs, budget, spec)
+    assert [p.expected.loss for p in made.best] == pytest.approx([loss for loss, _ in sorted(allowed)[:2]])
+    for plan in made.best:
+        assert plan.cost == sum(sizes[i, name] for i, name in plan.layers.items()) <= budget.amount
+    assert made.by_head and not any("/" in name for name in made.plain.layers.values())
+    assert made.plain in made.rivals(2) and made.rivals(0) == []
+
+
+def test_the_memory_goes_to_the_head_that_carries_recall():
+    recipe = recipe_of("plan={kv_share: 4.5%, at: 4096}")
+    budget, costs = check(teacher_of(), recipe)
+    made = choose(with_heads(scan_of(recipe)), costs, budget, recipe.plan)
+    best = made.best[0].layers
+    assert best[1] in ("salient 32+8/512", "salient 32+64/512")
+    tried = {c.name: c for c in candidates(recipe)} | {n: Candidate(n, m) for n, m in made.by_head.items()}
+    layers = layers_map(recipe, {i: tried[name] for i, name in best.items()})
+    read = Recipe.from_dict(yaml.safe_load(fragment_of(recipe, layers, [])))
+    assert read.layers["1"].budget == tried[best[1]].method.budget
+    assert read.layers == recipe.override(["plan=null", f"layers={json.dumps(layers)}"]).layers
+    student = convert(teacher_of(), read.method, read.layers)
+    assert sum(layer.state_bytes for layer in describe(student)) == made.best[0].cost

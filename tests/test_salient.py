@@ -4,19 +4,20 @@ import itertools
 
 import pytest
 import torch
+import yaml
 from tiny import ids, student, tiny
 from tolerances import assert_near
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from linearize.convert import describe
+from linearize.convert import convert, describe
 from linearize.modeling.attention import attention_mode
-from linearize.modeling.errors import ConversionError
+from linearize.modeling.errors import ConversionError, LinearizeError
 from linearize.modeling.mixer import Fit, Geometry, MixerInput
 from linearize.modeling.ops import Kept, kept_attention, kept_decode, merge_kept
 from linearize.modeling.salient import SalientConfig, SalientMixer
 from linearize.modeling.selection import GRID, future_attention, kept_mask, kept_quadratic
 from linearize.modeling.window import WindowConfig
-from linearize.recipe import Transfer
+from linearize.recipe import Recipe, Transfer
 from linearize.train.transfer import TransferStage, transfer
 
 C, H, G, K, M = 4, 4, 2, 6, 10
@@ -186,6 +187,98 @@ def test_the_mixer_is_the_definition_with_its_own_score(mixer):
             mine = state.kept_score[b, :, g]
             assert_near(mine[1:], score[b, mask[b, g], g].sort(descending=True).values[1:], "layer")
             assert mine[0] == torch.inf and torch.equal(state.kept_v[b, 0, g], x.v[b, 0, g])
+
+
+HEADS = [(3, [9, 2, 2]), (3, [0, 5, 1]), (2, [30, 4]), (2, [6, 6])]
+
+
+def own_budgets(groups, budgets):
+    """A mixer of 2 query heads a kv head, its input of 45 tokens, and what each kv head must give."""
+    torch.manual_seed(3)
+    config = SalientConfig(budget=budgets, chunk=C, score_dim=7)
+    mixer = SalientMixer(config, Geometry(2 * groups, groups, K, K, M)).double()
+    q, k, v, _ = inputs(45, heads=2 * groups, groups=groups)
+    x = MixerInput(torch.randn(2, 45, M, dtype=q.dtype), q, k, v, scale=0.7, softcap=2.0, use_cache=True)
+    score, _ = mixer._score(x, mixer._tail(x), torch.zeros(2, dtype=torch.long))
+    parts = [
+        kept_quadratic(
+            q[:, :, 2 * g : 2 * g + 2],
+            *(t[:, :, g : g + 1] for t in (k, v, score)),
+            **terms(n + 1, softcap=2.0),
+        )
+        for g, n in enumerate(budgets)
+    ]
+    return mixer, x, score, torch.cat(parts, 2)
+
+
+@pytest.mark.parametrize(("groups", "budgets"), HEADS)
+@torch.no_grad()
+def test_every_kv_head_has_its_own_budget_in_every_form(groups, budgets):
+    """Quadratic, chunked, recurrent from any split, and in place; the memory is the sum of the heads' own."""
+    mixer, x, score, expected = own_budgets(groups, budgets)
+    y, whole = mixer(x)
+    assert_near(y, expected, "layer")
+    assert whole.kept_score[0].numel() == sum(n + 1 for n in budgets)
+
+    def cut(start, stop, **more):
+        return x._replace(**{n: getattr(x, n)[:, start:stop] for n in ("hidden", "q", "k", "v")}, **more)
+
+    for split in (1, 11, 20):
+        y, state = mixer(cut(0, split))
+        outputs = [y]
+        y, state = mixer(cut(split, 31), state)
+        outputs.append(y)
+        for t in range(31, 45):
+            y, state = mixer(cut(t, t + 1, in_place=t % 2 == 0), state)
+            outputs.append(y)
+        assert_near(torch.cat(outputs, 1), expected, "layer")
+        for one, other in zip(state, whole, strict=True):
+            assert one.shape == other.shape
+    mask = [kept_mask(score, chunk=C, size=n + 1)[0][:, g, -1] for g, n in enumerate(budgets)]
+    held = [kept for _, kept, _ in mixer.budgets.each(whole.kept)]
+    mine = [part.score[:, :, i] for part in held for i in range(part.score.shape[2])]
+    for g, n in enumerate(budgets):
+        for b in range(2):
+            found = mine[g][b, : int(mask[g][b].sum())]
+            assert_near(found[1:], score[b, mask[g][b], g].sort(descending=True).values[1:], "layer")
+            assert mine[g].shape[1] == n + 1 and found[0] == torch.inf
+
+
+@torch.no_grad()
+def test_a_larger_budget_of_one_head_changes_that_head_alone():
+    small, large = (own_budgets(3, [4, n, 2])[:2] for n in (3, 11))
+    before, after = (mixer(x)[0].unflatten(2, (3, 2)) for mixer, x in (small, large))
+    assert torch.equal(before[:, :, [0, 2]], after[:, :, [0, 2]])
+    assert not torch.equal(before[:, :, 1], after[:, :, 1])
+
+
+def test_equal_budgets_are_one_budget():
+    one, listed = (
+        describe(student("llama", SalientConfig(budget=n, chunk=C), dtype=torch.float32)) for n in (5, [5, 5])
+    )
+    assert [x.state_bytes for x in one] == [x.state_bytes for x in listed]
+    assert own_budgets(2, [6, 6])[0].budgets.shape == (7, 2)
+
+
+def test_a_list_of_budgets_fits_its_layer_or_is_refused():
+    for budget in ([3], [1, 2, 3]):
+        with pytest.raises(
+            ConversionError, match=r"layer 0: method\.budget: .* and the layer has 2 kv heads"
+        ):
+            convert(tiny("llama"), SalientConfig(budget=budget))
+    recipe = Recipe.from_dict({"method": {"name": "salient", "budget": [9, 4]}})
+    assert recipe.method.budget == (9, 4)
+    assert Recipe.from_dict(yaml.safe_load(recipe.to_yaml())) == recipe
+    for given in ([], [4, -1], "many", [4, "x"]):
+        with pytest.raises(LinearizeError, match=r"^method\.budget"):
+            Recipe.from_dict({"method": {"name": "salient", "budget": given}})
+
+
+def test_the_state_of_unequal_budgets_is_as_large_as_they_say():
+    model = student("llama", SalientConfig(budget=[12, 3], chunk=C), dtype=torch.bfloat16)
+    for layer in describe(model):
+        tokens = 12 + 1 + 3 + 1 + 2 * 2 * C
+        assert layer.state_bytes == tokens * (2 * 16 * 2 + 4) + 2 * 8
 
 
 def dense_loss(mixer, x, lengths):

@@ -194,6 +194,12 @@ STEPS = {
     ),
     "lawcat, keys convolved": (LawcatConfig(conv_on="k", feature_map="np_map"), geometry(2, 2), (5,), 6),
     "salient": (SalientConfig(budget=6, chunk=4, score_dim=6), geometry(2, 1), (19,), 9),
+    "salient, budgets by head": (
+        SalientConfig(budget=(9, 2, 2), chunk=4, score_dim=6),
+        geometry(6, 3),
+        (19, 6),
+        9,
+    ),
     "salient with a context": (
         SalientConfig(budget=40, chunk=3, score_dim=6, score_context=5),
         geometry(3, 1, 20, 24),

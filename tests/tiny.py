@@ -1,6 +1,7 @@
 """Tiny random models of every family the suite tests, all weights randomised: fresh norms hide order errors."""
 
 import copy
+import dataclasses
 import functools
 from collections.abc import Iterable
 from typing import Any
@@ -12,6 +13,7 @@ from linearize.convert import convert
 from linearize.modeling.lolcats import LolcatsConfig
 from linearize.modeling.mixer import MethodConfig
 from linearize.modeling.registry import METHODS
+from linearize.probe import probe
 
 COMMON = dict(
     vocab_size=97,
@@ -105,10 +107,20 @@ def _tiny(family: str, dtype: torch.dtype, seed: int, overrides: Any) -> PreTrai
 def _student(family: str, config: Any, layers: Any, kwargs: Any, _registered: Any) -> PreTrainedModel:
     kwargs, config = _thawed(kwargs), _thawed(config)
     dtype = kwargs.setdefault("dtype", torch.float64)
-    model = convert(tiny(family, **kwargs), config or LolcatsConfig(window=8), layers=_thawed(layers))
+    teacher = tiny(family, **kwargs)
+    model = convert(teacher, _fitted(config or LolcatsConfig(window=8), teacher), layers=_thawed(layers))
     for mixer in model.mixers().values():
         randomise(mixer, seed=7).to(torch.promote_types(dtype, torch.float32))
     return model
+
+
+def _fitted(config: Any, teacher: PreTrainedModel) -> Any:
+    """Budgets by kv head, as many as the teacher has heads: the first ones again where there are too few."""
+    budgets = getattr(config, "budget", None)
+    if not isinstance(budgets, tuple):
+        return config
+    heads = next(iter(probe(teacher).values())).geometry.kv_heads
+    return dataclasses.replace(config, budget=(budgets * heads)[:heads])
 
 
 def _copied(make: Any, *key: Any) -> PreTrainedModel:
@@ -152,6 +164,7 @@ def variants() -> dict[str, MethodConfig]:
             dict(budget=6, chunk=3, score_dim=6, score_context=5),
             dict(budget=0, chunk=8),
             dict(budget=4, chunk=4, score_dim=5, score_context=3, objective="locret"),
+            dict(budget=(9, 2), chunk=4, score_dim=6),
         ],
         "liger": [
             dict(window=8),

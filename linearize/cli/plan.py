@@ -13,7 +13,9 @@ Folder = Annotated[
     Path | None,
     typer.Option(help="The scan's folder; runs/<teacher>-scan if not given. A second call goes on there."),
 ]
-Heads = Annotated[bool, typer.Option("--heads", help="Also every kv head of a layer alone.")]
+Heads = Annotated[
+    bool, typer.Option("--heads", help="Also every kv head of a layer alone; of some layers: scan.heads=[7].")
+]
 MAIN = "salient"
 """What is scanned where neither a recipe nor --method says it."""
 
@@ -55,8 +57,8 @@ def scan_(
         "KL with one layer changed, and prompts lost",
         ["layer", *names],
         [
-            [str(i), *(f"{row.kl:.4f}, {row.lost}" for row in (result.row(i, name) for name in names))]
-            for i in result.layers
+            [place, *(f"{row.kl:.4f}, {row.lost}" for row in (result.row(i, name, head) for name in names))]
+            for place, i, head in _places(result)
         ],
     )
     if result.selectors:
@@ -136,6 +138,13 @@ def plan_(
     _table("Along the budget (> is near the plan)", header, curve_rows(made))
     typer.echo(made.fragment, nl=False)
     typer.echo(f"Recipe: {folder / 'plan.yaml'}")
+
+
+def _places(result: Any) -> list[tuple[str, int, int | None]]:
+    """Layers, and under each its kv heads where they were measured alone: label, layer, head."""
+    measured = dict.fromkeys((row.layer, row.head) for row in result.rows)
+    order = sorted(measured, key=lambda place: (place[0], -1 if place[1] is None else place[1]))
+    return [(str(i) if head is None else f"  kv head {head}", i, head) for i, head in order]
 
 
 def _recipe(model: str | None, method: str | None, overrides: list[str]) -> Any:

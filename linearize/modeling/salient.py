@@ -14,8 +14,8 @@ discrete, and what is kept is attended exactly. No gradient reaches the score in
 for the same score, Locret's and TRIM-KV's among them (``objectives.py``).
 
 Memory: N + 1 kept tokens and 2 C local ones for every key/value head, whatever the length; C and N are fixed at
-conversion. Budgets differ by layer through the recipe's ``layers`` map, ``{7: {budget: 1024}, rest: {budget: 32}}``:
-where the budget sits matters more than its size.
+conversion. Budgets differ by layer through the recipe's ``layers`` map, ``{7: {budget: 1024}, rest: {budget: 32}}``,
+and by kv head through a list, ``{7: {budget: [1536, 64]}}``: where the budget sits matters more than its size.
 
 Departures from our own specification: the first token has a slot of its own beside the N. The optional linear remainder
 is not offered, because its mass grows with the length (KL .906 against .123 at four times the training length).
@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from torch.nn.functional import avg_pool1d, gelu
 
 from .errors import ConversionError
+from .head_budgets import HeadBudgets
 from .mixer import Fit, Geometry, Method, MethodConfig, Mixer, MixerInput
 from .objectives import OBJECTIVES
 from .ops import Kept, kept_attention, kept_decode, merge_kept, salient_step
@@ -39,7 +40,7 @@ from .selection import rounded
 
 @dataclass(frozen=True)
 class SalientConfig(MethodConfig):
-    """Fields of a Salient layer; one budget a layer, different ones through the recipe's ``layers``."""
+    """Fields of a Salient layer; layers differ through the recipe's ``layers``."""
 
     name: ClassVar[str] = "salient"
     recommended: ClassVar[dict[str, Any]] = {
@@ -49,8 +50,8 @@ class SalientConfig(MethodConfig):
         "finetune.kl": 1.0,
     }
 
-    budget: int = 256
-    """N, exact tokens of the older past kept per kv head, beside the first token."""
+    budget: int | tuple[int, ...] = 256
+    """N, exact tokens of the older past kept per kv head, beside the first token; a list has one for every kv head."""
     chunk: int = 64
     """C; every query sees its own chunk and the whole one before it."""
     score_dim: int = 96
@@ -69,8 +70,15 @@ class SalientConfig(MethodConfig):
     def wants_unrotated(self) -> bool:
         return OBJECTIVES[self.objective].reads_projections
 
+    def __post_init__(self) -> None:
+        if isinstance(self.budget, list):
+            object.__setattr__(self, "budget", tuple(self.budget))
+
     def check(self, geometry: Geometry | None = None) -> None:
-        least = {"budget": 0, "chunk": 1, "score_dim": 1, "score_context": 2}
+        if isinstance(self.budget, tuple):
+            self._check_heads(self.budget, geometry)
+        least = {"chunk": 1, "score_dim": 1, "score_context": 2}
+        least |= {} if isinstance(self.budget, tuple) else {"budget": 0}
         for field, bound in least.items():
             value = getattr(self, field)
             if value is not None and value < bound:
@@ -89,6 +97,18 @@ class SalientConfig(MethodConfig):
                 f"method.target_floor: {self.target_floor} is impossible; give a number above 0, such as 1e-4"
             )
 
+    @staticmethod
+    def _check_heads(budgets: tuple[int, ...], geometry: Geometry | None) -> None:
+        if any(isinstance(n, bool) or n < 0 for n in budgets) or not budgets:
+            raise ConversionError(
+                f"method.budget: {list(budgets)} is impossible; give 0 or more for every kv head"
+            )
+        if geometry is not None and len(budgets) != geometry.kv_heads:
+            raise ConversionError(
+                f"method.budget: {list(budgets)} has {len(budgets)} entries, and the layer has {geometry.kv_heads} "
+                "kv heads; give one for each, or one number for all"
+            )
+
 
 class SalientState(NamedTuple):
     """Bounded memory of a row: rings of the newest tokens (2 C, and the droppable ones while a cache records its past)
@@ -101,7 +121,7 @@ class SalientState(NamedTuple):
     score: Tensor
     """[B, n, G] fp32."""
     kept_k: Tensor
-    """[B, N + 1, G, K], model dtype."""
+    """[B, N + 1, G, K], model dtype; packed where kv heads have different budgets (head_budgets.py)."""
     kept_v: Tensor
     """[B, N + 1, G, V], model dtype."""
     kept_score: Tensor
@@ -141,6 +161,7 @@ class SalientMixer(Mixer):
             # The mean of projected inputs is the projection of their mean, and has a smaller tail to remember.
             self.context = nn.Linear(width, config.score_dim, bias=False)
         self.outer = nn.Linear(config.score_dim, geometry.kv_heads)
+        self.budgets = HeadBudgets(config.budget, geometry.kv_heads)
 
     def why_not_without(self, branch: str) -> str | None:
         if branch == "linear":
@@ -189,19 +210,22 @@ class SalientMixer(Mixer):
 
     def _step_in_place(self, x: MixerInput, state: SalientState, score: Tensor) -> Tensor | None:
         """y by one kernel that also writes the state, after the score; None where no kernel takes it."""
-        return salient_step(
-            x.q,
-            x.k,
-            x.v,
-            *state.rings,
-            *state.kept,
-            state.seen,
-            state.folded,
-            score=score,
-            scale=x.scale,
-            chunk=self.config.chunk,
-            softcap=x.softcap,
-        )
+        found = [
+            salient_step(
+                *parts[:6],
+                *held,
+                state.seen,
+                state.folded,
+                score=parts[6],
+                scale=x.scale,
+                chunk=self.config.chunk,
+                softcap=x.softcap,
+            )
+            for _, held, parts in self.budgets.each(state.kept, x.q, x.k, x.v, *state.rings, score)
+        ]
+        if any(y is None for y in found):  # then all are, and nothing is written
+            return None
+        return found[0] if len(found) == 1 else torch.cat(found, dim=2)
 
     def _chunk(self, x: MixerInput, state: SalientState, columns: Sequence[Tensor]) -> Tensor:
         """Several tokens: columns ``folded, ...`` stand on the chunk grid, as the parallel form needs."""
@@ -213,33 +237,25 @@ class SalientMixer(Mixer):
     def _step(self, x: MixerInput, state: SalientState, columns: Sequence[Tensor], kept: Kept) -> Tensor:
         """One token a row: it meets the kept tokens and the rings."""
         k, v, _ = columns
+        terms = step_positions(k, state.seen, state.folded)
+        terms |= dict(scale=x.scale, chunk=self.config.chunk, softcap=x.softcap)
         if x.pending:  # what may still be taken back is ranked for this query alone
             kept = self._hand_over(state, columns, final(state.seen + 1, self.config.chunk, "terraced"))
-        return kept_decode(
-            x.q,
-            k,
-            v,
-            kept,
-            **step_positions(k, state.seen, state.folded),
-            scale=x.scale,
-            chunk=self.config.chunk,
-            softcap=x.softcap,
+        return self.budgets.attend(
+            lambda _slots, held, *parts: kept_decode(*parts, held, **terms), kept, x.q, k, v
         )
 
     def _attend(
         self, x: MixerInput, q: Tensor, k: Tensor, v: Tensor, score: Tensor, kept: Kept | None = None
     ) -> Tensor:
-        config = self.config
-        return kept_attention(
+        terms = dict(scale=x.scale, chunk=self.config.chunk, softcap=x.softcap)
+        return self.budgets.attend(
+            lambda slots, held, *parts: kept_attention(*parts, size=slots, kept=held, **terms),
+            kept,
             q,
             k,
             v,
             score,
-            scale=x.scale,
-            chunk=config.chunk,
-            size=config.budget + 1,
-            softcap=x.softcap,
-            kept=kept,
         )
 
     def _hand_over(
@@ -253,7 +269,7 @@ class SalientMixer(Mixer):
             return kept
         k, v, score = (column[:, :leaving] for column in columns)
         stays = torch.arange(leaving, device=k.device) >= (limit - state.folded)[:, None]
-        return merge_kept(kept, k, v, score.masked_fill(stays[..., None], -torch.inf))
+        return self.budgets.merge(merge_kept, kept, k, v, score.masked_fill(stays[..., None], -torch.inf))
 
     @torch.no_grad()
     def _score(self, x: MixerInput, tail: Tensor, seen: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -291,16 +307,16 @@ class SalientMixer(Mixer):
     def _start(self, x: MixerInput) -> SalientState:
         rows, config = len(x.k), self.config
         exact = self.inner.weight.dtype
-        ring, slots = span(config.chunk, "terraced") + x.pending, config.budget + 1
+        ring, held = span(config.chunk, "terraced") + x.pending, self.budgets.shape
         zero = torch.zeros(rows, dtype=torch.long, device=x.k.device)
         score = x.hidden.new_zeros(rows, ring, x.k.shape[2], dtype=exact)
         return SalientState(
             x.k.new_zeros(rows, ring, *x.k.shape[2:]),
             x.v.new_zeros(rows, ring, *x.v.shape[2:]),
             score,
-            x.k.new_zeros(rows, slots, *x.k.shape[2:]),
-            x.v.new_zeros(rows, slots, *x.v.shape[2:]),
-            score.new_full((rows, slots, x.k.shape[2]), -torch.inf),
+            x.k.new_zeros(rows, *held, x.k.shape[-1]),
+            x.v.new_zeros(rows, *held, x.v.shape[-1]),
+            score.new_full((rows, *held), -torch.inf),
             self._tail(x),
             zero,
             zero,

@@ -7,7 +7,8 @@ places are counts: a kept token moves down by the number of better new ones, a n
 are as good and the new ones that are better, or as good and older. Rows only move down. They are moved from the last
 tile of slots to the first, each tile read before it is written, and the new ones fill what is left.
 
-A program has a key/value head with all its query heads: nobody else reads its tokens, and its new one is written last,
+A program has a key/value head with all its query heads, of GR in the layer, of which a launch may have only some (those
+of one budget): nobody else reads its tokens, and its new one is written last,
 into the slot of one that may be leaving. Counters are as in ``triton_decode.py``.
 """
 
@@ -157,12 +158,14 @@ def salient_step_kernel(
     v_head,
     H: tl.constexpr,
     G: tl.constexpr,
+    GR: tl.constexpr,
     K: tl.constexpr,
     V: tl.constexpr,
     KP: tl.constexpr,
     VP: tl.constexpr,
     N: tl.constexpr,
     SLOTS: tl.constexpr,
+    KEPT: tl.constexpr,
     CHUNK: tl.constexpr,
     CP: tl.constexpr,
     CAP: tl.constexpr,
@@ -179,20 +182,20 @@ def salient_step_kernel(
     od, ov, rows = tl.arange(0, KP), tl.arange(0, VP), tl.arange(0, 16)
     k += row * k_row + g * k_head
     v += row * v_row + g * v_head
-    ring_k += (row * N * G + g) * K
-    ring_v += (row * N * G + g) * V
-    ring_score += row * N * G + g
-    kept_k += (row * SLOTS * G + g) * K
-    kept_v += (row * SLOTS * G + g) * V
-    kept_score += row * SLOTS * G + g
+    ring_k += (row * N * GR + g) * K
+    ring_v += (row * N * GR + g) * V
+    ring_score += row * N * GR + g
+    kept_k += (row * KEPT + g) * K
+    kept_v += (row * KEPT + g) * V
+    kept_score += row * KEPT + g
     if first > done:
         pos = done + tl.arange(0, CP)
         new = pos < first
-        rank = tl.load(ring_score + (pos % N) * G, mask=new, other=-float("inf"))
+        rank = tl.load(ring_score + (pos % N) * GR, mask=new, other=-float("inf"))
         place = places(kept_score, rank, new, G, SLOTS, BS)
         take_in(
             kept_k, kept_v, kept_score, ring_k, ring_v, pos % N, rank, new, place,
-            G, G, K, V, KP, VP, SLOTS, BS,
+            G, GR, K, V, KP, VP, SLOTS, BS,
         )  # fmt: skip
     heads = tl.load(
         q + row * q_row + (g * R + rows)[:, None] * q_head + od[None, :],
@@ -207,8 +210,8 @@ def salient_step_kernel(
     )
     for j in range(first, t + 1, BN):
         pos = j + tl.arange(0, BN)
-        keys = columns(ring_k, k, t, pos, t + 1, 0, K, KP, N, G)
-        values = slots(ring_v, v, t, pos, t + 1, 0, V, VP, N, G)
+        keys = columns(ring_k, k, t, pos, t + 1, 0, K, KP, N, GR)
+        values = slots(ring_v, v, t, pos, t + 1, 0, V, VP, N, GR)
         high, total, acc = meet(heads, keys, values, pos <= t, high, total, acc, scale, cap, CAP)
     out = acc / total[:, None]
     tl.store(
@@ -217,10 +220,10 @@ def salient_step_kernel(
         mask=(rows < R)[:, None] & (ov < V)[None, :],
     )
     tl.debug_barrier()
-    tl.store(ring_k + (t % N) * (G * K) + od, tl.load(k + od, mask=od < K), mask=od < K)
-    tl.store(ring_v + (t % N) * (G * V) + ov, tl.load(v + ov, mask=ov < V), mask=ov < V)
-    tl.store(ring_score + (t % N) * G, tl.load(score + row * G + g))
-    arrive(seen + b, folded + b, t + 1, first, G)
+    tl.store(ring_k + (t % N) * (GR * K) + od, tl.load(k + od, mask=od < K), mask=od < K)
+    tl.store(ring_v + (t % N) * (GR * V) + ov, tl.load(v + ov, mask=ov < V), mask=ov < V)
+    tl.store(ring_score + (t % N) * GR, tl.load(score + row * G + g))
+    arrive(seen + b, folded + b, t + 1, first, GR)
 
 
 def salient_step(
@@ -243,7 +246,10 @@ def salient_step(
     settings: Launch | None = None,
 ) -> Tensor:
     """y [B, 1, H, V]; rings [B, 2 C, G, ...], kept tokens [B, N, G, ...] and the counters are written; score [B, 1, G]
-    is the new token's."""
+    is the new token's.
+
+    The heads may be some of a layer's, with rings and kept tokens sliced from the whole ones: the counters advance when
+    every head of the rings has been stepped."""
     (batch, _, heads, key_dim), (groups, value_dim) = q.shape, v.shape[2:]
     y = v.new_empty(batch, 1, heads, value_dim)
     inputs = [rows_of(x) for x in (q, k, v)]
@@ -251,12 +257,14 @@ def salient_step(
     constants: dict[str, Any] = dict(
         H=heads,
         G=groups,
+        GR=ring_k.stride(1) // key_dim,
         K=key_dim,
         V=value_dim,
         KP=padded(key_dim),
         VP=padded(value_dim),
         N=ring_k.shape[1],
         SLOTS=kept_k.shape[1],
+        KEPT=kept_k.stride(0) // key_dim,
         CHUNK=chunk,
         CP=padded(chunk),
         CAP=softcap is not None,

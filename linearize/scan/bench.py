@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from ..evaluate.statistics import Interval, bootstrap
-from ..modeling.attention import attention_mode
 from ..modeling.mixer import Mixer
 from ..modeling.model import FORMAT, convert_, layer_spec, unconvert_
 from ..modeling.registry import METHODS
@@ -22,8 +21,8 @@ from .material import Batch
 from .oracle import Memo, OneHead, OracleMixer
 from .trunk import Trunk
 
-PIECE = 1024
-"""Tokens whose fp32 log-softmax exists at one time."""
+PIECE_BYTES = {"cpu": 4 << 20, "cuda": 256 << 20}
+"""fp32 logits that are compared at one time: on a CPU what its caches hold."""
 ANSWERED = 0.5
 """A recall cell counts where the teacher itself answers at least this share."""
 
@@ -33,7 +32,7 @@ class Tally:
     """Sums of one student (or the teacher) over the batches."""
 
     windows: list[list[float]] = field(default_factory=list)
-    """For each window: negative log-likelihood, KL, agreements; summed over its tokens."""
+    """For each window: negative log-likelihood and KL, summed over its tokens."""
     tokens: int = 0
     error: float = 0.0
     power: float = 0.0
@@ -82,8 +81,9 @@ class Bench:
         """A mixer for one layer: Salient's stand-in, what transfer taught, or fresh by the seed."""
         geometry, config = self.found[layer].geometry, candidate.method
         if isinstance(config, SalientConfig):
-            mixer: Mixer = OracleMixer(config, geometry, memo, self.scan.score_fit)
-        elif candidate.name in self.trained:
+            return OracleMixer(config, geometry, memo, self.scan.score_fit, head)
+        mixer: Mixer
+        if candidate.name in self.trained:
             mixer = self.trained[candidate.name][layer]
         else:
             made = METHODS[config.name].mixer
@@ -132,12 +132,11 @@ class Bench:
             entry = self.trunk.entry(ids, layer, known.get(number))
             if entry is not None:
                 known[number] = (layer, entry)
+            reference = self._teacher(number, ids)
+            self._add(teacher, batch, reference, None)
             with self.seated({layer: next(iter(seats.values()))}):
                 attention = self.model.converted()[layer]
-                with attention_mode("softmax"):
-                    reference = self.trunk.logits(ids, batch.keep, layer, entry)[..., : self.vocab]
-                self._add(teacher, batch, reference, reference)
-                memo.forget(self.memo_seed(layer, number))
+                memo.forget(self.memo_seed(layer, number), batch.lengths)
                 for key, seat in seats.items():
                     attention.mixer = seat
                     handle = seat.register_forward_hook(_error_into(tallies[key], memo, batch))
@@ -162,44 +161,102 @@ class Bench:
             for layer, candidate in chosen.items()
             if candidate.method.name != "softmax"
         }
-        teacher, student, last = Tally(), Tally(), max(self.found)
+        teacher, student = Tally(), Tally()
         for number, batch in enumerate(self.batches):
             if batch.cell is not None and not recall:
                 continue
             ids = batch.inputs.to(self.device)
-            if number not in self._last:
-                self._last[number] = self.trunk.entry(ids, last)
-            reference = self.trunk.logits(ids, batch.keep, last, self._last[number])[..., : self.vocab]
+            reference = self._teacher(number, ids)
             for layer, memo in memos.items():
-                memo.forget(self.memo_seed(layer, number))
-            logits = reference
+                memo.forget(self.memo_seed(layer, number), batch.lengths)
+            logits = None
             if seats:
                 with self.seated(seats):
                     logits = self.trunk.logits(ids, batch.keep)[..., : self.vocab]
-            self._add(teacher, batch, reference, reference)
+            self._add(teacher, batch, reference, None)
             self._add(student, batch, reference, logits)
             if hear is not None:
                 hear(batch.tokens)
         return teacher, student
 
-    def _add(self, tally: Tally, batch: Batch, reference: Tensor, logits: Tensor) -> None:
-        if batch.cell is None:
-            targets, sums = batch.ids[:, 1:], torch.zeros(len(batch.ids), 3, dtype=torch.double)
-            step = max(1, PIECE // len(batch.ids))
-            for start in range(0, targets.shape[1], step):
-                piece = slice(start, start + step)
-                sums += token_sums(reference[:, piece], logits[:, piece], targets[:, piece])
+    def _teacher(self, number: int, ids: Tensor) -> "Reference":
+        """The teacher's logits of a batch, from its last layer on."""
+        last, batch = max(self.found), self.batches[number]
+        if number not in self._last:
+            self._last[number] = self.trunk.entry(ids, last)
+        logits = self.trunk.logits(ids, batch.keep, last, self._last[number])[..., : self.vocab]
+        return Reference(logits, batch.ids[:, 1:].to(self.device) if batch.cell is None else None)
+
+    def _add(self, tally: Tally, batch: Batch, reference: "Reference", logits: Tensor | None) -> None:
+        """Adds what ``logits`` (None: the teacher's own) say of a batch."""
+        if reference.targets is not None:
+            sums = reference.sums(logits)
             tally.windows += sums.tolist()
-            tally.tokens += targets.numel()
+            tally.tokens += reference.targets.numel()
             return
-        for row, prompt in enumerate(batch.prompts):
-            count = len(prompt.answer)
-            # The last position predicts what comes after the answer.
-            predicted = logits[row, -count - 1 : -1].float()
-            answer = torch.tensor(prompt.answer, device=predicted.device)
-            chances = predicted.log_softmax(-1).gather(-1, answer[:, None])
-            tally.hits.setdefault(batch.cell, []).append(bool((predicted.argmax(-1) == answer).all()))
-            tally.likelihood.setdefault(batch.cell, []).append(float(chances.mean()))
+        assert batch.cell is not None
+        logits = reference.logits if logits is None else logits
+        columns, answers = batch.answers
+        predicted = logits[torch.arange(len(answers))[:, None], columns].float()  # [B, answer, vocab]
+        chances = predicted.log_softmax(-1).gather(-1, answers.clamp_min(0)[..., None].to(predicted.device))
+        best, chances = predicted.argmax(-1).cpu(), chances[..., 0].cpu()
+        asked = answers >= 0
+        tally.hits.setdefault(batch.cell, []).extend(((best == answers) | ~asked).all(1).tolist())
+        means = (chances * asked).sum(1) / asked.sum(1)
+        tally.likelihood.setdefault(batch.cell, []).extend(means.tolist())
+
+
+class Reference:
+    """The teacher's logits of one batch, and what every comparison with them needs."""
+
+    def __init__(self, logits: Tensor, targets: Tensor | None):
+        """logits [B, T, vocab]; targets [B, T], the tokens that text goes on with, None for prompts."""
+        self.logits, self.targets = logits, targets
+        if targets is not None:
+            self.totals = torch.cat(
+                [exact(part).logsumexp(-1) for part in logits.flatten(0, 1).split(_tokens(logits))]
+            )
+            # A teacher may rule a token out: exp(-inf) (-inf - s) is the limit 0, not NaN.
+            self.rules_out = bool(torch.isneginf(logits.amin()))
+
+    def sums(self, logits: Tensor | None) -> Tensor:
+        """[B, 2] on the CPU in fp64, summed over tokens: negative log-likelihood, and KL of the reference to ``logits``
+        [B, T, vocab]; of its own where there are none.
+
+        The softmaxes are never laid out whole: with p the reference's, z its logits, s the others and l their
+        log-sum-exp, KL = sum p (z - s) + l_s - l_z.
+        """
+        assert self.targets is not None
+        step, rows = _tokens(self.logits), self.logits.flatten(0, 1)
+        totals, kl = self.totals, torch.zeros_like(self.totals)
+        if logits is not None:
+            parts = zip(
+                rows.split(step), logits.flatten(0, 1).split(step), self.totals.split(step), strict=True
+            )
+            found = [self._compared(exact(z), exact(s), total) for z, s, total in parts]
+            totals, kl = (torch.cat(each) for each in zip(*found, strict=True))
+            rows = logits.flatten(0, 1)
+        nll = totals - rows.gather(-1, self.targets.reshape(-1, 1))[:, 0]
+        both = torch.stack([nll.double(), kl.double()], dim=-1)
+        return both.unflatten(0, self.targets.shape).sum(1).cpu()
+
+    def _compared(self, z: Tensor, s: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-sum-exp of s [n, vocab], and KL(z || s): [n] each."""
+        chances, gap = (z - total[:, None]).exp_(), z - s
+        if self.rules_out:
+            gap.masked_fill_(torch.isneginf(z), 0)
+        mine = s.logsumexp(-1)
+        return mine, torch.linalg.vecdot(chances, gap) + (mine - total)
+
+
+def exact(logits: Tensor) -> Tensor:
+    """In fp32 at least."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def _tokens(logits: Tensor) -> int:
+    """How many tokens' logits are compared at one time."""
+    return max(1, PIECE_BYTES.get(logits.device.type, PIECE_BYTES["cpu"]) // (4 * logits.shape[-1]))
 
 
 def _error_into(tally: Tally, memo: Memo, batch: Batch) -> Any:
@@ -241,18 +298,3 @@ def recalled(teacher: Tally, student: Tally) -> Recalled:
         pairs = zip(teacher.likelihood[cell], student.likelihood[cell], strict=True)
         losses += [max(0.0, t - m) for t, m in pairs]
     return Recalled(answered, lost, sum(losses) / max(1, len(losses)), cells)
-
-
-def token_sums(reference: Tensor, logits: Tensor, targets: Tensor) -> Tensor:
-    """[rows, 3] on the CPU, summed over tokens: negative log-likelihood, KL of the reference, agreements."""
-    targets = targets.to(logits.device)
-    scores, truth = _log_softmax(logits), _log_softmax(reference)
-    nll = -scores.gather(-1, targets[..., None]).double().sum((1, 2))
-    # exp(-inf) * (-inf - s) is the limit 0, not NaN: a teacher may rule a token out
-    kl = (truth.exp() * (truth - scores)).masked_fill(truth == -torch.inf, 0).double().sum((1, 2))
-    same = (logits.argmax(-1) == reference.argmax(-1)).double().sum(1)
-    return torch.stack([nll, kl, same], dim=-1).cpu()
-
-
-def _log_softmax(logits: Tensor) -> Tensor:
-    return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)

@@ -25,7 +25,7 @@ class Candidate:
     """One thing that a layer may become."""
 
     name: str
-    """Unique in a scan, such as ``salient 64+256`` (chunk + budget), ``window 64`` or ``softmax``."""
+    """Unique in a scan: ``salient 64+256`` (chunk + budget; ``64+256/32`` by kv head), ``window 64``, ``softmax``."""
     method: MethodConfig
 
     @property
@@ -70,7 +70,8 @@ def candidates(recipe: Recipe) -> list[Candidate]:
 def name_of(method: MethodConfig) -> str:
     """A candidate's name."""
     if isinstance(method, SalientConfig):
-        return f"salient {method.chunk}+{method.budget}"
+        budgets = (method.budget,) if isinstance(method.budget, int) else method.budget
+        return f"salient {method.chunk}+{'/'.join(map(str, budgets))}"
     if isinstance(method, WindowConfig):
         return f"window {method.window}"
     return method.name

@@ -1,4 +1,4 @@
-"""What a scan measures on: rows of training text and recall prompts, in batches of one length."""
+"""What a scan measures on: rows of training text and recall prompts, in batches of about one length."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ LEAST_HAYSTACK = 16_384
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows of one length: text, or the prompts of one recall cell with their answers."""
+    """Rows of text, or the prompts of one recall cell with their answers."""
 
     ids: Tensor
     """[B, T], or [B, T + 1] for text: its last column is only predicted."""
@@ -38,9 +38,26 @@ class Batch:
         return self.ids[:, :-1] if self.cell is None else self.ids
 
     @property
+    def lengths(self) -> Tensor | None:
+        """[B] tokens of each row that count, where shorter prompts are padded on the right; None where all do."""
+        found = torch.tensor([len(p.ids) + len(p.answer) for p in self.prompts])
+        return None if self.cell is None or bool((found == self.ids.shape[1]).all()) else found
+
+    @property
     def keep(self) -> int:
         """How many of the last positions' logits are read."""
-        return self.inputs.shape[1] if self.cell is None else max(len(p.answer) for p in self.prompts) + 1
+        return self.inputs.shape[1] - min((len(p.ids) - 1 for p in self.prompts), default=0)
+
+    @property
+    def answers(self) -> tuple[Tensor, Tensor]:
+        """Of prompts: the columns among the last ``keep`` that predict the answers, and the answers' tokens, [B, m]
+        each; -1 where an answer has fewer."""
+        most, first = max(len(p.answer) for p in self.prompts), self.inputs.shape[1] - self.keep
+        columns = [
+            [len(p.ids) - 1 - first + min(i, len(p.answer) - 1) for i in range(most)] for p in self.prompts
+        ]
+        tokens = [[*p.answer, *[-1] * (most - len(p.answer))] for p in self.prompts]
+        return torch.tensor(columns), torch.tensor(tokens)
 
     @property
     def tokens(self) -> int:
@@ -114,12 +131,13 @@ def batches(scan: Scan, corpus: Corpus, tokenizer: Any, seed: int, vocab: int) -
 
 
 def _split(asked: Sequence[Prompt], size: int) -> list[tuple[Prompt, ...]]:
-    """Groups of equally long prompts: a pass key's haystack may end a token early, and padding would be seen."""
-    groups: dict[int, list[Prompt]] = {}
-    for prompt in asked:
-        groups.setdefault(len(prompt.ids) + len(prompt.answer), []).append(prompt)
-    return [tuple(group[i : i + size]) for group in groups.values() for i in range(0, len(group), size)]
+    """Groups of prompts of nearly one length, the shorter first."""
+    ordered = sorted(asked, key=lambda prompt: len(prompt.ids) + len(prompt.answer))
+    return [tuple(ordered[i : i + size]) for i in range(0, len(ordered), size)]
 
 
 def _ids(asked: Sequence[Prompt]) -> Tensor:
-    return torch.tensor([[*p.ids, *p.answer] for p in asked])
+    """Padded on the right, which a causal model cannot see; stand-ins that look ahead are told the lengths."""
+    rows = [[*p.ids, *p.answer] for p in asked]
+    width = max(map(len, rows))
+    return torch.tensor([row + [0] * (width - len(row)) for row in rows])

@@ -124,8 +124,8 @@ def scan(
         (layer, head, candidate)
         for layer in found
         for candidate in tried
-        for head in [None, *(range(found[layer].geometry.kv_heads) if recipe.scan.heads else ())]
-        if candidate.name != SOFTMAX and (head is None or found[layer].geometry.kv_heads > 1)
+        for head in [None, *_heads(recipe, layer, found[layer])]
+        if candidate.name != SOFTMAX
     ]
     missing = [key for key in wanted if (key[0], key[1], key[2].name) not in done]
     train(bench, corpus, recipe, {key[2].name: key[2] for key in missing}, folder, progress)
@@ -168,6 +168,13 @@ def scan(
     return result
 
 
+def _heads(recipe: Recipe, layer: int, probed: Probed) -> range:
+    """The kv heads of a layer that are measured alone; none where there is but one."""
+    asked, count = recipe.scan.heads, probed.geometry.kv_heads
+    mine = layer in asked if isinstance(asked, list) else asked
+    return range(count if mine and count > 1 else 0)
+
+
 def read(folder: Path) -> ScanResult:
     """The result in a scan's folder."""
     try:
@@ -192,12 +199,16 @@ def check(model: Any, recipe: Recipe) -> None:
 
 
 def scanned_layers(model: Any, recipe: Recipe) -> dict[int, Probed]:
-    """The layers that ``layers: all`` would convert."""
+    """The layers that ``layers: all`` would convert; refused where ``scan.heads`` names another."""
     found = probe(model)
     chosen = {i: x for i, x in found.items() if recipe.convert_sliding or x.sliding_window is None}
     if not chosen:
         raise RecipeError(
             "scan: every layer has a sliding window of its own; set convert_sliding=true to scan them all the same"
+        )
+    if isinstance(recipe.scan.heads, list) and (others := sorted(set(recipe.scan.heads) - set(chosen))):
+        raise RecipeError(
+            f"scan.heads: {others} are no layers of this scan; choose from {', '.join(map(str, chosen))}"
         )
     return chosen
 
@@ -213,7 +224,7 @@ def bench_of(
 def settings_of(model: Any, corpus: Corpus, recipe: Recipe) -> dict[str, Any]:
     """What two scans must share for their lines to belong together."""
     return {
-        "format": 1,
+        "format": 2,
         "teacher": model_digest(model),
         "corpus": corpus.fingerprint,
         "seed": recipe.seed,

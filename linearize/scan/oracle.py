@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from ..modeling.head_budgets import HeadBudgets
 from ..modeling.mixer import Geometry, Mixer, MixerInput
 from ..modeling.ops import future_attention, kept_attention, window_attention
 from ..modeling.salient import SalientConfig
@@ -29,9 +30,11 @@ class Memo:
 
     seed: int
     values: dict[Any, Tensor] = field(default_factory=dict)
+    lengths: Tensor | None = None
+    """[B] tokens of each row that are no padding; None where all are none."""
 
-    def forget(self, seed: int) -> None:
-        self.seed, self.values = seed, {}
+    def forget(self, seed: int, lengths: Tensor | None = None) -> None:
+        self.seed, self.values, self.lengths = seed, {}, lengths
 
     def softmax(self, x: MixerInput) -> Tensor:
         """y [B, T, H, V] of the layer's own attention."""
@@ -43,9 +46,19 @@ class Memo:
         """[B, T, G] what stage 1 of Salient teaches; the floor where no later query asks."""
         key = ("target", chunk, floor)
         if key not in self.values:
-            paid = future_attention(x.q, x.k, scale=x.scale, chunk=chunk, softcap=x.softcap)
+            lengths = None if self.lengths is None else self.lengths.to(x.q.device)
+            paid = future_attention(x.q, x.k, scale=x.scale, chunk=chunk, softcap=x.softcap, lengths=lengths)
             self.values[key] = (paid + floor).log()
         return self.values[key]
+
+    def spread(self, target: Tensor, chunk: int) -> Tensor:
+        """[B, 1, G] standard deviation of the target over positions that a later query asks for."""
+        time = torch.tensor(target.shape[1]).expand(len(target)) if self.lengths is None else self.lengths
+        count = ((time.to(target.device) // chunk - 1) * chunk).clamp_min(1)[:, None, None]
+        asked = torch.arange(target.shape[1], device=target.device)[:, None] < count
+        mean = (target * asked).sum(1, keepdim=True) / count
+        squares = ((target - mean).square() * asked).sum(1, keepdim=True)
+        return (squares / (count - 1).clamp_min(1)).sqrt()
 
     def noise(self, like: Tensor) -> Tensor:
         """Standard normal, the same for every budget: a larger one keeps a superset."""
@@ -56,22 +69,37 @@ class Memo:
 
 
 class OracleMixer(Mixer):
-    """Salient's attention with the stand-in for its score; it reads the future, and serves to measure only."""
+    """Salient's attention with the stand-in for its score; it reads the future, and serves to measure only.
 
-    def __init__(self, config: SalientConfig, geometry: Geometry, memo: Memo, fit: float):
+    With ``head`` in the query heads of that kv head alone; the others keep softmax.
+    """
+
+    def __init__(
+        self, config: SalientConfig, geometry: Geometry, memo: Memo, fit: float, head: int | None = None
+    ):
         super().__init__(config, geometry)
-        self.memo, self.fit = memo, fit
+        self.memo, self.fit, self.head = memo, fit, head
+        self.budgets = HeadBudgets(config.budget, geometry.kv_heads)
 
     def forward(self, x: MixerInput, state: Any = None) -> tuple[Tensor, None]:
         config = self.config
         target = self.memo.target(x, config.chunk, config.target_floor)
-        asked = target[:, : max(1, (target.shape[1] // config.chunk - 1) * config.chunk)]
-        spread = asked.std(dim=1, keepdim=True) if asked.shape[1] > 1 else torch.zeros_like(target[:, :1])
+        spread = self.memo.spread(target, config.chunk)
         score = target + ((1 - self.fit) / self.fit) ** 0.5 * spread * self.memo.noise(target)
         score[:, 0] = torch.inf
-        y = kept_attention(
-            x.q, x.k, x.v, score, scale=x.scale, chunk=config.chunk, size=config.budget + 1, softcap=x.softcap
-        )
+        terms = dict(scale=x.scale, chunk=config.chunk, softcap=x.softcap)
+
+        def attend(slots: int, _kept: None, *parts: Tensor) -> Tensor:
+            return kept_attention(*parts, size=slots, **terms)
+
+        whole = (x.q, x.k, x.v, score)
+        if self.head is None:
+            return self.budgets.attend(attend, None, *whole), None
+        run = next(run for run in self.budgets.runs if run.first <= self.head < run.stop)
+        one = run._replace(first=self.head, stop=self.head + 1)
+        own = attend(run.slots, None, *(one.part(t, self.geometry.kv_heads) for t in whole))
+        y = self.memo.softmax(x).clone()
+        one.part(y, self.geometry.kv_heads).copy_(own)
         return y, None
 
 

@@ -61,7 +61,27 @@ def _carriers(result: "ScanResult") -> str:
         enough = next((c for c in _by_size(result) if result.row(row.layer, c).lost <= 0.05 * answered), None)
         if enough and enough != "softmax":
             told += f" {enough} in layer {row.layer} keeps them."
+        told += _carrying_head(result, row)
     return told
+
+
+def _carrying_head(result: "ScanResult", layer: "Row") -> str:
+    """A sentence where one kv head of a layer that carries recall does so alone, as far as heads were measured."""
+    heads = {
+        row.head: row.lost
+        for row in result.rows
+        if row.layer == layer.layer and row.head is not None and row.candidate == layer.candidate
+    }
+    if not heads or max(heads.values()) < layer.lost / 2:
+        return ""
+    best = max(heads, key=lambda head: heads[head])
+    others = max((lost for head, lost in heads.items() if head != best), default=0)
+    if others > heads[best] / 4:
+        return ""
+    return (
+        f" kv head {best} of layer {layer.layer} carries recall: {layer.candidate} in it alone loses {heads[best]}, "
+        f"in any other head of the layer {f'{others} at most' if others else 'none'}."
+    )
 
 
 def _by_size(result: "ScanResult") -> list[str]:
