@@ -15,6 +15,7 @@ from .launches import Launch
 from .triton_gated import blocks, gated_dtype, scan, steps_of
 from .triton_gated_lawcat import Layer, States, forward, layer_of, taps_of, tile_states
 from .triton_gated_lawcat_backward import back_states_kernel, keys_kernel, queries_kernel, values_kernel
+from .triton_together import compiled_together
 
 
 def backward(
@@ -167,6 +168,7 @@ def _before_a(
     return [next(found) if t is not None and t.requires_grad else None for t in inputs]
 
 
+@compiled_together
 def convolved_kernel(
     q: Tensor, k: Tensor, v: Tensor, logits: Tensor, taps_q: Tensor | None, taps_k: Tensor | None, map_q: Tensor,
     map_k: Tensor, *, steps: float, eps: float, stop: Tensor | None = None,
