@@ -8,6 +8,7 @@ from linearize.modeling import triton_gated_lawcat as lawcat
 from linearize.modeling import triton_gated_lawcat_backward as lawcat_back
 from linearize.modeling import triton_gated_liger as liger
 from linearize.modeling import triton_gated_liger_backward as back
+from linearize.modeling import triton_gated_taps as taps
 from linearize.modeling import triton_gated_window as window
 from linearize.modeling.launches import CANDIDATES, Launch
 
@@ -145,6 +146,12 @@ def cases(candidates: bool = False):
     for row in CANDIDATES["gated_scan"][: None if candidates else 1]:
         fixed = dict(SIZE=16384, V=128, F=128, HAS_START=False, REVERSED=False, SHARE=1)
         yield case("gated_scan", shared.scan_kernel, typed(shared.scan_kernel), fixed, row, matrix=False)
+
+    row = Launch({"BT": taps.LAUNCH["BT"]}, taps.LAUNCH["num_warps"], 3)
+    for kernel in (taps.taps_forward_kernel, taps.taps_backward_kernel):
+        fixed = dict(H=32, R=4, K=128, KP=128, TAPS=4)
+        pointers = typed(kernel) | ({"dtaps": "*fp32"} if "dtaps" in kernel.arg_names else {})
+        yield case("gated_taps", kernel, pointers, fixed, row, matrix=False)
 
 
 WALKS = ({"MODE": "sums"}, {"MODE": "fine"})
