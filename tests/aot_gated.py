@@ -1,4 +1,10 @@
-"""Kernels of gated linear attention as ``tests/aot.py`` compiles them: chosen settings, heads of 128 and of 64."""
+"""Kernels of gated linear attention as ``tests/aot.py`` compiles them: chosen settings, heads of 128 and of 64.
+
+The suite has every mode at heads of 128, and the first one, tiles of weak gates, at 64: a minute. ``make aot`` has every
+mode of every kernel at both widths, in several.
+"""
+
+import os
 
 import triton.language as tl
 from aot import Case
@@ -126,8 +132,8 @@ def typed(kernel, float_names=()) -> dict[str, str]:
     return pointers
 
 
-def cases(candidates: bool = False):
-    """Chosen settings; with ``candidates`` all of them, at the benchmark's shape alone."""
+def cases(candidates: bool = False, every: bool = os.environ.get("LINEARIZE_AOT") == "every"):
+    """Chosen settings; with ``candidates`` all of them, at the benchmark's shape alone; ``every`` mode and width."""
     for name, kernel, constants, more in KERNELS:
         for suffix, strong in (("", False), ("_strong", True)):
             if name + suffix not in CANDIDATES:
@@ -135,9 +141,10 @@ def cases(candidates: bool = False):
             rows = CANDIDATES[name + suffix] if candidates else CANDIDATES[name + suffix][:1]
             made = STRONG.get(name, kernel) if strong else kernel
             for row in rows:
-                # Every mode at the benchmark's width; at 64, where less can go wrong, the first.
-                widths = {128: more if not strong else more[:1]}
-                if not candidates and not strong:
+                widths = {128: more if every or not strong else more[:1]}
+                if every:
+                    widths[64] = more
+                elif not candidates and not strong:
                     widths[64] = more[:1]
                 for width, extra in ((w, e) for w, extras in widths.items() for e in extras):
                     fixed = constants(width) | extra | {"STRONG": strong}
