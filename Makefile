@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check wheel matrix audit clean
+.PHONY: demo test gpu-test aot check wheel matrix audit clean
 
 # The road once, on the embedded model: convert, transfer, finetune, save, evaluate, generate, report.
 demo: .venv/demo
@@ -9,6 +9,14 @@ demo: .venv/demo
 
 test: .venv/test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -q
+
+# What needs a GPU, every file with a time limit; says what passed in gpu_tests.log. Two to four minutes with 32 cores.
+gpu-test: .venv/test
+	OMP_NUM_THREADS=1 $(BIN)/python tests/gpu/run.py
+
+# Kernels compiled for Hopper in every mode and width, where the suite has a choice of them; minutes, no GPU needed.
+aot: .venv/test
+	LINEARIZE_AOT=every OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_aot.py -n 2 -q
 
 check: .venv/test
 	$(BIN)/ruff check .

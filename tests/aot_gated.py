@@ -1,4 +1,10 @@
-"""Kernels of gated linear attention as ``tests/aot.py`` compiles them: chosen settings, heads of 128 and of 64."""
+"""Kernels of gated linear attention as ``tests/aot.py`` compiles them: chosen settings, heads of 128 and of 64.
+
+The suite has every mode at heads of 128, and the first one, tiles of weak gates, at 64: a minute. ``make aot`` has every
+mode of every kernel at both widths, in several.
+"""
+
+import os
 
 import triton.language as tl
 from aot import Case
@@ -8,6 +14,7 @@ from linearize.modeling import triton_gated_lawcat as lawcat
 from linearize.modeling import triton_gated_lawcat_backward as lawcat_back
 from linearize.modeling import triton_gated_liger as liger
 from linearize.modeling import triton_gated_liger_backward as back
+from linearize.modeling import triton_gated_taps as taps
 from linearize.modeling import triton_gated_window as window
 from linearize.modeling.launches import CANDIDATES, Launch
 
@@ -125,8 +132,8 @@ def typed(kernel, float_names=()) -> dict[str, str]:
     return pointers
 
 
-def cases(candidates: bool = False):
-    """Chosen settings; with ``candidates`` all of them, at the benchmark's shape alone."""
+def cases(candidates: bool = False, every: bool = os.environ.get("LINEARIZE_AOT") == "every"):
+    """Chosen settings; with ``candidates`` all of them, at the benchmark's shape alone; ``every`` mode and width."""
     for name, kernel, constants, more in KERNELS:
         for suffix, strong in (("", False), ("_strong", True)):
             if name + suffix not in CANDIDATES:
@@ -134,9 +141,10 @@ def cases(candidates: bool = False):
             rows = CANDIDATES[name + suffix] if candidates else CANDIDATES[name + suffix][:1]
             made = STRONG.get(name, kernel) if strong else kernel
             for row in rows:
-                # Every mode at the benchmark's width; at 64, where less can go wrong, the first.
-                widths = {128: more if not strong else more[:1]}
-                if not candidates and not strong:
+                widths = {128: more if every or not strong else more[:1]}
+                if every:
+                    widths[64] = more
+                elif not candidates and not strong:
                     widths[64] = more[:1]
                 for width, extra in ((w, e) for w, extras in widths.items() for e in extras):
                     fixed = constants(width) | extra | {"STRONG": strong}
@@ -145,6 +153,12 @@ def cases(candidates: bool = False):
     for row in CANDIDATES["gated_scan"][: None if candidates else 1]:
         fixed = dict(SIZE=16384, V=128, F=128, HAS_START=False, REVERSED=False, SHARE=1)
         yield case("gated_scan", shared.scan_kernel, typed(shared.scan_kernel), fixed, row, matrix=False)
+
+    row = Launch({"BT": taps.LAUNCH["BT"]}, taps.LAUNCH["num_warps"], 3)
+    for kernel in (taps.taps_forward_kernel, taps.taps_backward_kernel):
+        fixed = dict(H=32, R=4, K=128, KP=128, TAPS=4)
+        pointers = typed(kernel) | ({"dtaps": "*fp32"} if "dtaps" in kernel.arg_names else {})
+        yield case("gated_taps", kernel, pointers, fixed, row, matrix=False)
 
 
 WALKS = ({"MODE": "sums"}, {"MODE": "fine"})

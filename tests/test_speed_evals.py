@@ -233,7 +233,7 @@ def test_the_models_table_is_made_of_the_rows(tiny_models, tmp_path):
 
 def test_a_crossover_lies_between_the_lengths_it_is_between(monkeypatch):
     monkeypatch.syspath_prepend(str(SPEED))
-    from models import crossover
+    from models_shown import crossover
 
     teacher = {1024: 1.0, 4096: 16.0}
     assert (

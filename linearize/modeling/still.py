@@ -417,10 +417,20 @@ class StillMixer(Mixer):
         return "its local span and its picked tokens are one softmax, of which the span is no branch"
 
     def _gate(self, x: MixerInput) -> Tensor | None:
-        """g [B, T, H, V or 1]."""
+        """g [B, T, H, V or 1]; of several tokens in half precision where the model is, as in training: the
+        projection is as wide as those of q and k, and fp32 products take ten times as long.
+
+        Of one token the weights are read as they are: copying them to another dtype would take longer.
+        """
         if self.output_gate is None:
             return None
-        logits = self.output_gate(x.hidden.to(self.output_gate.weight.dtype)) + self.config.gate_bias
+        hidden, dtype = x.hidden, self.output_gate.weight.dtype
+        if hidden.shape[1] > 1 and hidden.dtype in (torch.float16, torch.bfloat16):
+            with torch.autocast(hidden.device.type, hidden.dtype):
+                logits = self.output_gate(hidden)
+        else:
+            logits = self.output_gate(hidden.to(dtype))
+        logits = logits + self.config.gate_bias
         return logits.sigmoid().unflatten(-1, (self.geometry.heads, -1))
 
     def why_not_in_place(self) -> str | None:

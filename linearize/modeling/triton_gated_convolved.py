@@ -1,7 +1,7 @@
 """Gradients of LAWCAT's layer, its kernels launched one after the other, and the operation with both directions.
 
 The kernels end at a = q^ W (``triton_gated_lawcat_backward.py``): the gradients of maps, taps, q and k follow from that
-of a by plain products, and what heads share is summed over them last, both in torch.
+of a (``triton_gated_taps.py``), and what heads share is summed over them last, in torch.
 """
 
 from typing import Any
@@ -10,11 +10,12 @@ import torch
 import triton
 from torch import Tensor
 
-from .convolved import convolved, mapped
 from .launches import Launch
 from .triton_gated import blocks, gated_dtype, scan, steps_of
 from .triton_gated_lawcat import Layer, States, forward, layer_of, taps_of, tile_states
 from .triton_gated_lawcat_backward import back_states_kernel, keys_kernel, queries_kernel, values_kernel
+from .triton_gated_taps import before_a
+from .triton_together import compiled_together
 
 
 def backward(
@@ -146,27 +147,19 @@ class _Convolved(torch.autograd.Function):
         q, k, v, logits, taps_q, taps_k, map_q, map_k, *made = ctx.saved_tensors
         layer = layer_of(q, k, v, logits, taps_q, taps_k, map_q, map_k)
         da_q, da_k, dv, dlogits = backward(layer, States(*made), dy, steps=ctx.steps)
-        needed = ctx.needs_input_grad
-        dq, dtaps_q, dmap_q = _before_a(q, taps_q, map_q, da_q, (needed[0], needed[4], needed[6]))
-        dk, dtaps_k, dmap_k = _before_a(k, taps_k, map_k, da_k, (needed[1], needed[5], needed[7]))
-        return dq, dk, dv, dlogits.to(logits.dtype), dtaps_q, dtaps_k, dmap_q, dmap_k, None, None, None
+        dq, dtaps_q, dmap_q = before_a(layer.q, layer.taps_q, map_q, da_q)
+        dk, dtaps_k, dmap_k = before_a(layer.k, layer.taps_k, map_k, da_k)
+        found = (dq, dk, dv, dlogits, dtaps_q, dtaps_k, dmap_q, dmap_k)
+        like = (q, k, v, logits, taps_q, taps_k, map_q, map_k)
+        return (
+            *(x if x is None else x.to(y.dtype) for x, y in zip(found, like, strict=True)),
+            None,
+            None,
+            None,
+        )
 
 
-def _before_a(
-    x: Tensor, taps: Tensor | None, weight: Tensor, da: Tensor, needed: tuple[bool, bool, bool]
-) -> list[Tensor | None]:
-    """Gradients of x, of its taps and of its map."""
-    given = zip((x, taps, weight), needed, strict=True)
-    inputs = [None if t is None else t.detach().requires_grad_(learns) for t, learns in given]
-    wanted = [t for t in inputs if t is not None and t.requires_grad]
-    if not wanted:
-        return [None, None, None]
-    with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
-        a = mapped(convolved(inputs[0], inputs[1]), inputs[2])  # pyright: ignore[reportArgumentType]
-        found = iter(torch.autograd.grad(a, wanted, da.to(a.dtype)))
-    return [next(found) if t is not None and t.requires_grad else None for t in inputs]
-
-
+@compiled_together
 def convolved_kernel(
     q: Tensor, k: Tensor, v: Tensor, logits: Tensor, taps_q: Tensor | None, taps_k: Tensor | None, map_q: Tensor,
     map_k: Tensor, *, steps: float, eps: float, stop: Tensor | None = None,

@@ -55,6 +55,7 @@ from .triton_gated_liger import (
     tile_states,
 )
 from .triton_gated_window import window_keys, window_queries
+from .triton_together import compiled_together
 
 
 @triton.jit(do_not_specialize=["time", "segments"])
@@ -427,6 +428,7 @@ class _Averaged(torch.autograd.Function):
         return *found, None, None
 
 
+@compiled_together
 def averaged_kernel(
     q: Tensor, k: Tensor, v: Tensor, q_plain: Tensor, k_plain: Tensor, terms: Averaged, *,
     stop: Tensor | None = None,

@@ -13,8 +13,10 @@ from .tiles import State
 from .triton_joint import Forward, joint_forward
 from .triton_joint_backward import Gradients, joint_backward
 from .triton_joint_sums import Sums, last_contiguous
+from .triton_together import compiled_together
 
 
+@compiled_together
 def mapped_kernel(
     q: Tensor,
     k: Tensor,
@@ -42,6 +44,7 @@ def mapped_kernel(
     return y, None  # type: ignore[return-value]
 
 
+@compiled_together
 def mapped_error_kernel(
     q: Tensor,
     k: Tensor,

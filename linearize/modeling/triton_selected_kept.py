@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .launches import Launch, launch
 from .triton_selected import Sets
+from .triton_together import compiled_together
 
 LOG2E = 1.4426950408889634
 MASKED = tl.constexpr(-1e30)
@@ -164,6 +165,7 @@ def kept_forward(
     return y, lse
 
 
+@compiled_together
 def kept_attention(
     q: Tensor, k: Tensor, v: Tensor, score: Tensor, *, scale: float, chunk: int, size: int
 ) -> Tensor:

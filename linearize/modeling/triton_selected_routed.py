@@ -38,6 +38,7 @@ from .triton_selected_kept import (
     shape_of,
     strides_of,
 )
+from .triton_together import compiled_together
 
 PROGRAMS = 512
 """About as many programs walk runs of chunks: some for each multiprocessor of a large GPU."""
@@ -366,6 +367,7 @@ def routed_forward(
     return Routed(y, top, den, kv, z)
 
 
+@compiled_together
 def routed_prefill(
     q: Tensor, k: Tensor, v: Tensor, w_q: Tensor, w_k: Tensor, score: Tensor, gate: Tensor | None = None,
     *, scale: float, chunk: int, picks: int, size: int, norm: bool, eps: float, lengths: Tensor | None = None,

@@ -192,17 +192,35 @@ def reverse_pieces(
 
 
 def through_map(x: Tensor, w: Tensor, db: Tensor, norm: bool) -> tuple[Tensor, Tensor]:
-    """Gradients of x [B, T, G, K] and w [heads, K, f] from those of b [B, T, heads, f], in fp32."""
-    with torch.enable_grad():
-        x, w = (y.detach().float().requires_grad_() for y in (x, w))
-        matrix = w.unflatten(0, (x.shape[2], -1)).transpose(1, 2).flatten(2)
-        b = torch.einsum("btgk,gkf->btgf", x, matrix).unflatten(3, (-1, w.shape[2])).flatten(2, 3)
+    """Gradients of x [B, T, G, K] and w [heads, K, f] from those of b = x w [B, T, heads, f], in the dtype of x; with
+    ``norm``, db is that of b |x| / |b|.
+
+    Products are in the dtype of x, so that half precision has matrix instructions and fp32 copies of all tokens of all
+    heads are none; what the norms need is fp32.
+    """
+    heads, groups, (batch, time) = len(w), x.shape[2], x.shape[:2]
+    rows = x.flatten(0, 1).transpose(0, 1)  # [G, B T, K]
+    matrix = w.unflatten(0, (groups, -1)).transpose(1, 2).flatten(2)  # [G, K, heads / G f]
+    d = db.to(x.dtype).flatten(0, 1).unflatten(1, (groups, -1)).flatten(2).transpose(0, 1)
+    along = None
+    with torch.autocast(x.device.type, enabled=False):
         if norm:
-            length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-            length = length.repeat_interleave(len(w) // x.shape[2], dim=2)
-            b = b * (length / torch.linalg.vector_norm(b, dim=-1, keepdim=True).clamp_min(1e-12))
-    dx, dw = torch.autograd.grad(b, (x, w), db.float())
-    return dx, dw
+            b = torch.bmm(rows, matrix).unflatten(2, (-1, w.shape[2])).float()
+            exact = d.unflatten(2, (-1, w.shape[2]))
+            length = torch.linalg.vector_norm(rows, dim=-1, dtype=torch.float32)[:, :, None]
+            size = torch.linalg.vector_norm(b, dim=-1)
+            bounded = size.clamp_min(1e-12)
+            inner = (exact * b).sum(dim=-1) / bounded
+            share = torch.where(size < 1e-12, 0.0, inner / bounded)
+            d = (exact - b * share[..., None]) * (length / bounded)[..., None]
+            d = d.to(x.dtype).flatten(2)
+            along = rows * (inner.sum(dim=2, keepdim=True) / length.clamp_min(1e-30)).to(x.dtype)
+        dx = torch.bmm(d, matrix.transpose(1, 2))
+        dw = torch.bmm(rows.transpose(1, 2), d)
+    if along is not None:
+        dx = dx + along
+    dw = dw.unflatten(2, (heads // groups, -1)).transpose(1, 2).flatten(0, 1)
+    return dx.transpose(0, 1).unflatten(0, (batch, time)), dw
 
 
 def routed_backward(
@@ -274,7 +292,8 @@ def routed_backward(
             k, w_k, sets.leave, sets.left, piece.states, piece.bases, linear_dv, *where,
             **strides_of(k=k), **mapped, **dict[str, Any](G=groups, HM=len(w_k)), **options("selected_values"),
         )  # fmt: skip
-    db_k = db_k.float().unflatten(2, (len(w_k), -1)).sum(3)
+    if len(w_k) < heads:
+        db_k = db_k.unflatten(2, (len(w_k), -1)).sum(3, dtype=torch.float32)
     (more_q, dw_q), (more_k, dw_k) = through_map(q, w_q, db_q, norm), through_map(k, w_k, db_k, norm)
     dv = dv + linear_dv.unflatten(2, (groups, -1)).sum(3, dtype=torch.float32)
     dgate = None
