@@ -148,8 +148,8 @@ def test_what_gates_hold_is_counted_by_hand():
         ages = [range(8, 11), range(5, 12), range(6, 13)]  # without the first one
         expected = torch.tensor([sum(beta**age for age in some) for some in ages])
         torch.testing.assert_close(held, expected[None, :, None].expand(1, 3, G))
-    assert over(torch.tensor([0.0, 2.0, 5.0]), 2).tolist() == [0.0, 0.0, 1.5]
-    assert over(torch.tensor([0.0, 3.0]), 0).tolist() == [0.0, 3.0]
+    assert over(torch.tensor([0.0, 2.0, 5.0]), torch.tensor(2.0)).tolist() == [0.0, 0.0, 1.5]
+    assert over(torch.tensor([0.0, 3.0]), torch.tensor(0.0)).tolist() == [0.0, 3.0]
 
 
 def test_gates_that_never_forget_are_softmax_and_gates_that_forget_at_once_a_local_span():

@@ -81,8 +81,8 @@ def retention(x: MixerInput, rho: Tensor, config: Any) -> Fit:
     over the power of the teacher's output."""
     if x.teacher is None:
         raise ValueError("retention: the layer's softmax output is not given")
-    lifetime = math.log(config.budget + 2 * config.chunk)
-    rate = logsigmoid(rho + lifetime)
+    budget = torch.as_tensor(config.budget, device=rho.device, dtype=rho.dtype)  # one, or [G]
+    rate = logsigmoid(rho + (budget + 2 * config.chunk).log())
     time, heads, dtype = x.q.shape[1], x.q.shape[2], accumulator(x.q, x.k, x.v)
     real = torch.ones(len(rho), time, dtype=torch.bool, device=rho.device)
     if x.lengths is not None:
@@ -99,7 +99,7 @@ def retention(x: MixerInput, rho: Tensor, config: Any) -> Fit:
         )  # fmt: skip
         y = y.masked_fill(~real[:, part, None, None], 0.0)
         error = error + (y - wanted[:, part]).square().sum()
-        excess = excess + (over(held, config.budget) * real[:, part, None]).sum()
+        excess = excess + (over(held, budget) * real[:, part, None]).sum()
     capacity = excess / (real.sum() * held.shape[-1]).clamp_min(1)
     return Fit(error / count + config.capacity_weight * capacity * power, power)
 
@@ -132,9 +132,9 @@ def shifts(time: int) -> list[int]:
     return drawn.tolist()
 
 
-def over(held: Tensor, budget: int) -> Tensor:
-    """How much more is held than ``budget`` tokens, as a share of them."""
-    return relu(held - budget) / max(1, budget)
+def over(held: Tensor, budget: Tensor) -> Tensor:
+    """How much more is held [..., G] than ``budget`` tokens, one or [G], as a share of them."""
+    return relu(held - budget) / budget.clamp_min(1)
 
 
 def decayed(
