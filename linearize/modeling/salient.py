@@ -179,16 +179,21 @@ class SalientMixer(Mixer):
         if x.transfer:
             return self._fit(x), None
         if state is None and not x.use_cache:
-            nothing = torch.zeros(len(x.k), dtype=torch.long, device=x.k.device)
-            return self._attend(x, x.q, x.k, x.v, self._score(x, self._tail(x), nothing)[0]), None
+            position = positions(x, torch.zeros(len(x.k), dtype=torch.long, device=x.k.device))
+            with torch.no_grad():
+                score = placed(self._rank(self._read(x), self._tail(x), position)[0], position)
+            return self._attend(x, x.q, x.k, x.v, score), None
         started = self._start(x) if state is None else self._grow(state, x.pending)
-        score, inputs = self._score(x, started.tail, started.seen)
+        position = positions(x, started.seen)
+        with torch.no_grad():
+            rank, inputs = self._rank(self._read(x), started.tail, position)
         total = started.seen + (x.q.shape[1] if x.lengths is None else x.lengths)
         if x.in_place:
             tail = started.tail if inputs is None else write(started.tail, inputs, started.seen, total)
-            y = self._step_in_place(x, started, score)
+            y = self._step_in_place(x, started, rank)
             if y is not None:
                 return y, started._replace(tail=tail)
+        score = placed(rank, position)
         limit = final(total, self.config.chunk, "terraced", x.pending).maximum(started.folded)
         fresh = (x.k, x.v, score)
         if state is None:
@@ -208,8 +213,8 @@ class SalientMixer(Mixer):
         tail = started.tail if inputs is None else write(started.tail, inputs, started.seen, total)
         return y, SalientState(k, v, score, *kept, tail, total, limit)
 
-    def _step_in_place(self, x: MixerInput, state: SalientState, score: Tensor) -> Tensor | None:
-        """y by one kernel that also writes the state, after the score; None where no kernel takes it."""
+    def _step_in_place(self, x: MixerInput, state: SalientState, rank: Tensor) -> Tensor | None:
+        """y by one kernel that also writes the state, after the score's layers; None where no kernel takes it."""
         found = [
             salient_step(
                 *parts[:6],
@@ -221,7 +226,7 @@ class SalientMixer(Mixer):
                 chunk=self.config.chunk,
                 softcap=x.softcap,
             )
-            for _, held, parts in self.budgets.each(state.kept, x.q, x.k, x.v, *state.rings, score)
+            for _, held, parts in self.budgets.each(state.kept, x.q, x.k, x.v, *state.rings, rank)
         ]
         if any(y is None for y in found):  # then all are, and nothing is written
             return None
@@ -270,13 +275,6 @@ class SalientMixer(Mixer):
         k, v, score = (column[:, :leaving] for column in columns)
         stays = torch.arange(leaving, device=k.device) >= (limit - state.folded)[:, None]
         return self.budgets.merge(merge_kept, kept, k, v, score.masked_fill(stays[..., None], -torch.inf))
-
-    @torch.no_grad()
-    def _score(self, x: MixerInput, tail: Tensor, seen: Tensor) -> tuple[Tensor, Tensor | None]:
-        """What tokens are ranked by [B, T, G], inf for the first of a row, and what the tail must remember of them."""
-        position = seen[:, None] + torch.arange(x.hidden.shape[1], device=x.hidden.device)
-        score, inputs = self._rank(self._read(x), tail, position)
-        return rounded(score).masked_fill((position == 0)[..., None], torch.inf), inputs
 
     def _rank(self, hidden: Tensor, tail: Tensor, position: Tensor) -> tuple[Tensor, Tensor | None]:
         """rho [B, T, G] of inputs at ``position`` [B, T]; tail: those before them, addressed by position."""
@@ -332,6 +330,18 @@ class SalientMixer(Mixer):
         tail = self.config.score_context - 1 + pending if self.config.score_context else 0
         k, v, score = (resize(ring, state.seen, size) for ring in state.rings)
         return state._replace(k=k, v=v, score=score, tail=resize(state.tail, state.seen, tail))
+
+
+def positions(x: MixerInput, seen: Tensor) -> Tensor:
+    """[B, T] of the new tokens."""
+    if x.hidden.shape[1] == 1:
+        return seen[:, None]
+    return seen[:, None] + torch.arange(x.hidden.shape[1], device=x.hidden.device)
+
+
+def placed(rank: Tensor, position: Tensor) -> Tensor:
+    """What tokens are ranked by [B, T, G]: on a grid, and inf for the first of a row."""
+    return rounded(rank).masked_fill((position == 0)[..., None], torch.inf)
 
 
 SALIENT = Method(

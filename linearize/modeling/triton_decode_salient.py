@@ -21,6 +21,17 @@ from torch import Tensor
 from .launches import Launch, launch
 from .triton_decode_tools import FEW, LOW, arrive, columns, meet, padded, rows_of, slots
 
+GRID = tl.constexpr(2.0**-12)  # as selection.GRID
+HALVES = tl.constexpr(1.5 * 2.0**23)  # added, it leaves an fp32 number below 2^22 no place for a fraction
+
+
+@triton.jit
+def on_grid(score):
+    """``selection.rounded``, halves to even."""
+    steps = score / GRID
+    near = (steps + HALVES) - HALVES
+    return tl.where(tl.abs(steps) < 4194304.0, near, tl.floor(steps + 0.5)) * GRID
+
 
 @triton.jit
 def ahead_of(score, there):
@@ -222,7 +233,8 @@ def salient_step_kernel(
     tl.debug_barrier()
     tl.store(ring_k + (t % N) * (GR * K) + od, tl.load(k + od, mask=od < K), mask=od < K)
     tl.store(ring_v + (t % N) * (GR * V) + ov, tl.load(v + ov, mask=ov < V), mask=ov < V)
-    tl.store(ring_score + (t % N) * GR, tl.load(score + row * G + g))
+    rank = on_grid(tl.load(score + row * G + g).to(tl.float32))
+    tl.store(ring_score + (t % N) * GR, tl.where(t == 0, float("inf"), rank))
     arrive(seen + b, folded + b, t + 1, first, GR)
 
 
@@ -246,7 +258,7 @@ def salient_step(
     settings: Launch | None = None,
 ) -> Tensor:
     """y [B, 1, H, V]; rings [B, 2 C, G, ...], kept tokens [B, N, G, ...] and the counters are written; score [B, 1, G]
-    is the new token's.
+    is the new token's, neither rounded nor raised for the first: the kernel does what would be seven small launches.
 
     The heads may be some of a layer's, with rings and kept tokens sliced from the whole ones: the counters advance when
     every head of the rings has been stepped."""
