@@ -212,12 +212,12 @@ class SalientMixer(Mixer):
     def _step(self, x: MixerInput, state: SalientState, columns: Sequence[Tensor], kept: Kept) -> Tensor:
         """One token a row: it meets the kept tokens and the rings."""
         k, v, _ = columns
-        terms = step_positions(k, state.seen, state.folded)
+        terms: dict[str, Any] = step_positions(k, state.seen, state.folded)
         terms |= dict(scale=x.scale, chunk=self.config.chunk, softcap=x.softcap)
         if x.pending:  # what may still be taken back is ranked for this query alone
             kept = self._hand_over(state, columns, final(state.seen + 1, self.config.chunk, "terraced"))
         return self.budgets.attend(
-            lambda _slots, held, *qkv: kept_decode(qkv[0], qkv[1], qkv[2], held, **terms), kept, x.q, k, v
+            lambda _slots, held, *parts: kept_decode(*parts, kept=held, **terms), kept, x.q, k, v
         )
 
     def _attend(
