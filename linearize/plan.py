@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from .data import Corpus
+from .data.pool import model_digest
 from .files import write_json, write_text
 from .knapsack import Choice, Option, pareto, solve
 from .modeling.errors import RecipeError
@@ -27,8 +28,8 @@ from .probe import probe
 from .progress import Progress, Watch
 from .recipe import Plan, Recipe
 from .scan.bench import Bench, recalled
-from .scan.candidates import SOFTMAX, Candidate, candidates, layer_bytes, method_of
-from .scan.measure import ScanResult, bench_of, require_recall, scan, scanned_layers, settings_of, train
+from .scan.candidates import SOFTMAX, Candidate, candidates, fields_of, layer_bytes, method_of
+from .scan.measure import ScanResult, bench_of, read, require_recall, scan, scanned_layers, settings_of, train
 from .scan.measure import check as check_scan
 
 RESULT, FRAGMENT = "plan.json", "plan.yaml"
@@ -55,9 +56,12 @@ def plan(
     budget, costs = check(model, recipe)
     spec = recipe.plan
     assert spec is not None
-    result = scan(model, tokenizer, corpus, recipe, folder=folder, progress=progress)
-    settings = {"scan": settings_of(model, corpus, recipe), "plan": spec.model_dump(mode="json"),
-                "candidates": result.candidates}  # fmt: skip
+    if spec.scan is None:
+        result = scan(model, tokenizer, corpus, recipe, folder=folder, progress=progress)
+    else:
+        result = taken(Path(spec.scan), model)
+    settings = {"scan": settings_of(model, corpus, recipe), "taken": result.settings,
+                "plan": spec.model_dump(mode="json"), "candidates": result.candidates}  # fmt: skip
     if (known := _read(folder / RESULT)) is not None and known.settings == json.loads(json.dumps(settings)):
         return known, result
     made = choose(result, costs, budget, spec)
@@ -74,6 +78,7 @@ def plan(
     said = words(chosen, verified, made, budget, spec)
     fragment = fragment_of(recipe, layers, said)
     planned = PlanResult(budget, chosen, verified, made.curve, said, layers, fragment, settings)
+    folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / FRAGMENT, fragment)
     write_json(folder / RESULT, _finite(planned.to_dict()))
     return planned, result
@@ -89,8 +94,33 @@ def check(model: Any, recipe: Recipe) -> tuple[Budget, dict[int, dict[str, int]]
     tried = {candidate.name: candidate for candidate in candidates(recipe)}
     budget = budget_of(model, recipe)
     costs = _costs(tried, scanned_layers(model, recipe), next(model.parameters()).dtype, budget, spec)
+    if spec.scan is not None:
+        costs = _scanned(costs, taken(Path(spec.scan), model), tried)
     _refuse_impossible(costs, budget)
     return budget, costs
+
+
+def taken(folder: Path, model: Any) -> ScanResult:
+    """The result of a scan made before, refused where it is another teacher's."""
+    result = read(folder)
+    if result.settings.get("teacher") != model_digest(model):
+        raise RecipeError(f"plan.scan: {folder} is a scan of another teacher; leave it out to scan this one")
+    return result
+
+
+def _scanned(
+    costs: Mapping[int, Mapping[str, int]], result: ScanResult, tried: Mapping[str, Candidate]
+) -> dict[int, dict[str, int]]:
+    """The costs of what a scan made before has measured in every layer, with the fields that the recipe gives it."""
+    same = {name for name, c in tried.items() if fields_of(c.method) == result.candidates.get(name)}
+    there = {(row.layer, row.candidate) for row in result.rows if row.head is None and row.candidate in same}
+    found = {i: {name: cost for name, cost in by.items() if (i, name) in there} for i, by in costs.items()}
+    for layer, by in found.items():
+        if not by:
+            raise RecipeError(
+                f"plan.scan: it has nothing that layer {layer} may get; give the recipe the scan's own keys"
+            )
+    return found
 
 
 def resolved(recipe: Recipe, made: PlanResult) -> Recipe:

@@ -95,6 +95,8 @@ class Plan(Section):
     """Microseconds a token of all layers together, by the table ``times``."""
     times: str | None = None
     """A JSON file {"layer_us": {candidate: microseconds of one layer}}, measured on the machine that serves."""
+    scan: str | None = None
+    """Folder of a `linearize scan` of this teacher to plan from, instead of a scan of the run's own."""
     at: Length | None = None
     """Tokens at which memory is counted; None: the teacher's context."""
     batch: Positive = 1

@@ -15,6 +15,7 @@ from transformers import AutoTokenizer
 from linearize.convert import convert, describe
 from linearize.evaluate import Results
 from linearize.knapsack import Option, solve
+from linearize.methods import build_method
 from linearize.modeling.errors import EvaluationError, RecipeError
 from linearize.plan import budget_of, check, choose, resolved
 from linearize.planned import curve_rows, fragment_of, layers_map, words
@@ -170,7 +171,7 @@ def test_a_run_plans_for_itself_and_says_what_it_did(tmp_path):
         "salient",
         [
             "method.chunk=16", "plan={kv_share: 11%, at: 512, verify: 2}", "scan.budgets=[2, 8, 32]",
-            "scan.windows=[]", "scan.seq_len=96", "scan.sequences=2", "scan.selectors=false",
+            "scan.windows=[]", "scan.heads=[1]", "scan.seq_len=96", "scan.sequences=2", "scan.selectors=false",
             "scan.recall_tasks=[passkey]", "scan.recall_lens=[120]", "scan.recall_samples=2", "data.seq_len=96",
             "data.sources=[{kind: self, tokens: 4500}]", "transfer.tokens=384", "transfer.batch_size=2",
             "finetune.tokens=384", "finetune.batch_size=2", "control.enabled=true", "evaluate.seq_lens=[64]",
@@ -190,8 +191,9 @@ def test_a_run_plans_for_itself_and_says_what_it_did(tmp_path):
     assert memory.per_token == 0
     assert memory.bytes_at(512) == record["plan"]["chosen"]["cost"]
     spec = json.loads((made.checkpoint / "config.json").read_text())["linearize"]["layers"]
-    assert {f"salient 16+{layer['method']['budget']}" for layer in spec.values()} == set(
-        record["plan"]["chosen"]["layers"].values()
+    assert {(row["layer"], row["head"]) for row in record["scan"]["rows"]} >= {(1, 0), (1, 1), (2, None)}
+    assert {index: name_of(build_method(layer["method"])) for index, layer in spec.items()} == (
+        record["plan"]["chosen"]["layers"]
     )
     gate = made.results.length_gate
     assert [(row.length, row.factor) for row in gate] == [(96, 1), (192, 2), (384, 4), (768, 8)]
@@ -200,6 +202,21 @@ def test_a_run_plans_for_itself_and_says_what_it_did(tmp_path):
     assert (made.folder / "table.md").read_text().startswith("## Plan, by measurement")
     assert run(recipe).results.to_dict() == made.results.to_dict()
     assert Results.from_dict(record["results"]).length_gate == gate
+    again = recipe.override(
+        [f"plan.scan={made.folder / 'scan'}", "transfer.tokens=0", "finetune.tokens=0", "control.enabled=false",
+         "evaluate.length_gate=false", f"output={tmp_path / 'again'}"]
+    )  # fmt: skip
+    other = json.loads((run(again).folder / "results.json").read_text())
+    assert other["plan"]["layers"] == layers and not (tmp_path / "again" / "scan" / "scan.jsonl").exists()
+    for changed, told in (
+        (["scan.budgets=[3]"], "plan.scan: it has nothing that layer 0 may get"),
+        (["seed=1", f"teacher.name={tmp_path / 'other'}"], "is a scan of another teacher"),
+    ):
+        tiny("llama", seed=5, vocab_size=len(tokenizer), **special).save_pretrained(tmp_path / "other")
+        tokenizer.save_pretrained(tmp_path / "other")
+        with pytest.raises(RecipeError, match=told):
+            run(again.override([*changed, f"output={tmp_path / 'refused'}"]))
+        assert not (tmp_path / "refused").exists()
 
 
 def test_what_the_budget_leaves_is_never_enough_for_a_better_choice():

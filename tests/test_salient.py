@@ -199,7 +199,10 @@ def own_budgets(groups, budgets):
     mixer = SalientMixer(config, Geometry(2 * groups, groups, K, K, M)).double()
     q, k, v, _ = inputs(45, heads=2 * groups, groups=groups)
     x = MixerInput(torch.randn(2, 45, M, dtype=q.dtype), q, k, v, scale=0.7, softcap=2.0, use_cache=True)
-    score, _ = mixer._score(x, mixer._tail(x), torch.zeros(2, dtype=torch.long))
+    with torch.no_grad():
+        score = mixer._rank(x.hidden, mixer._tail(x), torch.arange(45).expand(2, -1))[0]
+    score = (score / GRID).round() * GRID
+    score[:, 0] = torch.inf
     parts = [
         kept_quadratic(
             q[:, :, 2 * g : 2 * g + 2],

@@ -115,12 +115,12 @@ def _student(family: str, config: Any, layers: Any, kwargs: Any, _registered: An
 
 
 def _fitted(config: Any, teacher: PreTrainedModel) -> Any:
-    """Budgets by kv head, as many as the teacher has heads: the first ones again where there are too few."""
+    """Budgets by kv head, as many as the teacher has heads: neighbours share one where there are too few."""
     budgets = getattr(config, "budget", None)
     if not isinstance(budgets, tuple):
         return config
     heads = next(iter(probe(teacher).values())).geometry.kv_heads
-    return dataclasses.replace(config, budget=(budgets * heads)[:heads])
+    return dataclasses.replace(config, budget=tuple(budgets[i * len(budgets) // heads] for i in range(heads)))
 
 
 def _copied(make: Any, *key: Any) -> PreTrainedModel:

@@ -9,7 +9,6 @@ scan of a random model with the shapes of Llama-3.2-1B (`--shapes-layers` of its
 
 import argparse
 import json
-import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -115,6 +114,8 @@ def recipe_of(
 def measure(name: str, options: argparse.Namespace, tree: dict[str, Any]) -> dict[str, Any]:
     torch.backends.cuda.matmul.allow_tf32 = options.tf32
     folder = options.work / name
+    planned = recipe_of(name, options, tree).plan
+    before = () if folder.exists() or planned is None or planned.scan else scan_before(options, tree)
     recipe = recipe_of(
         name,
         options,
@@ -124,9 +125,9 @@ def measure(name: str, options: argparse.Namespace, tree: dict[str, Any]) -> dic
             f"data.sources.0.path={options.data / quality.TRAIN}",
             f"data.held_out.0.path={options.data / quality.EVAL}",
             f"output={folder}",
+            *before,
         ),
     )
-    take_scan(folder, recipe, [options.work / other for other in tree["students"]])
     done = quality.run(recipe, progress=quality.Reporter(name))
     quality.check_windows(done.results, recipe, options.data / quality.EVAL)
     record = json.loads((folder / "results.json").read_text())
@@ -146,17 +147,10 @@ def measure(name: str, options: argparse.Namespace, tree: dict[str, Any]) -> dic
     }
 
 
-def take_scan(folder: Path, recipe: Recipe, others: list[Path]) -> None:
-    """A run that has not begun starts with the lines of a scan that another has finished: the text is the same."""
-    if recipe.plan is None or folder.exists():
-        return
-    for other in others:
-        if (other / "scan" / "scan.json").exists():
-            (folder / "scan").mkdir(parents=True)
-            for name in ("scan.jsonl", "selectors.json"):
-                shutil.copy(other / "scan" / name, folder / "scan" / name)
-            (folder / "recipe.yaml").write_text(recipe.to_yaml())
-            return
+def scan_before(options: argparse.Namespace, tree: dict[str, Any]) -> tuple[str, ...]:
+    """The word that plans from the scan of another student, where one is there: they all ask the same of it."""
+    folders = [options.work / other / "scan" for other in tree["students"]]
+    return tuple(f"plan.scan={folder}" for folder in folders if (folder / "scan.json").exists())[:1]
 
 
 def chosen(recipe: Recipe) -> dict[str, str]:

@@ -9,7 +9,7 @@ after run, so that a state has the same fields whatever its budgets are and hold
 """
 
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -54,7 +54,7 @@ class HeadBudgets:
         self.shape = (self.runs[0].slots, kv_heads) if one else (place, 1)
         """Of the kept tokens, between the batch and the channels."""
 
-    def each(self, kept: Kept | None, *tensors: Tensor) -> Iterator[tuple[int, Kept | None, list[Tensor]]]:
+    def each(self, kept: Kept | None, *tensors: Tensor) -> Iterator[tuple[int, Any, list[Tensor]]]:
         """(slots, kept tokens, parts of ``tensors`` [B, T, H or G, ...]) of every run; all views."""
         if len(self.runs) == 1:
             yield self.runs[0].slots, kept, list(tensors)

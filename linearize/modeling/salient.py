@@ -215,6 +215,7 @@ class SalientMixer(Mixer):
 
     def _step_in_place(self, x: MixerInput, state: SalientState, rank: Tensor) -> Tensor | None:
         """y by one kernel that also writes the state, after the score's layers; None where no kernel takes it."""
+        kept = state.kept
         found = [
             salient_step(
                 *parts[:6],
@@ -226,11 +227,12 @@ class SalientMixer(Mixer):
                 chunk=self.config.chunk,
                 softcap=x.softcap,
             )
-            for _, held, parts in self.budgets.each(state.kept, x.q, x.k, x.v, *state.rings, rank)
+            for _, held, parts in self.budgets.each(kept, x.q, x.k, x.v, *state.rings, rank)
         ]
-        if any(y is None for y in found):  # then all are, and nothing is written
+        taken = [y for y in found if y is not None]
+        if len(taken) < len(found):  # then no kernel takes any, and nothing is written
             return None
-        return found[0] if len(found) == 1 else torch.cat(found, dim=2)
+        return taken[0] if len(taken) == 1 else torch.cat(taken, dim=2)
 
     def _chunk(self, x: MixerInput, state: SalientState, columns: Sequence[Tensor]) -> Tensor:
         """Several tokens: columns ``folded, ...`` stand on the chunk grid, as the parallel form needs."""
@@ -242,12 +244,12 @@ class SalientMixer(Mixer):
     def _step(self, x: MixerInput, state: SalientState, columns: Sequence[Tensor], kept: Kept) -> Tensor:
         """One token a row: it meets the kept tokens and the rings."""
         k, v, _ = columns
-        terms = step_positions(k, state.seen, state.folded)
+        terms: dict[str, Any] = step_positions(k, state.seen, state.folded)
         terms |= dict(scale=x.scale, chunk=self.config.chunk, softcap=x.softcap)
         if x.pending:  # what may still be taken back is ranked for this query alone
             kept = self._hand_over(state, columns, final(state.seen + 1, self.config.chunk, "terraced"))
         return self.budgets.attend(
-            lambda _slots, held, *parts: kept_decode(*parts, held, **terms), kept, x.q, k, v
+            lambda _slots, held, *parts: kept_decode(*parts, kept=held, **terms), kept, x.q, k, v
         )
 
     def _attend(

@@ -40,6 +40,21 @@ class Tally:
     hits: dict[tuple[str, int], list[bool]] = field(default_factory=dict)
     likelihood: dict[tuple[str, int], list[float]] = field(default_factory=dict)
     """Mean log-probability of each answer's tokens."""
+    waiting: list[Tensor] = field(default_factory=list)
+    """Of the newest batch, on its device still: [B, 2] of text or prompts, and sums of the layer's output."""
+
+    def settle(self, batch: Batch) -> None:
+        """Takes over what waits, of ``batch``; until then nobody has to wait for the device."""
+        rows, *sums = (x.tolist() for x in self.waiting)
+        self.waiting = []
+        if batch.cell is None:
+            self.windows += rows
+            self.tokens += batch.inputs.numel()
+            for error, power in sums:
+                self.error, self.power = self.error + error, self.power + power
+            return
+        self.hits.setdefault(batch.cell, []).extend(hit == 1 for hit, _ in rows)
+        self.likelihood.setdefault(batch.cell, []).extend(chance for _, chance in rows)
 
     @property
     def kl(self) -> float:
@@ -133,18 +148,21 @@ class Bench:
             if entry is not None:
                 known[number] = (layer, entry)
             reference = self._teacher(number, ids)
-            self._add(teacher, batch, reference, None)
+            teacher.waiting.append(reference.told(None))
             with self.seated({layer: next(iter(seats.values()))}):
                 attention = self.model.converted()[layer]
                 memo.forget(self.memo_seed(layer, number), batch.lengths)
                 for key, seat in seats.items():
                     attention.mixer = seat
-                    handle = seat.register_forward_hook(_error_into(tallies[key], memo, batch))
+                    sums: list[Tensor] = []
+                    handle = seat.register_forward_hook(_error_into(sums, memo, batch))
                     try:
                         logits = self.trunk.logits(ids, batch.keep, layer, entry)[..., : self.vocab]
                     finally:
                         handle.remove()
-                    self._add(tallies[key], batch, reference, logits)
+                    tallies[key].waiting += [reference.told(logits), *sums]
+            for tally in (teacher, *tallies.values()):
+                tally.settle(batch)
             hear(batch.tokens)
         memo.forget(0)
         return teacher, tallies
@@ -173,8 +191,9 @@ class Bench:
             if seats:
                 with self.seated(seats):
                     logits = self.trunk.logits(ids, batch.keep)[..., : self.vocab]
-            self._add(teacher, batch, reference, None)
-            self._add(student, batch, reference, logits)
+            for tally, own in ((teacher, None), (student, logits)):
+                tally.waiting.append(reference.told(own))
+                tally.settle(batch)
             if hear is not None:
                 hear(batch.tokens)
         return teacher, student
@@ -185,60 +204,52 @@ class Bench:
         if number not in self._last:
             self._last[number] = self.trunk.entry(ids, last)
         logits = self.trunk.logits(ids, batch.keep, last, self._last[number])[..., : self.vocab]
-        return Reference(logits, batch.ids[:, 1:].to(self.device) if batch.cell is None else None)
-
-    def _add(self, tally: Tally, batch: Batch, reference: "Reference", logits: Tensor | None) -> None:
-        """Adds what ``logits`` (None: the teacher's own) say of a batch."""
-        if reference.targets is not None:
-            sums = reference.sums(logits)
-            tally.windows += sums.tolist()
-            tally.tokens += reference.targets.numel()
-            return
-        assert batch.cell is not None
-        logits = reference.logits if logits is None else logits
-        columns, answers = batch.answers
-        predicted = logits[torch.arange(len(answers))[:, None], columns].float()  # [B, answer, vocab]
-        chances = predicted.log_softmax(-1).gather(-1, answers.clamp_min(0)[..., None].to(predicted.device))
-        best, chances = predicted.argmax(-1).cpu(), chances[..., 0].cpu()
-        asked = answers >= 0
-        tally.hits.setdefault(batch.cell, []).extend(((best == answers) | ~asked).all(1).tolist())
-        means = (chances * asked).sum(1) / asked.sum(1)
-        tally.likelihood.setdefault(batch.cell, []).extend(means.tolist())
+        return Reference(logits, batch)
 
 
 class Reference:
     """The teacher's logits of one batch, and what every comparison with them needs."""
 
-    def __init__(self, logits: Tensor, targets: Tensor | None):
-        """logits [B, T, vocab]; targets [B, T], the tokens that text goes on with, None for prompts."""
-        self.logits, self.targets = logits, targets
-        if targets is not None:
-            self.totals = torch.cat(
-                [exact(part).logsumexp(-1) for part in logits.flatten(0, 1).split(_tokens(logits))]
-            )
+    def __init__(self, logits: Tensor, batch: Batch):
+        """logits [B, T, vocab] of the last positions of the batch's rows, as many as it keeps."""
+        self.logits, self.text = logits, batch.cell is None
+        if self.text:
+            self.targets = batch.ids[:, 1:].to(logits.device)
+            parts = logits.flatten(0, 1).split(_tokens(logits))
+            self.totals = torch.cat([exact(part).logsumexp(-1) for part in parts])
             # A teacher may rule a token out: exp(-inf) (-inf - s) is the limit 0, not NaN.
             self.rules_out = bool(torch.isneginf(logits.amin()))
+        else:
+            self.columns, self.answers = (x.to(logits.device) for x in batch.answers)
 
-    def sums(self, logits: Tensor | None) -> Tensor:
-        """[B, 2] on the CPU in fp64, summed over tokens: negative log-likelihood, and KL of the reference to ``logits``
-        [B, T, vocab]; of its own where there are none.
+    def told(self, logits: Tensor | None) -> Tensor:
+        """[B, 2] in fp64 what logits [B, T, vocab] (None: the teacher's own) say of the batch, on their device.
 
-        The softmaxes are never laid out whole: with p the reference's, z its logits, s the others and l their
-        log-sum-exp, KL = sum p (z - s) + l_s - l_z.
+        Text: negative log-likelihood and KL from the reference, summed over tokens. Prompts: 1 where all the answer's
+        tokens are arg-max, and the mean of their log-probabilities.
         """
-        assert self.targets is not None
+        return self._sums(logits) if self.text else self._answered(self.logits if logits is None else logits)
+
+    def _answered(self, logits: Tensor) -> Tensor:
+        rows = torch.arange(len(logits), device=logits.device)[:, None]
+        predicted, asked = exact(logits[rows, self.columns]), self.answers >= 0  # [B, answer, vocab]
+        chances = predicted.log_softmax(-1).gather(-1, self.answers.clamp_min(0)[..., None])[..., 0]
+        hit = ((predicted.argmax(-1) == self.answers) | ~asked).all(1)
+        return torch.stack([hit.double(), (chances * asked).double().sum(1) / asked.sum(1)], dim=-1)
+
+    def _sums(self, logits: Tensor | None) -> Tensor:
+        """The softmaxes are never laid out whole: with p the reference's, z its logits, s the others and l their
+        log-sum-exp, KL = sum p (z - s) + l_s - l_z."""
         step, rows = _tokens(self.logits), self.logits.flatten(0, 1)
         totals, kl = self.totals, torch.zeros_like(self.totals)
         if logits is not None:
-            parts = zip(
-                rows.split(step), logits.flatten(0, 1).split(step), self.totals.split(step), strict=True
-            )
+            others = logits.flatten(0, 1)
+            parts = zip(rows.split(step), others.split(step), self.totals.split(step), strict=True)
             found = [self._compared(exact(z), exact(s), total) for z, s, total in parts]
             totals, kl = (torch.cat(each) for each in zip(*found, strict=True))
-            rows = logits.flatten(0, 1)
+            rows = others
         nll = totals - rows.gather(-1, self.targets.reshape(-1, 1))[:, 0]
-        both = torch.stack([nll.double(), kl.double()], dim=-1)
-        return both.unflatten(0, self.targets.shape).sum(1).cpu()
+        return torch.stack([nll.double(), kl.double()], dim=-1).unflatten(0, self.targets.shape).sum(1)
 
     def _compared(self, z: Tensor, s: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
         """Log-sum-exp of s [n, vocab], and KL(z || s): [n] each."""
@@ -259,12 +270,14 @@ def _tokens(logits: Tensor) -> int:
     return max(1, PIECE_BYTES.get(logits.device.type, PIECE_BYTES["cpu"]) // (4 * logits.shape[-1]))
 
 
-def _error_into(tally: Tally, memo: Memo, batch: Batch) -> Any:
+def _error_into(sums: list[Tensor], memo: Memo, batch: Batch) -> Any:
+    """A hook that notes, on text, the squared difference of the layer's output from softmax, and softmax's square."""
+
     def hook(_module: Any, args: Any, output: Any) -> None:
         if batch.cell is None:
-            exact = memo.softmax(args[0]).float()
-            tally.error += float((output[0].float() - exact).square().sum())
-            tally.power += float(exact.square().sum())
+            truth = memo.softmax(args[0]).float()
+            error = (output[0].float() - truth).square().sum()
+            sums.append(torch.stack([error, truth.square().sum()]))
 
     return hook
 
