@@ -193,6 +193,12 @@ def spread_groups(name, weight, shape, heads, groups):
         width = weight.shape[0] // (heads + 2 * groups)
         q, *kv = weight.split([heads * width, groups * width, groups * width])
         return torch.cat([q, *(spread_groups("", t, (heads * width,), heads, groups) for t in kv)])
+    if name.endswith(("inner.weight", "context.weight")):  # a score of q, k and v side by side
+        width = weight.shape[1] // (heads + 2 * groups)
+        q, *kv = weight.split([heads * width, groups * width, groups * width], dim=1)
+        wide = (weight.shape[0], heads * width)
+        kv = (spread_groups("", t, wide, heads, groups) * groups / heads for t in kv)
+        return torch.cat([q, *kv], dim=1)
     (axis,) = (i for i, (old, new) in enumerate(zip(weight.shape, shape, strict=False)) if old != new)
     per_group = weight.unflatten(axis, (groups, -1))
     return per_group.repeat_interleave(heads // groups, axis).flatten(axis, axis + 1)

@@ -5,19 +5,20 @@ softmax. A position is asked when a query with c(t) >= c(j) + 2 exists; the othe
 
     log_attention   rho ~ log(max a_tj + floor), squared error: Salient's specification
     ranking         the same targets y, in pairs: log(1 + exp(-(rho_i - rho_j) sign(y_i - y_j))) |y_i - y_j|
-    locret          rho ~ max s_tj, smooth L1, from q, k and v: Locret, arXiv 2410.01805, Sec. 3
+    locret          rho ~ max s_tj, smooth L1, from q, k and v: Locret, arXiv 2410.01805
     retention       gates beta = sigmoid(rho + b) whose decay the output is distilled through, and a bound on how much
-                    they retain: TRIM-KV, arXiv 2512.03324, Sec. 4
+                    they retain: TRIM-KV, arXiv 2512.03324
 
 The maxima run over the heads of a group and the queries that ask.
 
 Departures. Locret: no term that smooths rho along the text; the maximum leaves out queries in whose local span the
-token still is. It reads q and k before the rotary embedding, so that rho does not depend on where a token stands and
-goes on past the training length. TRIM-KV: rho decides once, when the token is written, because a kept set that is a
+token still is. One network reads q, k and v of all heads side by side, each head's group among them; q and k are read
+before the rotary embedding, so that rho does not depend on where a token stands and goes on past the training length.
+TRIM-KV: rho decides once, when the token is written, because a kept set that is a
 running top-N has no other; they compare beta^(t-j), whose order changes with t. Tokens in the local span and the first
 one, which are never dropped, neither decay nor count. b is not a large constant, but the log of the tokens that a state
-holds: a gate begins with the lifetime of the memory it will rank for. The model's own loss and its gates' are apart:
-each layer is distilled by its own output.
+holds: a gate begins with the lifetime of the memory it will rank for. Each layer is distilled by its own output, not
+the model by its logits.
 """
 
 import math
