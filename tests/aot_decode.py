@@ -65,8 +65,9 @@ def lawcat(name, settings, width=128):
     arguments |= dict.fromkeys(
         ("q", "k", "v", "plain_q", "plain_k", "tail_q", "tail_k", "ring_k", "ring_v", "y"), "*bf16"
     )
-    exact = ("log_decay", "kv", "taps_q", "taps_k", "map_q", "map_k", "extra_q", "extra_k", "logit")
-    arguments |= dict.fromkeys(exact, "*fp32") | dict.fromkeys(("scale", "cap", "eps"), "fp32")
+    exact = ("logits", "kv", "taps_q", "taps_k", "map_q", "map_k", "extra_q", "extra_k", "logit")
+    floats = ("scale", "cap", "eps", "inverse", "least")
+    arguments |= dict.fromkeys(exact, "*fp32") | dict.fromkeys(floats, "fp32")
     constants = dict(
         H=32, G=8, K=width, V=width, F=width // 2, KP=width, VP=width, FP=width // 2, NQ=4, NK=4, N=1, NV=1,
         TAPS_Q=4, TAPS_K=4, WINDOW=0, HALVES=2, MAP=0, CAP=False, **settings.blocks,

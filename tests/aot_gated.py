@@ -1,7 +1,7 @@
 """Kernels of gated linear attention as ``tests/aot.py`` compiles them: chosen settings, heads of 128 and of 64.
 
-The suite has every mode at heads of 128, and the first one, tiles of weak gates, at 64: a minute. ``make aot`` has every
-mode of every kernel at both widths, in several.
+The suite has every mode at heads of 128, and the first one, tiles of weak gates, at 64: a minute. ``make aot`` has
+every mode of every kernel at both widths, in several.
 """
 
 import os

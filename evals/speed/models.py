@@ -165,8 +165,9 @@ def warm(args: argparse.Namespace) -> None:
                 words += ["--batches", ",".join(map(str, args.batches)), "--context", str(args.context)]
                 words += ["--train-lengths", ",".join(map(str, args.train_lengths))]
                 words += ["--train-tokens", str(args.train_tokens), "--budget", str(args.warm)]
-                quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-                started.append(subprocess.Popen(words + ["--tiny"] * args.tiny, **quiet))
+                words += ["--tiny"] * args.tiny
+                none = subprocess.DEVNULL
+                started.append(subprocess.Popen(words, stdout=none, stderr=none))
     end = time.monotonic() + args.warm
     for process in started:
         try:

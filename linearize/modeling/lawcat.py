@@ -275,7 +275,9 @@ class LawcatMixer(Mixer):
             state.folded,
             against=against,
             read=read,
-            log_decay=self._log_decay(x),
+            logits=self._logits(x),
+            steps=config.gate_normalizer,
+            least=config.clamp_log_decay,
             taps=(
                 getattr(self, name) if "q" in convolved else None,
                 self.taps_k if "k" in convolved else None,

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .launches import Launch, launch
 from .triton_decode_tools import FEW, LOW, MAPS, arrive, columns, features, meet, padded, rows_of, slots
+from .triton_gated import log_gate
 
 
 @triton.jit
@@ -84,13 +85,20 @@ def convolved_features(
 
 
 @triton.jit
+def faded(logits, at, inverse, least, F: tl.constexpr):
+    """What is left of channels ``at`` after a step: exp(max(logsigmoid(logit) / N, least))."""
+    logit = tl.load(logits + at, mask=at < F, other=0.0).to(tl.float32)
+    return tl.exp(tl.maximum(log_gate(logit, 0.0, inverse), least))
+
+
+@triton.jit
 def lawcat_step_kernel(
     q,
     k,
     v,
     plain_q,
     plain_k,
-    log_decay,
+    logits,
     tail_q,
     tail_k,
     ring_k,
@@ -109,6 +117,8 @@ def lawcat_step_kernel(
     scale,
     cap,
     eps,
+    inverse,
+    least,
     q_row,
     q_head,
     k_row,
@@ -119,8 +129,8 @@ def lawcat_step_kernel(
     plain_q_head,
     plain_k_row,
     plain_k_head,
-    decay_row,
-    decay_head,
+    logits_row,
+    logits_head,
     H: tl.constexpr,
     G: tl.constexpr,
     K: tl.constexpr,
@@ -175,11 +185,15 @@ def lawcat_step_kernel(
         ring_v += (row * NV * G + g) * V
         tl.store(ring_k + (t % N) * (G * K) + od, tl.load(k + od, mask=od < K), mask=(od < K) & leads)
 
-    log_decay += row * decay_row + g * decay_head
+    logits += row * logits_row + g * logits_head
     kv += (row * H + h) * (HALVES * F * (V + 1))
+    decay_up = faded(logits, of, inverse, least, F)
+    decay_down = decay_up
+    if HALVES == 2:
+        decay_down = faded(logits + F, of, inverse, least, F)
     den = eps
     for half in tl.static_range(HALVES):
-        decay = tl.exp(tl.load(log_decay + half * F + of, mask=of < F, other=0.0).to(tl.float32))
+        decay = decay_up if half == 0 else decay_down
         column = kv + (half * F + of) * (V + 1) + V
         norm = tl.load(column, mask=of < F, other=0.0) * decay + (k_up if half == 0 else k_down)
         tl.store(column, norm, mask=of < F)
@@ -189,7 +203,7 @@ def lawcat_step_kernel(
         value = tl.load(v + ov, mask=ov < V, other=0.0)
         num = tl.zeros([BV], tl.float32)
         for half in tl.static_range(HALVES):
-            decay = tl.exp(tl.load(log_decay + half * F + of, mask=of < F, other=0.0).to(tl.float32))
+            decay = decay_up if half == 0 else decay_down
             cells = kv + (half * F + of)[:, None] * (V + 1) + ov[None, :]
             inside = (of < F)[:, None] & (ov < V)[None, :]
             held = tl.load(cells, mask=inside, other=0.0) * decay[:, None]
@@ -232,7 +246,9 @@ def lawcat_step(
     folded: Tensor,
     *,
     read: tuple[Tensor, Tensor],
-    log_decay: Tensor,
+    logits: Tensor,
+    steps: float,
+    least: float | None = None,
     taps: tuple[Tensor | None, Tensor | None],
     maps: tuple[Tensor, Tensor],
     extras: tuple[Tensor, Tensor] | None = None,
@@ -246,12 +262,13 @@ def lawcat_step(
 ) -> Tensor:
     """y [B, 1, H, V]; tails [B, c, heads, K], rings [B, W, G, D], kv [B, H, F, V + 1] and the counters are written.
 
-    read: q, k before the convolutions; log_decay [B, 1, G, F]; taps [H, K, c] of q and k, None where they are not
+    read: q, k before the convolutions; logits [B, 1, G, F] of the gate, whose log decay is logsigmoid / ``steps`` and
+    ``least`` or more; taps [H, K, c] of q and k, None where they are not
     convolved; maps, extras as in ``triton_decode.joint_step``. eps is not added to a window's denominator.
     """
     (batch, _, heads, key_dim), (groups, value_dim) = q.shape, v.shape[2:]
     y = v.new_empty(batch, 1, heads, value_dim)
-    inputs = [rows_of(x) for x in (q, k, v, *read, log_decay)]
+    inputs = [rows_of(x) for x in (q, k, v, *read, logits)]
     halves = 2 if MAPS[feature_map] in (0, 4, 5, 6) else 1
     width = kv.shape[2] // halves
     settings = settings or launch("lawcat_step_few" if batch * heads < FEW else "lawcat_step", q.device)
@@ -297,6 +314,8 @@ def lawcat_step(
         scale,
         softcap or 0.0,
         0.0 if window else eps,
+        1.0 / steps,
+        -1e38 if least is None else least,
         *(stride for x in inputs for stride in x.stride()[:2]),
     ]
     lawcat_step_kernel[(heads, batch)](*arguments, **constants, **settings._replace(blocks=blocks).options)
