@@ -14,7 +14,7 @@ from linearize.modeling.errors import ConversionError, RecipeError
 from linearize.modeling.mixer import Geometry, MixerInput
 from linearize.modeling.objectives import OBJECTIVES, decayed, over, shifts
 from linearize.modeling.ring import final
-from linearize.modeling.salient import SalientConfig, SalientMixer
+from linearize.modeling.salient import SalientConfig, SalientMixer, placed, positions
 from linearize.modeling.selection import future_attention, future_logit
 from linearize.recipe import Transfer
 from linearize.scan.oracle import Memo, OracleMixer
@@ -46,6 +46,12 @@ def given(time=23, lengths=None, *, batch=2, seed=0):
         teacher=torch.einsum("bhtj,bjhv->bthv", a, v.repeat_interleave(H // G, 2)),
     )  # fmt: skip
     return x, s, a
+
+
+def ranked(mixer, x):
+    """[B, T, G] what tokens from a text's beginning are ranked by."""
+    position = positions(x, torch.zeros(len(x.q), dtype=torch.long))
+    return placed(mixer._rank(mixer._read(x), mixer._tail(x), position)[0], position)
 
 
 def largest(dense, lengths):
@@ -195,7 +201,7 @@ def found(mixer, x, size=8):
     """Share of the tokens that will be attended most that are among as many best by rho."""
     time = int(final(torch.tensor([x.q.shape[1]]), C, "terraced"))
     true = future_attention(x.q, x.k, scale=SCALE, chunk=C)[:, 1:time]
-    rho = mixer._score(x, mixer._tail(x), torch.zeros(len(x.q), dtype=torch.long))[0][:, 1:time]
+    rho = ranked(mixer, x)[:, 1:time]
     mine, theirs = (
         torch.zeros_like(true).scatter(1, y.topk(size, 1).indices, 1.0) for y in (rho.to(true), true)
     )
@@ -239,9 +245,9 @@ def test_the_score_of_locret_reads_what_is_not_rotated():
     mixer = layer("locret", score_context=5)
     width = (H + G) * K + G * V
     assert mixer.inner.weight.shape == mixer.context.weight.shape == (7, width)
-    score = mixer._score(x, mixer._tail(x), torch.zeros(2, dtype=torch.long))[0]
+    score = ranked(mixer, x)
     turned = x._replace(q=x.q.flip(-1), k=x.k.flip(-1), hidden=x.hidden + 1)
-    assert torch.equal(score, mixer._score(turned, mixer._tail(x), torch.zeros(2, dtype=torch.long))[0])
+    assert torch.equal(score, ranked(mixer, turned))
     assert [layer(name).wants_unrotated for name in OBJECTIVES] == [n == "locret" for n in OBJECTIVES]
 
 
