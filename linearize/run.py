@@ -42,7 +42,7 @@ from .modeling.mixer import MethodConfig
 from .plan import PlanResult, plan, resolved
 from .plan import check as check_plan
 from .progress import Progress, Watch
-from .proof import certify, controls_of, device_of, gates_of, text_of
+from .proof import certify, controls_of, device_of, gates_of, stop_where_failed, text_of
 from .provenance import origin
 from .recipe import Evaluate, Recipe
 from .scan import ScanResult
@@ -82,6 +82,8 @@ def run(recipe: Recipe, *, progress: Watch | None = None) -> RunResult:
     """Do what the recipe says, or the rest of it when its folder holds a part.
 
     Ctrl-C ends the step, saves what there is and raises :class:`linearize.interrupt.Stopped`; again, it stops at once.
+    A failed integrity gate ends it with :class:`linearize.evaluate.GatesFailed` once the student is saved: its
+    certificate says so, and nothing else is measured (``evaluate.gates: false`` goes on without gates).
     """
     folder = folder_of(recipe)
     _refuse_other_run(folder, recipe)
@@ -137,6 +139,7 @@ def _go(recipe: Recipe, folder: Path, progress: Watch | None) -> RunResult:
         teacher, tokenizer = load_teacher(recipe.teacher, device)
         watch = interrupt.stopping(progress, f"evaluate: what was trained is saved in {folder}")
         gates = gates_of(students["student"], teacher, tokenizer, saved["student"], recipe, watch)
+        stop_where_failed(gates, saved["student"], saved["student"], recipe, corpus, _chosen(asked, planned))
         config = evaluated(recipe, teacher, corpus)
         results = evaluate(students, teacher, tokenizer, corpus, config, recipe.seed, watch, folder / "suite")
         if recipe.evaluate.length_gate:
@@ -275,6 +278,7 @@ def evaluate_checkpoint(
     at = folder if not fields else None  # with other fields it is another student than the folder's
     watch = interrupt.stopping(progress, f"evaluate: {folder} is as it was; nothing of a measurement is kept")
     gates = gates_of(students["student"], teacher, tokenizer, at, recipe, watch)
+    stop_where_failed(gates, at, folder, recipe, corpus)
     # The length gate needs the control beside the student.
     config = recipe.evaluate.model_copy(update={"length_gate": False})
     results = evaluate(students, teacher, tokenizer, corpus, config, recipe.seed, watch, suite_folder)

@@ -17,7 +17,7 @@ from ..modeling.errors import EvaluationError
 from ..progress import Progress, Watch
 from . import ablations, harness, likelihood, recall, suite
 from .ablations import Ablations
-from .gates import Gates
+from .gates import Gates, GatesFailed
 from .harness import LmEval
 from .length_gate import LengthRow
 from .likelihood import TEACHER, Bucket, Likelihood
@@ -32,6 +32,7 @@ __all__ = [
     "Bucket",
     "Cell",
     "Gates",
+    "GatesFailed",
     "HeldOut",
     "LayerMemory",
     "LengthRow",

@@ -84,6 +84,16 @@ class Gates:
         return [f"{gate.name}: {', '.join(filter(None, (gate.measured, gate.note)))}" for gate in failed]
 
 
+class GatesFailed(EvaluationError):
+    """A student is not one function; ``gates`` has every check. The line names the first that failed, and where."""
+
+    def __init__(self, place: Any, gates: Gates, remedy: str):
+        first, *others = gates.failures() or [gates.status]
+        more = f", and {len(others)} more" if others else ""
+        super().__init__(f"{place}: integrity gate failed: {first}{more}; {remedy}")
+        self.gates = gates
+
+
 @torch.no_grad()
 def integrity(
     student: Any,
