@@ -1,7 +1,7 @@
 """What was kept: likelihood by position, recall by length, memory; the same text and prompts for all."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from hashlib import sha256
@@ -16,7 +16,7 @@ from ..measures import Evaluate
 from ..modeling.errors import EvaluationError
 from ..progress import Progress, Watch
 from . import ablations, harness, likelihood, recall, suite
-from .ablations import Ablations
+from .ablations import Ablations, Stage
 from .gates import Gates, GatesFailed
 from .harness import LmEval
 from .length_gate import LengthRow
@@ -42,6 +42,7 @@ __all__ = [
     "Overlap",
     "Results",
     "SpeedResults",
+    "Stage",
     "SuiteCell",
     "SuiteResults",
     "check",
@@ -142,10 +143,12 @@ def evaluate(
     seed: int = 0,
     progress: Watch | None = None,
     suite_folder: Path | None = None,
+    stages: Iterable[Stage] = (),
 ) -> Results:
     """Measures teacher and students on the corpus' held-out text and on recall prompts drawn with `seed`.
 
-    The recall suite, if the recipe asks for it, keeps its answers in `suite_folder`.
+    The recall suite, if the recipe asks for it, keeps its answers in `suite_folder`. `stages` are earlier states of the
+    first student, which ablations are measured beside.
     """
     models = {TEACHER: teacher, **students}
     check(teacher, tokenizer, corpus, config)
@@ -191,7 +194,9 @@ def evaluate(
         by_task = _lm_eval(models, tokenizer, config, seed, progress)
     switched = None
     if config.ablations.enabled:
-        switched = _ablations(students, teacher, tokenizer, windows, measured, found, config, seed, progress)
+        switched = _ablations(
+            students, teacher, tokenizer, windows, measured, found, config, seed, progress, stages
+        )
     return Results(
         source=corpus.label,
         models=list(models),
@@ -217,6 +222,7 @@ def _ablations(
     config: Evaluate,
     seed: int,
     progress: Watch | None,
+    stages: Iterable[Stage],
 ) -> Ablations | None:
     """Of the first student, which is the one in question, on the longest windows."""
     name, student = next(iter(students.items()), ("", None))
@@ -228,16 +234,16 @@ def _ablations(
         if progress is not None:
             progress(Progress("ablations", done, total, unit="windows"))
 
+    terms: dict[str, Any] = {"batch_size": config.batch_size, "vocab_size": len(tokenizer), "seed": seed}
     rows = ablations.ablate(
         student,
         teacher,
         windows[length],
-        batch_size=config.batch_size,
-        vocab_size=len(tokenizer),
         per_layer=config.ablations.per_layer,
-        seed=seed,
         progress=hear,
+        **terms,
     )
+    rows += ablations.stage_rows(stages, teacher, windows[length], measured[length][name], **terms)
     rows += ablations.control_rows(measured[length], length, name, seed)
     told = ablations.verdict(cells, ablations.window_of(student), student=name, seed=seed)
     return Ablations(rows, told)

@@ -53,7 +53,10 @@ def ablations(runs: Sequence[Run], series: dict[str, int | None]) -> Section:
             ]
             for row in found["rows"]
         ]
-        note = "Parts switched off without retraining; the difference is to the intact student, paired by window."
+        note = (
+            "Parts switched off without retraining, earlier stages of the training, and controls; the difference is to "
+            "the student as it is, paired by window."
+        )
         header = ["what", "length", "KL", "minus intact", "perplexity", "windows"]
         blocks.append(Table(of(run, runs, "What each part is worth"), note, header, rows))
     return Section("ablations", title, blocks or [missing("ablations")])
