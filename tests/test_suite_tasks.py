@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 from linearize.measures import SuiteTask as SuiteNames
 from linearize.modeling.errors import DataError
 from linearize.tasks import babi, ruler, scorers
-from linearize.tasks.budget import Haystack, largest, noise
+from linearize.tasks.budget import Ask, Haystack, largest, noise
 from linearize.tasks.recall import FILLER, generator
 from linearize.tasks.suite import SUITE, questions, tokens_of
 from linearize.tasks.words import ADJECTIVES, NOUNS, WORDS
@@ -88,7 +88,7 @@ def templates(tmp_path, monkeypatch):
 
 def one(name, tokenizer, length, hay, *, depth=None, fill="grid", index=0):
     rng = generator(name, length, index, 42, depth)
-    return SUITE[name].make(tokenizer, length, rng, depth, hay, fill, index)
+    return SUITE[name].make(Ask(tokenizer, length, rng, depth, hay, fill, index))
 
 
 def text_of(tokenizer, question):
