@@ -47,7 +47,7 @@ def recipe(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def made(recipe):
-    return compare(recipe, ["lolcats", "window"], timed=False)
+    return compare(recipe, ["lolcats", "window"])
 
 
 def test_students_stand_beside_one_teacher_on_the_same_data(made):
@@ -68,6 +68,16 @@ def test_students_stand_beside_one_teacher_on_the_same_data(made):
     )
     page = made.page.read_text()
     assert "lolcats" in page and "window" in page
+    # Both were timed, shortly, and the page has what that says.
+    record = json.loads((made.folder / "results.json").read_text())
+    for name, done in made.runs.items():
+        points = json.loads((done.folder / "speed.json").read_text())["speed"]["points"]
+        assert record["speed"][name]["points"] == points and {p["batch"] for p in points} == {1}
+        assert {(p["part"], p["model"], p["not_run"]) for p in points} == {
+            (part, model, None) for part in ("prefill", "decode") for model in (TEACHER, "student")
+        }
+        assert f"{name}: Crossover" in page and f"## {name}: Decode" in (made.folder / "table.md").read_text()
+    assert "a step at 512 tokens" in page and "Not run: speed" not in page and "crossover" in page.lower()
     # The window is everyone's control there.
     assert "No evidence that the linear branch is used" in page
     assert page.count(", a window control") == 1  # which the window alone has not
@@ -87,9 +97,13 @@ def test_fields_belong_to_their_method(recipe):
 
 
 def test_what_is_done_stays(made, recipe):
-    before = {name: (done.folder / "results.json").stat().st_mtime_ns for name, done in made.runs.items()}
-    again = compare(recipe, ["lolcats", "window"], timed=False)
-    assert {n: (d.folder / "results.json").stat().st_mtime_ns for n, d in again.runs.items()} == before
+    def times(runs):
+        files = ("results.json", "speed.json")
+        return [(d.folder / file).stat().st_mtime_ns for d in runs.values() for file in files]
+
+    before = times(made.runs)
+    again = compare(recipe, ["lolcats", "window"])
+    assert times(again.runs) == before
     assert again.results.to_dict() == made.results.to_dict()
 
 
@@ -117,6 +131,18 @@ def test_other_measurements_are_not_put_side_by_side(made):
 def test_what_cannot_be_compared_is_said(recipe, methods, words, told):
     with pytest.raises(RecipeError, match=told):
         recipes_of(recipe.override(words), methods)
+
+
+def test_a_timing_that_cannot_be_short_is_said_before_it_begins(made, recipe, caplog):
+    (made.runs["window"].folder / "speed.json").unlink()
+    caplog.set_level("INFO", "linearize.compare")
+    again = compare(recipe, ["lolcats", "window"], bench_seconds=1e-6)
+    assert not (made.runs["window"].folder / "speed.json").exists()
+    estimate, missed = (record.getMessage() for record in caplog.records)
+    assert estimate == "window: bench, 0 of 4 points will be timed"
+    assert "not timed" in missed and "predicted to end after" in missed
+    page = again.page.read_text()
+    assert "lolcats: Crossover" in page and "window: Crossover" not in page
 
 
 def test_the_command_ends_with_one_object(made, recipe):
