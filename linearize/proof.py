@@ -13,6 +13,7 @@ from . import certificate, checkpoint
 from .data import Corpus, build
 from .evaluate import Gates, GatesFailed, Results, digest_of_windows
 from .evaluate.gates import FAILED, integrity, not_run
+from .evaluate.vocabulary import refuse_other_vocabulary
 from .methods import adjust, method_words
 from .modeling.errors import LinearizeError, RecipeError, TeacherError
 from .progress import Watch
@@ -35,10 +36,14 @@ def device_of(recipe: Recipe) -> str:
 def gates_of_checkpoint(
     folder: str | Path, overrides: Sequence[str] = (), *, progress: Watch | None = None
 ) -> Gates:
-    """The integrity gates of a saved student, beside its teacher where that is at hand."""
+    """The integrity gates of a saved student, beside its teacher where that is at hand.
+
+    Raises :class:`EvaluationError` where the teacher's vocabulary is another.
+    """
     folder = Path(folder)
     fields, overrides = method_words(overrides)
-    student = adjust(checkpoint.load(folder)[0], **fields)
+    student, own_tokenizer = checkpoint.load(folder)
+    student = adjust(student, **fields)
     path = folder / "recipe.yaml"
     recipe = Recipe.from_file(path, overrides=overrides) if path.is_file() else None
     if recipe is None:
@@ -46,6 +51,7 @@ def gates_of_checkpoint(
     device, teacher, tokenizer = device_of(recipe), None, None
     with contextlib.suppress(TeacherError):
         teacher, tokenizer = load_teacher(recipe.teacher, device)
+        refuse_other_vocabulary(own_tokenizer, tokenizer, str(folder))
     at = folder if not fields else None
     found = gates_of(student.to(device), teacher, tokenizer, at, recipe, progress, asked=True)
     if at is not None:

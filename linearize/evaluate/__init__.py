@@ -298,7 +298,13 @@ def _windows(corpus: HeldOut, length: int, sequences: int) -> tuple[Tensor, list
 
 
 def check(teacher: nn.Module, tokenizer: Any, corpus: HeldOut, config: Evaluate) -> None:
-    """Raise now what `evaluate` could not measure later: a context or text too short, needles that do not fit."""
+    """Raise now what `evaluate` could not measure later: nothing, too short a context or text, needles that do not fit."""
+    texts, recall_cells = config.seq_lens, config.recall_tasks and config.recall_lens
+    if not (texts or recall_cells or config.suite.wanted or config.lm_eval.tasks or config.gates):
+        raise EvaluationError(
+            "evaluate: nothing is to be measured: there are no seq_lens and no recall_tasks with recall_lens, and "
+            "neither the suite nor lm_eval nor gates are asked for; ask for one of them"
+        )
     _check_lengths(teacher, config)
     for length in config.seq_lens:
         corpus.held_out(length, 1)

@@ -18,6 +18,7 @@ from ..teacher import load_teacher
 from . import speed
 from .likelihood import TEACHER
 from .speed import Planned, SpeedResults
+from .vocabulary import refuse_other_vocabulary
 
 FILE = "speed.json"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -62,8 +63,10 @@ def bench(
         raise EvaluationError(f"dtype: {dtype!r} is unknown; choose from {', '.join(DTYPES)}")
     spec = _teacher(student, teacher).model_copy(update={"dtype": dtype})
     base, tokenizer = load_teacher(spec, place)
-    model, _ = checkpoint.load(student, dtype=base.dtype, device=place)
-    _refuse_other_vocabulary(student, model, len(tokenizer))
+    model, own_tokenizer = checkpoint.load(student, dtype=base.dtype, device=place)
+    if own_tokenizer is not None:
+        refuse_other_vocabulary(own_tokenizer, tokenizer, str(student))
+    _refuse_few_rows(student, model, len(tokenizer))
     models = {TEACHER: base, "student": model.eval().requires_grad_(False)}
     lengths = list(lengths or speed.grid(base, place))
     batches = list(batches or speed.BATCHES.get(place, (1,)))
@@ -135,7 +138,7 @@ def _teacher(student: Path, name: str | None) -> Teacher:
     return Recipe.from_file(recipe).teacher
 
 
-def _refuse_other_vocabulary(student: Path, model: Any, tokens: int) -> None:
+def _refuse_few_rows(student: Path, model: Any, tokens: int) -> None:
     rows = model.get_input_embeddings().weight.shape[0]
     if rows < tokens:
         raise EvaluationError(
