@@ -6,6 +6,7 @@
   report.html report.md the same as a page, where matplotlib is installed
 """
 
+import contextlib
 import json
 import logging
 import os
@@ -100,7 +101,12 @@ def compare(
         watch = _under(name, progress)
         if runs:
             _share_data(next(iter(runs.values())).folder, folder / name, own)
-        runs[name] = run(own, progress=watch)
+        try:
+            runs[name] = run(own, progress=watch)
+        except (LinearizeError, OSError):
+            with contextlib.suppress(OSError):
+                folder.rmdir()  # where the first run could not begin, and so left nothing in it
+            raise
         if timed and not (runs[name].folder / FILE).exists():
             _time(runs[name], name, bench_seconds, watch)
     return _finish(folder, recipes, runs)

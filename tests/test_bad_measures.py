@@ -28,7 +28,7 @@ UNKNOWN = {
     ),
     "recall task": (
         "evaluate.recall_tasks=[pass]",
-        "evaluate.recall_tasks.0: 'pass' is unknown; choose from",
+        "evaluate.recall_tasks.0: 'pass' is unknown; did you mean 'passkey'?",
     ),
 }
 NONE = {

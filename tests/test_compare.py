@@ -4,8 +4,7 @@ import json
 from dataclasses import replace
 
 import pytest
-from tiny import tiny
-from transformers import AutoTokenizer
+from test_run import WORDS, teacher  # noqa: F401  (a fixture)
 from typer.testing import CliRunner
 
 from linearize.cli import app
@@ -14,35 +13,19 @@ from linearize.evaluate import TEACHER
 from linearize.evaluate.beside import beside
 from linearize.modeling.errors import EvaluationError, RecipeError
 from linearize.recipe import Recipe
-from linearize.teacher import BUNDLED
 
-WORDS = [
-    "method.window=8",
-    "data.seq_len=192",
-    "data.sources=[{kind: self, tokens: 4000}, {kind: recall, weight: 0.2, kinds: [passkey]}]",
-    "transfer.tokens=384",
-    "finetune.tokens=384",
-    "evaluate.seq_lens=[64]",
-    "evaluate.sequences=2",
-    "evaluate.recall_lens=[128]",
-    "evaluate.recall_samples=2",
+OWN = [
+    "layers=all",
+    "control.enabled=false",
     "evaluate.generate_tokens=0",
-    "evaluate.gates=false",
-    "device=cpu",
     "compare.window.method.window=16",
 ]
 
 
 @pytest.fixture(scope="module")
-def recipe(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tiny-teacher")
-    tokenizer = AutoTokenizer.from_pretrained(BUNDLED["books-5m"])
-    special = dict(
-        pad_token_id=None, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id
-    )
-    tiny("llama", vocab_size=len(tokenizer), **special).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return Recipe.resolve(folder, "lolcats", [*WORDS, f"output={folder.parent / 'compared'}"])
+def recipe(teacher, tmp_path_factory):  # noqa: F811
+    output = tmp_path_factory.mktemp("compared") / "runs"
+    return Recipe.resolve(teacher, "lolcats", [*WORDS, *OWN, f"output={output}"])
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +73,7 @@ def test_fields_belong_to_their_method(recipe):
     assert recipes["salient"] == recipe.for_method("salient").override(
         [f"output={recipes['salient'].output}"]
     )
-    assert {one.transfer.tokens for one in recipes.values()} == {384}
+    assert {one.transfer.tokens for one in recipes.values()} == {512}
     assert {json.dumps(one.to_dict()["data"]) for one in recipes.values()} == {
         json.dumps(recipe.to_dict()["data"])
     }
@@ -146,7 +129,7 @@ def test_a_timing_that_cannot_be_short_is_said_before_it_begins(made, recipe, ca
 
 
 def test_the_command_ends_with_one_object(made, recipe):
-    words = ["compare", recipe.teacher.name, *WORDS, "method.name=lolcats", f"output={recipe.output}"]
+    words = ["compare", recipe.teacher.name, *WORDS, *OWN, "method.name=lolcats", f"output={recipe.output}"]
     result = CliRunner().invoke(app, [*words, "--methods", "lolcats,window", "--no-bench", "--json"])
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout.splitlines()[-1])["results"]["models"] == [TEACHER, "lolcats", "window"]

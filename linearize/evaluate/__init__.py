@@ -298,7 +298,7 @@ def _windows(corpus: HeldOut, length: int, sequences: int) -> tuple[Tensor, list
 
 
 def check(teacher: nn.Module, tokenizer: Any, corpus: HeldOut, config: Evaluate) -> None:
-    """Raise now what `evaluate` could not measure later: nothing, too short a context or text, needles that do not fit."""
+    """Raise now what `evaluate` could not measure later: nothing at all, or where context or text are too short."""
     texts, recall_cells = config.seq_lens, config.recall_tasks and config.recall_lens
     if not (texts or recall_cells or config.suite.wanted or config.lm_eval.tasks or config.gates):
         raise EvaluationError(
