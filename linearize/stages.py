@@ -22,7 +22,7 @@ from .teacher import load_teacher
 from .train.resume import restore_weights
 from .train.transfer import TransferStage
 
-UNTRAINED, TRANSFERRED = "untrained (converted, no transfer)", "after the transfer alone"
+UNTRAINED, TRANSFERRED = "converted, untrained", "after the transfer alone"
 
 
 def converted(model: Any, recipe: Recipe, control: MethodConfig | None = None) -> Any:

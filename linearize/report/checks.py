@@ -20,7 +20,9 @@ def ablations(runs: Sequence[Run], series: dict[str, int | None]) -> Section:
                 blocks.append(missing(f"ablations of {run.name}"))
             continue
         shown = [row for row in found["rows"] if row.get("kl") is not None]
-        blocks.append(Words(of(run, runs, found.get("verdict") or "No verdict.")))
+        verdict = found.get("verdict") or "no verdict"
+        verdict = f"{verdict[:1].upper()}{verdict[1:].removesuffix('.')}."
+        blocks.append(Words(of(run, runs, verdict)))
         for length in sorted({row["length"] for row in shown}):
             dots = [
                 Dot(

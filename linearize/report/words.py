@@ -119,8 +119,8 @@ def recall(run: Run) -> Iterator[str]:
     good = [(theirs, ours) for theirs, ours in pairs if not theirs["gated"]]
     if not good:
         yield (
-            f"The teacher itself is below {100 * GATE:.0f} % in all {len(pairs)} recall cells, "
-            "so they say nothing of the student."
+            f"In none of the {len(pairs)} recall cells does the lower end of the teacher's interval reach "
+            f"{100 * GATE:.0f} %, so they say nothing of the student."
         )
         return
     # One prompt has no interval.
