@@ -1,8 +1,7 @@
 """What was kept: likelihood by position, recall by length, memory; the same text and prompts for all."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from hashlib import sha256
 from pathlib import Path
@@ -25,6 +24,7 @@ from .memory import LayerMemory, Memory, memory
 from .recall import Cell
 from .speed import SpeedResults
 from .suite import SuiteCell, SuiteResults
+from .timing import in_eval_mode
 
 __all__ = [
     "TEACHER",
@@ -158,7 +158,7 @@ def evaluate(
     cells = len(config.recall_tasks) * config.recall_samples * sum(config.recall_lens)
     work = len(models) * (sum(batch[:, 1:].numel() for batch in windows.values()) + cells)
     meter = _Meter(progress, work)
-    with _in_eval_mode(models.values()):
+    with in_eval_mode(models.values()):
         measured = {
             length: likelihood.compare(
                 teacher,
@@ -356,19 +356,6 @@ class _Meter:
                 self.watch(Progress("evaluate", self.done, self.total))
 
         return hear
-
-
-@contextmanager
-def _in_eval_mode(models: Any) -> Iterator[None]:
-    """Dropout off while measuring, and as it was afterwards."""
-    training = [model for model in models if model.training]
-    for model in training:
-        model.eval()
-    try:
-        yield
-    finally:
-        for model in training:
-            model.train()
 
 
 def _context(teacher: nn.Module) -> int | None:

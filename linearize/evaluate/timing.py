@@ -116,6 +116,7 @@ def device_of(model: Any) -> torch.device:
 
 @contextlib.contextmanager
 def in_eval_mode(models: Iterable[Any]) -> Iterator[None]:
+    """Dropout off while models are measured, and as it was afterwards."""
     training = [model for model in models if model.training]
     for model in training:
         model.eval()
