@@ -47,8 +47,16 @@ class Source:
         except RecipeError:
             recipe = None
         certificate = _json(folder / "certificate.json") or _json(run / "certificate.json")
-        measured = certificate if _mapping(certificate, "results") else _json(run / "results.json")
-        return cls(folder, run, name, recipe, certificate, _mapping(measured, "results"))
+        results = _mapping(certificate, "results") or _mapping(_json(run / "results.json"), "results")
+        return cls(folder, run, name, recipe, certificate, results or _mapping(certificate, "measured"))
+
+    @property
+    def failed_gates(self) -> list[str]:
+        """Names of the integrity gates that its certificate says have failed."""
+        tree = _mapping(self.certificate, "measured") or self.certificate
+        gates = _mapping(tree, "gates").get("gates")
+        rows = [_mapping(gate) for gate in gates] if isinstance(gates, list) else []
+        return [str(row.get("name")) for row in rows if row.get("status") == "failed"]
 
     @property
     def teacher(self) -> str:
@@ -112,15 +120,12 @@ def _status(source: Source) -> str:
     if source.certificate is None:
         return ""
     status = str(source.certificate.get("status", "unknown"))
-    if status == "passed":
-        return "Certificate: passed; see `certificate.json`."
+    if status == "complete":
+        return "Certificate: complete; see `certificate.json`."
     missing = source.certificate.get("not_run")
     names = [str(_mapping(x).get("name", x)) for x in missing] if isinstance(missing, list) else []
-    gates = _mapping(source.certificate, "gates").get("gates")
-    failed = [_mapping(gate) for gate in gates] if isinstance(gates, list) else []
-    lost = [str(gate.get("name")) for gate in failed if gate.get("status") == "failed"]
     lines = [f"> **Certificate: {status}.**"]
-    lines += [f"> Failed: {', '.join(lost)}."] if lost else []
+    lines += [f"> Failed: {', '.join(source.failed_gates)}."] if source.failed_gates else []
     lines += [f"> Not run: {', '.join(names)}."] if names else []
     return "\n".join(lines)
 

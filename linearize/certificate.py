@@ -6,9 +6,9 @@
     not_run     what was not done
     reasons     everything that stands against ``status: complete``
 
-It fails closed: one check failed or not run, a control absent, a count under :data:`LEAST`, a number that is not
-finite, a hash that could not be made, and the status is ``incomplete``. No hash depends on the certificate, but its
-``seal``, which is that of all the rest of it.
+It fails closed: one check not run, a control absent, a count under :data:`LEAST`, a number that is not finite, a hash
+that could not be made, and the status is ``incomplete``; with an integrity gate that failed it is ``failed``, and stays
+so until the gates are run again. No hash depends on the certificate, but its ``seal``, which is that of all the rest.
 """
 
 import hashlib
@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 
 from . import __version__
 from .checkpoint import CONFIG
-from .evaluate import Results
+from .evaluate import Gates, Results
 from .files import sha256_of, sha256_of_files, write_json
 from .modeling.errors import CheckpointError, LinearizeError
 from .provenance import origin
@@ -37,6 +37,8 @@ LEAST = 50
 """Fewest samples of a figure that may be reported."""
 SECTIONS = ("likelihood", "recall", "memory", "gates", "ablations", "suite", "lm_eval", "speed")
 CONTROLS = ("window control", "matched_window control", "softmax control")
+FAILED = "failed: "
+"""Begins the reasons of integrity gates that failed."""
 COUNTS = ("samples", "sequences", "windows")
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 TOKENIZER = (
@@ -79,6 +81,8 @@ def certify(
     for section in SECTIONS:
         if not measured.get(section) and earlier.get(section):
             measured[section] = earlier[section]
+    if not _any_ran(measured.get("gates")) and _any_ran(earlier.get("gates")):
+        measured["gates"] = earlier["gates"]  # leaving a failed gate out does not mend it
     not_run = [section for section in SECTIONS if not measured.get(section)]
     not_run += _entries_not_run(measured)
     trained = training(folder, recipe)
@@ -94,7 +98,7 @@ def certify(
     ]
     tree: dict[str, Any] = {
         "format": FORMAT,
-        "status": "incomplete" if reasons else "complete",
+        "status": _status(reasons),
         "reasons": reasons,
         "origin": origin(),
         "teacher": {"name": recipe.teacher.name, "revision": recipe.teacher.revision},
@@ -108,6 +112,37 @@ def certify(
         "not_run": not_run,
         "evaluation": recipe.to_dict(),
     }
+    return _sealed(folder, tree)
+
+
+def certify_gates(folder: str | Path, gates: Gates, recipe: Recipe) -> dict[str, Any] | None:
+    """Put newly run integrity gates into a checkpoint's certificate; all else that was measured stays.
+
+    None where there is no certificate of these weights.
+    """
+    folder = Path(folder)
+    found = identity(folder, recipe.teacher)
+    tree = _earlier(folder, found)
+    if not tree:
+        return None
+    tree["measured"]["gates"] = gates.to_dict()
+    tree["identity"] |= found
+    tree["origin"] = origin()
+    others = [what for what in tree["not_run"] if what != "gates" and not what.startswith("gates.gates: ")]
+    entries = _entries_not_run({"gates": tree["measured"]["gates"]})
+    about = {f"not run: {what}" for what in tree["not_run"]}
+    tree["not_run"] = others + entries
+    tree["reasons"] = [
+        *(f"not run: {what}" for what in tree["not_run"]),
+        *(f"failed: {gate}" for gate in _failed_gates(tree["measured"])),
+        *(r for r in tree["reasons"] if r not in about and not r.startswith(FAILED)),
+    ]
+    tree["status"] = _status(tree["reasons"])
+    del tree["seal"]
+    return _sealed(folder, tree)
+
+
+def _sealed(folder: Path, tree: dict[str, Any]) -> dict[str, Any]:
     tree["seal"] = _hash_of(tree)
     write_json(folder / CERTIFICATE, tree)
     return tree
@@ -299,6 +334,17 @@ def _hash_of(tree: Any) -> str:
 
 
 # What stands against it.
+
+
+def _status(reasons: Iterable[str]) -> str:
+    reasons = list(reasons)
+    if any(reason.startswith(FAILED) for reason in reasons):
+        return "failed"
+    return "incomplete" if reasons else "complete"
+
+
+def _any_ran(gates: Mapping[str, Any] | None) -> bool:
+    return any(gate["status"] != "not run" for gate in (gates or {}).get("gates", []))
 
 
 def _expected(found: Mapping[str, str | None]) -> list[str]:

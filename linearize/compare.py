@@ -6,6 +6,8 @@
   report.html report.md the same as a page, where matplotlib is installed
 """
 
+import contextlib
+import json
 import logging
 import os
 import shutil
@@ -19,8 +21,9 @@ from .evaluate import Results
 from .evaluate.ablations import verdict
 from .evaluate.bench import FILE, bench
 from .evaluate.beside import beside
+from .evaluate.speed import Planned, SpeedResults
 from .files import write_json, write_text
-from .modeling.errors import LinearizeError, RecipeError
+from .modeling.errors import EvaluationError, LinearizeError, RecipeError
 from .modeling.registry import METHODS
 from .progress import Progress, Watch
 from .provenance import origin
@@ -30,6 +33,8 @@ from .run import RunResult, run
 logger = logging.getLogger(__name__)
 
 CONTROL = "window"
+BENCH_SECONDS = 60.0
+"""For timing one student beside the teacher; `linearize bench` takes as long as its grid needs."""
 
 
 @dataclass(frozen=True)
@@ -76,11 +81,18 @@ def folder_of(recipe: Recipe) -> Path:
 
 @interrupt.catching()
 def compare(
-    recipe: Recipe, methods: Sequence[str], *, timed: bool = True, progress: Watch | None = None
+    recipe: Recipe,
+    methods: Sequence[str],
+    *,
+    timed: bool = True,
+    bench_seconds: float = BENCH_SECONDS,
+    progress: Watch | None = None,
 ) -> Comparison:
     """Run the recipe with every method, or what is missing of it, and write one report.
 
-    ``timed`` times each student beside the teacher (`linearize bench`), unless the integrity gates of its run failed.
+    ``timed`` times one row of each student beside the teacher (:func:`linearize.evaluate.bench.bench`); what is
+    predicted to end after ``bench_seconds`` is left out and says so, the longest texts first. A run whose integrity
+    gates fail ends the comparison there.
     """
     recipes = recipes_of(recipe, methods)
     folder = folder_of(recipe)
@@ -89,9 +101,14 @@ def compare(
         watch = _under(name, progress)
         if runs:
             _share_data(next(iter(runs.values())).folder, folder / name, own)
-        runs[name] = run(own, progress=watch)
+        try:
+            runs[name] = run(own, progress=watch)
+        except (LinearizeError, OSError):
+            with contextlib.suppress(OSError):
+                folder.rmdir()  # where the first run could not begin, and so left nothing in it
+            raise
         if timed and not (runs[name].folder / FILE).exists():
-            _time(runs[name], watch)
+            _time(runs[name], name, bench_seconds, watch)
     return _finish(folder, recipes, runs)
 
 
@@ -115,9 +132,12 @@ def _linked(source: str, target: str) -> None:
         shutil.copy2(source, target)
 
 
-def _time(made: RunResult, progress: Watch | None) -> None:
+def _time(made: RunResult, name: str, seconds: float, progress: Watch | None) -> None:
+    def told(planned: list[Planned]) -> None:
+        logger.info("%s: bench, %s", name, report.estimate(planned))
+
     try:
-        bench(made.checkpoint, progress=progress)
+        bench(made.checkpoint, batches=[1], seconds=seconds, told=told, progress=progress)
     except LinearizeError as error:
         logger.warning("%s: not timed (%s)", made.folder, error)
 
@@ -134,13 +154,31 @@ def _finish(folder: Path, recipes: Mapping[str, Recipe], runs: dict[str, RunResu
         record["evidence"] = {
             name: _evidence(name, recipes[name], results) for name in runs if name != CONTROL
         }
+    speeds = {name: found for name, made in runs.items() if (found := _speed(made.folder)) is not None}
+    if speeds:
+        record["speed"] = {name: found.to_dict() for name, found in speeds.items()}
     told = [f"- {name}: {words}" for name, words in record.get("evidence", {}).items()]
-    write_text(folder / "table.md", "\n".join([*told, "", report.markdown(results, buckets=False)]))
+    parts = [*told, "", report.markdown(results, buckets=False)]
+    for name, found in speeds.items():
+        tables = (replace(table, title=f"{name}: {table.title}") for table in report.speed_tables(found))
+        parts += map(report.as_markdown, tables)
+    write_text(folder / "table.md", "\n".join(parts))
     write_json(folder / "results.json", record)
     page = None
     if report.available():
         page, _ = report.write_report([made.folder for made in runs.values()], folder / "report.html")
     return Comparison(folder, results, runs, page)
+
+
+def _speed(folder: Path) -> SpeedResults | None:
+    """What was timed of a run's student; None where nothing was."""
+    file = folder / FILE
+    if not file.is_file():
+        return None
+    try:
+        return SpeedResults.from_dict(json.loads(file.read_text(encoding="utf-8"))["speed"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise EvaluationError(f"{file}: cannot be read ({error}); remove it, and it is timed again") from None
 
 
 def _evidence(name: str, recipe: Recipe, results: Results) -> str:

@@ -51,14 +51,16 @@ def push(
     dry_run: bool = False,
     adapter_only: bool = False,
     allow_licence: bool = False,
+    allow_failed: bool = False,
     progress: Watch | None = None,
 ) -> Pushed:
     """Upload a student's folder, or the one of a run, with its card; ``dry_run`` only says what would go.
 
     ``revision`` is a branch, made where there is none. ``adapter_only`` sends the adapters of stage 2 and the mixers
-    in place of the whole weights; ``allow_licence`` goes on where the teacher's licence forbids derivatives. A dry run
-    touches no network. Raises :class:`HubError`: a folder that is no student, a licence that forbids it, a repository
-    of something else, and whatever the Hub refuses.
+    in place of the whole weights; ``allow_licence`` goes on where the teacher's licence forbids derivatives,
+    ``allow_failed`` where integrity gates of the student failed. A dry run touches no network. Raises
+    :class:`HubError`: a folder that is no student, failed gates, a licence that forbids it, a repository of something
+    else, and whatever the Hub refuses.
     """
     folder = student_of(folder)
     try:
@@ -68,6 +70,11 @@ def push(
     if "/" not in repo_id:
         raise HubError(f"{repo_id}: whose repository? write owner/{repo_id}")
     source = Source.of(folder)
+    if source.failed_gates and not allow_failed:
+        raise HubError(
+            f"{folder}: integrity gates failed ({'; '.join(source.failed_gates)}), so it is not one function; "
+            "see `linearize eval --gates`, or say --allow-failed, and its card says so first"
+        )
     licence = LICENCE_UNKNOWN
     if source.recipe is not None:
         licence = licence_of(source.recipe.teacher, network=not dry_run)

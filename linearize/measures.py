@@ -65,7 +65,8 @@ class Suite(Section):
     """The recall suite, in generated answers and by likelihood; empty of tasks and preset, it is not run.
 
     A preset sets the prompts of each task and length (50, 100 or 500), and means every task where none is named.
-    ``haystack`` is ``held_out``, ``noise``, or a text file.
+    ``haystack`` is ``held_out``, ``noise``, or a text file. ``chat`` asks in the tokenizer's chat template, which many
+    base models have too: it is for teachers that were tuned to chat.
     """
 
     preset: Literal["smoke", "standard", "publication"] | None = None
@@ -75,6 +76,7 @@ class Suite(Section):
     depths: list[Share] = [0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0]
     fill: Literal["grid", "ruler"] = "grid"
     haystack: Annotated[str, Field(min_length=1)] = "held_out"
+    chat: bool = False
     seed: Annotated[Count, Field(lt=2**32)] = 42
 
     @property

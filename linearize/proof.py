@@ -11,8 +11,9 @@ import torch
 
 from . import certificate, checkpoint
 from .data import Corpus, build
-from .evaluate import Gates, Results, digest_of_windows
-from .evaluate.gates import integrity, not_run
+from .evaluate import Gates, GatesFailed, Results, digest_of_windows
+from .evaluate.gates import FAILED, integrity, not_run
+from .evaluate.vocabulary import refuse_other_vocabulary
 from .methods import adjust, method_words
 from .modeling.errors import LinearizeError, RecipeError, TeacherError
 from .progress import Watch
@@ -35,10 +36,14 @@ def device_of(recipe: Recipe) -> str:
 def gates_of_checkpoint(
     folder: str | Path, overrides: Sequence[str] = (), *, progress: Watch | None = None
 ) -> Gates:
-    """The integrity gates of a saved student, beside its teacher where that is at hand."""
+    """The integrity gates of a saved student, beside its teacher where that is at hand.
+
+    Raises :class:`EvaluationError` where the teacher's vocabulary is another.
+    """
     folder = Path(folder)
     fields, overrides = method_words(overrides)
-    student = adjust(checkpoint.load(folder)[0], **fields)
+    student, own_tokenizer = checkpoint.load(folder)
+    student = adjust(student, **fields)
     path = folder / "recipe.yaml"
     recipe = Recipe.from_file(path, overrides=overrides) if path.is_file() else None
     if recipe is None:
@@ -46,8 +51,12 @@ def gates_of_checkpoint(
     device, teacher, tokenizer = device_of(recipe), None, None
     with contextlib.suppress(TeacherError):
         teacher, tokenizer = load_teacher(recipe.teacher, device)
+        refuse_other_vocabulary(own_tokenizer, tokenizer, str(folder))
     at = folder if not fields else None
-    return gates_of(student.to(device), teacher, tokenizer, at, recipe, progress, asked=True)
+    found = gates_of(student.to(device), teacher, tokenizer, at, recipe, progress, asked=True)
+    if at is not None:
+        _certified(at, found, recipe)
+    return found
 
 
 def verify_checkpoint(folder: str | Path) -> certificate.Verified:
@@ -145,9 +154,46 @@ def gates_of(
         seed=recipe.seed,
         progress=progress,
     )
-    for line in found.failures():
-        logger.warning("integrity gate failed: %s; no figure of this student can be relied on", line)
     return found
+
+
+def stop_where_failed(
+    gates: Gates,
+    student: Path | None,
+    name: Path,
+    recipe: Recipe,
+    corpus: Corpus,
+    planned: Mapping[str, Any] | None = None,
+) -> None:
+    """Raise :class:`GatesFailed` where a gate failed; the certificate in ``student``, if that is given, says so then.
+
+    Integrity comes before quality: nothing that such a student scores could be relied on.
+    """
+    if gates.status != FAILED:
+        return
+    kept = "its certificate.json says so"
+    if student is None:
+        kept = "as it is set here it is no checkpoint's, so no certificate says so"
+    elif not _certified(student, gates, recipe):
+        count = recipe.evaluate.sequences
+        windows = {n: digest_of_windows(corpus.held_out(n, count)) for n in recipe.evaluate.seq_lens}
+        results = Results(corpus.label, [], recipe.seed, {}, [], {}, windows, gates=gates)
+        certify(student, results, recipe, planned)
+    raise GatesFailed(
+        name,
+        gates,
+        f"nothing else is measured, and {kept}; `linearize eval {name} --gates` has all gates, "
+        f"`linearize eval {name} evaluate.gates=false` measures it all the same",
+    )
+
+
+def _certified(student: Path, gates: Gates, recipe: Recipe) -> bool:
+    """Whether the student has a certificate, which says now what its gates did."""
+    try:
+        return certificate.certify_gates(student, gates, recipe) is not None
+    except OSError as error:
+        logger.warning("%s: its certificate cannot be written (%s)", student, error.strerror or error)
+        return False
 
 
 def certify(folder: Path, results: Results, recipe: Recipe, planned: Mapping[str, Any] | None = None) -> None:

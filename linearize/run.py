@@ -25,8 +25,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from . import checkpoint, interrupt, report
 from .convert import convert, describe, unconvert
 from .data import Corpus, build
@@ -42,10 +40,11 @@ from .modeling.mixer import MethodConfig
 from .plan import PlanResult, plan, resolved
 from .plan import check as check_plan
 from .progress import Progress, Watch
-from .proof import certify, controls_of, device_of, gates_of, text_of
+from .proof import certify, controls_of, device_of, gates_of, stop_where_failed, text_of
 from .provenance import origin
 from .recipe import Evaluate, Recipe
 from .scan import ScanResult
+from .stages import converted, stages_of
 from .teacher import load_teacher
 from .tracking import check_trackers, tracked
 from .train.finetune import finetune
@@ -82,6 +81,8 @@ def run(recipe: Recipe, *, progress: Watch | None = None) -> RunResult:
     """Do what the recipe says, or the rest of it when its folder holds a part.
 
     Ctrl-C ends the step, saves what there is and raises :class:`linearize.interrupt.Stopped`; again, it stops at once.
+    A failed integrity gate ends it with :class:`linearize.evaluate.GatesFailed` once the student is saved: its
+    certificate says so, and nothing else is measured (``evaluate.gates: false`` goes on without gates).
     """
     folder = folder_of(recipe)
     _refuse_other_run(folder, recipe)
@@ -98,7 +99,7 @@ def _go(recipe: Recipe, folder: Path, progress: Watch | None) -> RunResult:
 
     with clock("teacher"):
         model, tokenizer = load_teacher(recipe.teacher, device)
-        unconvert(_converted(model, recipe))  # refused, if at all, before any data is made
+        unconvert(converted(model, recipe))  # refused, if at all, before any data is made
         _refuse_long_sequences(model, recipe)
         if recipe.plan is not None:
             check_plan(model, recipe)
@@ -120,7 +121,7 @@ def _go(recipe: Recipe, folder: Path, progress: Watch | None) -> RunResult:
         with clock("plan"):
             planned = plan(model, tokenizer, corpus, recipe, folder=folder / "scan", progress=progress)
             recipe = resolved(recipe, planned[0])
-    model = _converted(model, recipe)
+    model = converted(model, recipe)
     _teach(model, tokenizer, corpus, recipe, folder, clock, progress)
 
     saved = {"student": folder / "student"}
@@ -137,8 +138,12 @@ def _go(recipe: Recipe, folder: Path, progress: Watch | None) -> RunResult:
         teacher, tokenizer = load_teacher(recipe.teacher, device)
         watch = interrupt.stopping(progress, f"evaluate: what was trained is saved in {folder}")
         gates = gates_of(students["student"], teacher, tokenizer, saved["student"], recipe, watch)
+        stop_where_failed(gates, saved["student"], saved["student"], recipe, corpus, _chosen(asked, planned))
         config = evaluated(recipe, teacher, corpus)
-        results = evaluate(students, teacher, tokenizer, corpus, config, recipe.seed, watch, folder / "suite")
+        stages = stages_of(saved["student"], recipe, device)
+        results = evaluate(
+            students, teacher, tokenizer, corpus, config, recipe.seed, watch, folder / "suite", stages
+        )
         if recipe.evaluate.length_gate:
             results = gated(results, recipe.data.seq_len, context_of(teacher))
         results = replace(results, gates=gates)
@@ -157,24 +162,14 @@ def _chosen(recipe: Recipe, planned: "tuple[PlanResult, ScanResult] | None") -> 
     return {"budget": recipe.to_dict()["plan"], "plan": made.to_dict(), "scan": scanned.to_dict()}
 
 
-def _converted(model: Any, recipe: Recipe, control: MethodConfig | None = None) -> Any:
-    """The model with untrained mixers, their initial values by the seed; ``control`` stands in for every method."""
-    layers = recipe.layers
-    if control and isinstance(layers, dict):
-        layers = {key: method if method.name == "softmax" else control for key, method in layers.items()}
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(recipe.seed)
-        return convert(model, control or recipe.method, layers, convert_sliding=recipe.convert_sliding)
-
-
 def _control(model: Any, recipe: Recipe, name: str) -> Any:
     """A control: the teacher converted to a part of the student's method, or to nothing (``softmax``)."""
     if name == "softmax":
         return convert(model, build_method({"name": name}))
     if name != "matched_window":
         method = next(method for method in control_methods(recipe) if method.name == name)
-        return _converted(model, recipe, method)
-    student = [layer for layer in describe(_converted(model, recipe)) if layer.method != "softmax"]
+        return converted(model, recipe, method)
+    student = [layer for layer in describe(converted(model, recipe)) if layer.method != "softmax"]
     unconvert(model)
     width = model.dtype.itemsize
     windows = {}
@@ -275,9 +270,12 @@ def evaluate_checkpoint(
     at = folder if not fields else None  # with other fields it is another student than the folder's
     watch = interrupt.stopping(progress, f"evaluate: {folder} is as it was; nothing of a measurement is kept")
     gates = gates_of(students["student"], teacher, tokenizer, at, recipe, watch)
+    stop_where_failed(gates, at, folder, recipe, corpus)
     # The length gate needs the control beside the student.
     config = recipe.evaluate.model_copy(update={"length_gate": False})
-    results = evaluate(students, teacher, tokenizer, corpus, config, recipe.seed, watch, suite_folder)
+    made = saved.model_copy(update={"teacher": recipe.teacher})
+    stages = stages_of(folder, made, device, fields)
+    results = evaluate(students, teacher, tokenizer, corpus, config, recipe.seed, watch, suite_folder, stages)
     results = replace(results, gates=gates)
     if at is not None:
         try:

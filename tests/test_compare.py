@@ -4,8 +4,7 @@ import json
 from dataclasses import replace
 
 import pytest
-from tiny import tiny
-from transformers import AutoTokenizer
+from test_run import WORDS, teacher  # noqa: F401  (a fixture)
 from typer.testing import CliRunner
 
 from linearize.cli import app
@@ -14,40 +13,24 @@ from linearize.evaluate import TEACHER
 from linearize.evaluate.beside import beside
 from linearize.modeling.errors import EvaluationError, RecipeError
 from linearize.recipe import Recipe
-from linearize.teacher import BUNDLED
 
-WORDS = [
-    "method.window=8",
-    "data.seq_len=192",
-    "data.sources=[{kind: self, tokens: 4000}, {kind: recall, weight: 0.2, kinds: [passkey]}]",
-    "transfer.tokens=384",
-    "finetune.tokens=384",
-    "evaluate.seq_lens=[64]",
-    "evaluate.sequences=2",
-    "evaluate.recall_lens=[128]",
-    "evaluate.recall_samples=2",
+OWN = [
+    "layers=all",
+    "control.enabled=false",
     "evaluate.generate_tokens=0",
-    "evaluate.gates=false",
-    "device=cpu",
     "compare.window.method.window=16",
 ]
 
 
 @pytest.fixture(scope="module")
-def recipe(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tiny-teacher")
-    tokenizer = AutoTokenizer.from_pretrained(BUNDLED["books-5m"])
-    special = dict(
-        pad_token_id=None, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id
-    )
-    tiny("llama", vocab_size=len(tokenizer), **special).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return Recipe.resolve(folder, "lolcats", [*WORDS, f"output={folder.parent / 'compared'}"])
+def recipe(teacher, tmp_path_factory):  # noqa: F811
+    output = tmp_path_factory.mktemp("compared") / "runs"
+    return Recipe.resolve(teacher, "lolcats", [*WORDS, *OWN, f"output={output}"])
 
 
 @pytest.fixture(scope="module")
 def made(recipe):
-    return compare(recipe, ["lolcats", "window"], timed=False)
+    return compare(recipe, ["lolcats", "window"])
 
 
 def test_students_stand_beside_one_teacher_on_the_same_data(made):
@@ -68,6 +51,16 @@ def test_students_stand_beside_one_teacher_on_the_same_data(made):
     )
     page = made.page.read_text()
     assert "lolcats" in page and "window" in page
+    # Both were timed, shortly, and the page has what that says.
+    record = json.loads((made.folder / "results.json").read_text())
+    for name, done in made.runs.items():
+        points = json.loads((done.folder / "speed.json").read_text())["speed"]["points"]
+        assert record["speed"][name]["points"] == points and {p["batch"] for p in points} == {1}
+        assert {(p["part"], p["model"], p["not_run"]) for p in points} == {
+            (part, model, None) for part in ("prefill", "decode") for model in (TEACHER, "student")
+        }
+        assert f"{name}: Crossover" in page and f"## {name}: Decode" in (made.folder / "table.md").read_text()
+    assert "a step at 512 tokens" in page and "Not run: speed" not in page and "crossover" in page.lower()
     # The window is everyone's control there.
     assert "No evidence that the linear branch is used" in page
     assert page.count(", a window control") == 1  # which the window alone has not
@@ -80,16 +73,20 @@ def test_fields_belong_to_their_method(recipe):
     assert recipes["salient"] == recipe.for_method("salient").override(
         [f"output={recipes['salient'].output}"]
     )
-    assert {one.transfer.tokens for one in recipes.values()} == {384}
+    assert {one.transfer.tokens for one in recipes.values()} == {512}
     assert {json.dumps(one.to_dict()["data"]) for one in recipes.values()} == {
         json.dumps(recipe.to_dict()["data"])
     }
 
 
 def test_what_is_done_stays(made, recipe):
-    before = {name: (done.folder / "results.json").stat().st_mtime_ns for name, done in made.runs.items()}
-    again = compare(recipe, ["lolcats", "window"], timed=False)
-    assert {n: (d.folder / "results.json").stat().st_mtime_ns for n, d in again.runs.items()} == before
+    def times(runs):
+        files = ("results.json", "speed.json")
+        return [(d.folder / file).stat().st_mtime_ns for d in runs.values() for file in files]
+
+    before = times(made.runs)
+    again = compare(recipe, ["lolcats", "window"])
+    assert times(again.runs) == before
     assert again.results.to_dict() == made.results.to_dict()
 
 
@@ -119,8 +116,20 @@ def test_what_cannot_be_compared_is_said(recipe, methods, words, told):
         recipes_of(recipe.override(words), methods)
 
 
+def test_a_timing_that_cannot_be_short_is_said_before_it_begins(made, recipe, caplog):
+    (made.runs["window"].folder / "speed.json").unlink()
+    caplog.set_level("INFO", "linearize.compare")
+    again = compare(recipe, ["lolcats", "window"], bench_seconds=1e-6)
+    assert not (made.runs["window"].folder / "speed.json").exists()
+    estimate, missed = (record.getMessage() for record in caplog.records)
+    assert estimate == "window: bench, 0 of 4 points will be timed"
+    assert "not timed" in missed and "predicted to end after" in missed
+    page = again.page.read_text()
+    assert "lolcats: Crossover" in page and "window: Crossover" not in page
+
+
 def test_the_command_ends_with_one_object(made, recipe):
-    words = ["compare", recipe.teacher.name, *WORDS, "method.name=lolcats", f"output={recipe.output}"]
+    words = ["compare", recipe.teacher.name, *WORDS, *OWN, "method.name=lolcats", f"output={recipe.output}"]
     result = CliRunner().invoke(app, [*words, "--methods", "lolcats,window", "--no-bench", "--json"])
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout.splitlines()[-1])["results"]["models"] == [TEACHER, "lolcats", "window"]

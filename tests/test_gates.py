@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from linearize import checkpoint
 from linearize.cli import app
 from linearize.convert import convert
-from linearize.evaluate import gates
+from linearize.evaluate import gates, long_way, one_function, persistence
 from linearize.evaluate.gates import Gates, integrity
 from linearize.evaluate.subject import TOLERANCES, Comparison, Seen, Subject
 from linearize.modeling.errors import EvaluationError
@@ -75,13 +75,17 @@ def overflowing(forward, x, state):
 @pytest.mark.parametrize(
     ("change", "run", "names"),
     [
-        (forgetful, gates._one_function, {"one function: chunks", "one function: single steps"}),
-        (forgetful, gates._generate, {"one function: generate"}),
-        (leaking_pads, lambda s: [gates._padding(s, "left"), gates._padding(s, "right")], {"padding: right"}),
-        (mixing_rows, gates._batch, {"batch"}),
-        (seeing_ahead, gates._causality, {"causality"}),
-        (hoarding, lambda s: gates._long_way(s, 8), {"constant state"}),
-        (overflowing, lambda s: gates._long_way(s, 100), {"finite"}),
+        (forgetful, one_function.one_function, {"one function: chunks", "one function: single steps"}),
+        (forgetful, one_function.generate, {"one function: generate"}),
+        (
+            leaking_pads,
+            lambda s: [one_function.padding(s, "left"), one_function.padding(s, "right")],
+            {"padding: right"},
+        ),
+        (mixing_rows, one_function.batch, {"batch"}),
+        (seeing_ahead, one_function.causality, {"causality"}),
+        (hoarding, lambda s: long_way.long_way(s, 8), {"constant state"}),
+        (overflowing, lambda s: long_way.long_way(s, 100), {"finite"}),
     ],
 )
 def test_a_broken_mixer_is_seen_in_its_layer(subject, change, run, names):
@@ -103,7 +107,7 @@ def test_a_mixer_whose_softmax_is_not_the_models_is_seen(subject):
         self, q * (1.01 if self.layer_idx == 2 else 1), *a, **k
     )
     try:
-        gate = gates._start(subject, None)
+        gate = persistence.start(subject, None)
     finally:
         type(attention).attend = attend
     assert gate.status == "failed" and gate.where.startswith("layer 2, length ")
@@ -131,26 +135,26 @@ def test_a_sound_student_passes_every_gate_that_can_be_run(saved):
 
 def test_another_folder_than_the_students_is_seen_and_foreign_code_is_not_run(saved, tmp_path):
     model, _ = checkpoint.load(saved)
-    assert gates._code_is_ours(model, saved)
+    assert persistence.code_is_ours(model, saved)
     with torch.no_grad():
         model.get_output_embeddings().weight[5] += 0.5
     other = checkpoint.save(model, None, tmp_path / "student")
     (other / "lolcats.py").write_text("raise SystemExit('this must not run')\n")
     subject = Subject(checkpoint.load(saved)[0], None, 0)
-    gate = gates._reload(subject, other)
+    gate = persistence.reload(subject, other)
     assert gate.status == "failed" and gate.difference > 0.1
     assert "its own" in gate.note and "must not run" not in gate.note
 
 
 def test_what_cannot_be_run_says_why(subject):
-    assert gates._reload(subject, None).status == "not run"
-    finite = gates._long_way(subject, None)[1]
+    assert persistence.reload(subject, None).status == "not run"
+    finite = long_way.long_way(subject, None)[1]
     assert (finite.status, finite.note) == ("not run", "the training length is not known")
     learned = Subject(student("gpt2", CONFIG, dtype=torch.float32, n_positions=40), None, 0)
     assert learned.limit == 40
-    finite = gates._long_way(learned, 8)[1]
+    finite = long_way.long_way(learned, 8)[1]
     assert finite.status == "not run" and "positions end at 40" in finite.note
-    assert "positions end at 40" in gates._one_function(learned)[0].note
+    assert "positions end at 40" in one_function.one_function(learned)[0].note
     with pytest.raises(EvaluationError, match="not a converted model"):
         integrity(tiny("llama"))
 
@@ -160,7 +164,7 @@ def test_a_student_that_raises_has_failed(subject):
         raise RuntimeError("no such kernel")
 
     breaks(subject, raising)
-    (gate,) = gates._guarded("batch", lambda: [gates._batch(subject)])
+    (gate,) = gates._guarded("batch", lambda: [one_function.batch(subject)])
     assert gate.status == "failed" and gate.note == "RuntimeError: no such kernel"
 
 
@@ -169,17 +173,17 @@ def test_a_state_that_grows_is_held_to_what_its_method_declares():
         "llama", StillConfig(chunk=4, salient_per_chunk=1, budget=None), dtype=torch.float32, layers=[1]
     )
     subject = Subject(model, None, 0)
-    gate = gates._long_way(subject, None)[0]
+    gate = long_way.long_way(subject, None)[0]
     assert gate.status == "passed" and "layers 1 (" in gate.note and "as still declares" in gate.note
     model.mixers()[1].growth = lambda itemsize: 1.0
-    gate = gates._long_way(subject, None)[0]
+    gate = long_way.long_way(subject, None)[0]
     assert gate.status == "failed" and gate.where == "layer 1, length 1024"
 
 
 def test_half_precision_has_its_own_bound_and_asks_for_the_same_choices():
     subject = Subject(student("llama", CONFIG, dtype=torch.bfloat16), None, 0)
     assert subject.bound == TOLERANCES[torch.bfloat16] == 2e-2
-    assert gates._generate(subject).status == "passed"
+    assert one_function.generate(subject).status == "passed"
     logits = torch.randn(1, 300, 97, dtype=torch.bfloat16)
     other = logits.clone()
     other[0, :9, 3] = 20.0  # 3 % of the tokens choose otherwise; the median token is untouched

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from linearize.cli import app
 from linearize.convert import convert
-from linearize.evaluate import LmEval, Results, recall
+from linearize.evaluate import LmEval, Results, harness_rows, recall
 from linearize.evaluate import harness as harness_module
 from linearize.evaluate.harness import GROUPS, check, export, measure
 from linearize.modeling.errors import EvaluationError, RecipeError
@@ -317,4 +317,4 @@ def test_models_that_were_asked_different_things_are_not_compared():
     other = sample | {"arguments": [("a", "c")]}
     results = {name: {"samples": {"t": [s]}} for name, s in (("teacher", sample), ("student", other))}
     with pytest.raises(EvaluationError, match="student and teacher were asked different prompts of t"):
-        harness_module._refuse_other_prompts(["t"], results)
+        harness_rows._refuse_other_prompts(["t"], results)

@@ -182,6 +182,34 @@ def test_the_summary_begins_with_a_linear_branch_that_nothing_shows_to_be_used(t
     assert "KL is -0.030" in first
 
 
+def test_likelihood_that_promises_more_than_is_written_is_said(tmp_path):
+    """Only lines over all depths that the teacher masters, and only what the count of prompts does not explain."""
+    folder = make_run(tmp_path / "run")
+    record = json.loads((folder / "results.json").read_text())
+    whole = record["results"]["suite"]["cells"]
+    cell = next(c for c in whole if c["model"] == "student")
+
+    def said(*lines):
+        made = [
+            cell | {"task": task, "label": task, "depth": None, "model": model, "length": 512, "gated": gated}
+            | {"correct": right, "score": right / 50, "likelihood": sure, "gap": 100 * (sure - right / 50)}
+            for task, gated, *models in lines
+            for model, right, sure in zip((TEACHER, "student"), *zip(*models, strict=True), strict=True)
+        ]  # fmt: skip
+        record["results"]["suite"]["cells"] = whole + made
+        (folder / "results.json").write_text(json.dumps(record))
+        return [line for line in summary(open_runs([folder])[0]) if "likelihood" in line]
+
+    assert said() == []
+    near, gated = ("qa1", False, (50, 1.0), (40, 0.9)), ("qa3", True, (10, 0.2), (0, 0.9))
+    (line,) = said(near, gated)
+    assert line.startswith("In all 1 lines of the suite") and "within 10 points" in line
+    (line,) = said(near, ("MK2", False, (48, 1.0), (20, 0.98)), gated)
+    assert "look better than it writes: in 1 of 2 lines" in line
+    assert "MK2 at 512 tokens: 98 % by likelihood, 40 % [28, 54] written, over 50 prompts" in line
+    assert line.endswith("a gap of +58 points, where the teacher's is +4.")
+
+
 def test_several_runs_share_plots_and_tables(tmp_path):
     runs = [
         make_run(tmp_path / name, bare=True, gain=gain) for name, gain in (("lolcats", 1.0), ("liger", 2.0))

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 import linearize
 from linearize.cli import app
-from linearize.evaluate import TEACHER, speed
+from linearize.evaluate import TEACHER, speed, timing
 from linearize.evaluate.memory import memory
 from linearize.evaluate.speed import OUT_OF_MEMORY, Planned, Point, SpeedResults, crossovers
 from linearize.modeling.errors import EvaluationError
@@ -132,9 +132,9 @@ def test_models_of_different_types_are_not_compared(models):
 
 
 def test_a_slow_point_has_fewer_runs_and_says_so(models, monkeypatch):
-    monkeypatch.setattr(speed, "POINT_SECONDS", 0.0)
+    monkeypatch.setattr(timing, "POINT_SECONDS", 0.0)
     results = speed.measure(models, [Planned("prefill", TEACHER, 32, 1, 0, 1.0)])
-    assert results.points[0].runs == speed.FEWEST
+    assert results.points[0].runs == timing.FEWEST
     assert results.notes == ["slow points have 3 timed runs instead of 10, and one warm-up"]
 
 

@@ -66,6 +66,9 @@ def compare_(
         Path | None, typer.Option(help="The folder of all runs; the same as output=...")
     ] = None,
     timed: Annotated[bool, typer.Option("--bench/--no-bench", help="Time every student, too.")] = True,
+    bench_seconds: Annotated[
+        float, typer.Option(help="For timing one student; points predicted to end later are not run.")
+    ] = 60.0,
     as_json: AsJson = False,
 ) -> None:
     """Run several methods on one teacher, and write one report.
@@ -81,7 +84,8 @@ def compare_(
     from ..compare import compare
 
     with watching() as watch:
-        made = compare(recipe, [name.strip() for name in methods.split(",")], timed=timed, progress=watch)
+        names = [name.strip() for name in methods.split(",")]
+        made = compare(recipe, names, timed=timed, bench_seconds=bench_seconds, progress=watch)
     if as_json:
         print_json((made.folder / "results.json").read_text(encoding="utf-8"))
         return

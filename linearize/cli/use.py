@@ -72,6 +72,9 @@ def push_(
         bool,
         typer.Option("--allow-licence", help="Go on although the teacher's licence forbids derivatives."),
     ] = False,
+    allow_failed: Annotated[
+        bool, typer.Option("--allow-failed", help="Go on although integrity gates of the student failed.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Upload a saved student to the Hub.
@@ -89,6 +92,7 @@ def push_(
             dry_run=dry_run,
             adapter_only=adapter_only,
             allow_licence=allow_licence,
+            allow_failed=allow_failed,
             progress=watch,
         )
     if as_json:

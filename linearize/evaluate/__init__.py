@@ -1,8 +1,7 @@
 """What was kept: likelihood by position, recall by length, memory; the same text and prompts for all."""
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from hashlib import sha256
 from pathlib import Path
@@ -16,8 +15,8 @@ from ..measures import Evaluate
 from ..modeling.errors import EvaluationError
 from ..progress import Progress, Watch
 from . import ablations, harness, likelihood, recall, suite
-from .ablations import Ablations
-from .gates import Gates
+from .ablations import Ablations, Stage
+from .gates import Gates, GatesFailed
 from .harness import LmEval
 from .length_gate import LengthRow
 from .likelihood import TEACHER, Bucket, Likelihood
@@ -25,6 +24,7 @@ from .memory import LayerMemory, Memory, memory
 from .recall import Cell
 from .speed import SpeedResults
 from .suite import SuiteCell, SuiteResults
+from .timing import in_eval_mode
 
 __all__ = [
     "TEACHER",
@@ -32,6 +32,7 @@ __all__ = [
     "Bucket",
     "Cell",
     "Gates",
+    "GatesFailed",
     "HeldOut",
     "LayerMemory",
     "LengthRow",
@@ -41,6 +42,7 @@ __all__ = [
     "Overlap",
     "Results",
     "SpeedResults",
+    "Stage",
     "SuiteCell",
     "SuiteResults",
     "check",
@@ -141,10 +143,12 @@ def evaluate(
     seed: int = 0,
     progress: Watch | None = None,
     suite_folder: Path | None = None,
+    stages: Iterable[Stage] = (),
 ) -> Results:
     """Measures teacher and students on the corpus' held-out text and on recall prompts drawn with `seed`.
 
-    The recall suite, if the recipe asks for it, keeps its answers in `suite_folder`.
+    The recall suite, if the recipe asks for it, keeps its answers in `suite_folder`. `stages` are earlier states of the
+    first student, which ablations are measured beside.
     """
     models = {TEACHER: teacher, **students}
     check(teacher, tokenizer, corpus, config)
@@ -154,7 +158,7 @@ def evaluate(
     cells = len(config.recall_tasks) * config.recall_samples * sum(config.recall_lens)
     work = len(models) * (sum(batch[:, 1:].numel() for batch in windows.values()) + cells)
     meter = _Meter(progress, work)
-    with _in_eval_mode(models.values()):
+    with in_eval_mode(models.values()):
         measured = {
             length: likelihood.compare(
                 teacher,
@@ -190,7 +194,9 @@ def evaluate(
         by_task = _lm_eval(models, tokenizer, config, seed, progress)
     switched = None
     if config.ablations.enabled:
-        switched = _ablations(students, teacher, tokenizer, windows, measured, found, config, seed, progress)
+        switched = _ablations(
+            students, teacher, tokenizer, windows, measured, found, config, seed, progress, stages
+        )
     return Results(
         source=corpus.label,
         models=list(models),
@@ -216,6 +222,7 @@ def _ablations(
     config: Evaluate,
     seed: int,
     progress: Watch | None,
+    stages: Iterable[Stage],
 ) -> Ablations | None:
     """Of the first student, which is the one in question, on the longest windows."""
     name, student = next(iter(students.items()), ("", None))
@@ -227,16 +234,16 @@ def _ablations(
         if progress is not None:
             progress(Progress("ablations", done, total, unit="windows"))
 
+    terms: dict[str, Any] = {"batch_size": config.batch_size, "vocab_size": len(tokenizer), "seed": seed}
     rows = ablations.ablate(
         student,
         teacher,
         windows[length],
-        batch_size=config.batch_size,
-        vocab_size=len(tokenizer),
         per_layer=config.ablations.per_layer,
-        seed=seed,
         progress=hear,
+        **terms,
     )
+    rows += ablations.stage_rows(stages, teacher, windows[length], measured[length][name], **terms)
     rows += ablations.control_rows(measured[length], length, name, seed)
     told = ablations.verdict(cells, ablations.window_of(student), student=name, seed=seed)
     return Ablations(rows, told)
@@ -291,7 +298,13 @@ def _windows(corpus: HeldOut, length: int, sequences: int) -> tuple[Tensor, list
 
 
 def check(teacher: nn.Module, tokenizer: Any, corpus: HeldOut, config: Evaluate) -> None:
-    """Raise now what `evaluate` could not measure later: a context or text too short, needles that do not fit."""
+    """Raise now what `evaluate` could not measure later: nothing at all, or where context or text are too short."""
+    texts, recall_cells = config.seq_lens, config.recall_tasks and config.recall_lens
+    if not (texts or recall_cells or config.suite.wanted or config.lm_eval.tasks or config.gates):
+        raise EvaluationError(
+            "evaluate: nothing is to be measured: there are no seq_lens and no recall_tasks with recall_lens, and "
+            "neither the suite nor lm_eval nor gates are asked for; ask for one of them"
+        )
     _check_lengths(teacher, config)
     for length in config.seq_lens:
         corpus.held_out(length, 1)
@@ -343,19 +356,6 @@ class _Meter:
                 self.watch(Progress("evaluate", self.done, self.total))
 
         return hear
-
-
-@contextmanager
-def _in_eval_mode(models: Any) -> Iterator[None]:
-    """Dropout off while measuring, and as it was afterwards."""
-    training = [model for model in models if model.training]
-    for model in training:
-        model.eval()
-    try:
-        yield
-    finally:
-        for model in training:
-            model.train()
 
 
 def _context(teacher: nn.Module) -> int | None:

@@ -3,12 +3,13 @@
 linear off     the linear branch of a layer left out; what stays is normalised as the whole was
 window off     its exact window left out, likewise
 state zeroed   half a window of text is read, the layer forgets all of it (its window too), the other half is measured
+stages         the student untrained, and after the transfer alone: what each stage of training bought
 
-Each for one layer alone and for all at once, on the windows of the evaluation, without retraining. KL is that of the
-teacher to the ablated student, and its difference from the intact one is paired by windows.
+Branches and states for one layer alone and for all at once; all on the windows of the evaluation, without retraining.
+KL is that of the teacher to the ablated student, and its difference from the intact one is paired by windows.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -23,6 +24,7 @@ from .recall import GATE, Cell
 from .statistics import Interval, bootstrap
 
 LINEAR_OFF, WINDOW_OFF, STATE_ZEROED, CONTROL = "linear_off", "window_off", "state_zeroed", "control"
+STAGE = "stage"
 BRANCHES = {LINEAR_OFF: "linear", WINDOW_OFF: "window"}
 WORDS = {LINEAR_OFF: "linear branch off", WINDOW_OFF: "window off", STATE_ZEROED: "state zeroed"}
 WINDOW_CONTROL = "window control"
@@ -31,11 +33,11 @@ NO_EVIDENCE = "no evidence that the linear branch is used"
 
 @dataclass(frozen=True)
 class Row:
-    """One ablation, or one control: KL to the teacher in nats a token, and that minus the intact student's."""
+    """One ablation, stage or control: KL to the teacher in nats a token, and that minus the intact student's."""
 
     name: str
     kind: str
-    """``linear_off``, ``window_off``, ``state_zeroed`` or ``control``."""
+    """``linear_off``, ``window_off``, ``state_zeroed``, ``stage`` or ``control``."""
     layers: list[int]
     length: int
     """Tokens of a window; with a zeroed state, the second half of them is measured."""
@@ -47,6 +49,15 @@ class Row:
     windows: int = 0
     not_run: str | None = None
     """Why there is no number."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A student as it was earlier in its training, or why it cannot be had."""
+
+    name: str
+    model: nn.Module | None
+    not_run: str | None = None
 
 
 @dataclass(frozen=True)
@@ -105,6 +116,35 @@ def ablate(
         tokens = count * (length - (half if context else 0))
         own, intact = (_sums(measured[which], context) for which in (name, "intact"))
         rows.append(_row(name, kind, layers, length, own, intact, tokens, seed))
+    return rows
+
+
+def stage_rows(
+    stages: Iterable[Stage],
+    teacher: nn.Module,
+    windows: Tensor,
+    intact: Likelihood,
+    *,
+    batch_size: int,
+    vocab_size: int,
+    seed: int = 0,
+) -> list[Row]:
+    """Earlier states of a student whose finished one measures ``intact`` on the same windows, one after the other."""
+    length, rows = windows.shape[1] - 1, []
+    for stage in stages:
+        if stage.model is None:
+            rows.append(Row(stage.name, STAGE, [], length, not_run=stage.not_run or "it cannot be had"))
+            continue
+        found = compare(
+            teacher,
+            {stage.name: stage.model},
+            windows,
+            batch_size=batch_size,
+            vocab_size=vocab_size,
+            seed=seed,
+        )[stage.name]
+        sums = _sums(found, None), _sums(intact, None)
+        rows.append(_row(stage.name, STAGE, [], length, *sums, found.tokens, seed))
     return rows
 
 
@@ -246,4 +286,15 @@ def _teacher_passes(cell: Cell | None) -> bool:
     return cell is not None and cell.low >= GATE
 
 
-__all__ = ["NO_EVIDENCE", "Ablations", "Row", "ablate", "control_rows", "plan", "verdict", "window_of"]
+__all__ = [
+    "NO_EVIDENCE",
+    "Ablations",
+    "Row",
+    "Stage",
+    "ablate",
+    "control_rows",
+    "plan",
+    "stage_rows",
+    "verdict",
+    "window_of",
+]

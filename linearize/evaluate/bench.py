@@ -18,6 +18,7 @@ from ..teacher import load_teacher
 from . import speed
 from .likelihood import TEACHER
 from .speed import Planned, SpeedResults
+from .vocabulary import refuse_other_vocabulary
 
 FILE = "speed.json"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -56,14 +57,16 @@ def bench(
     student = Path(student)
     run = student.parent if (student.parent / "results.json").is_file() else None
     file = Path(output) if output is not None else run / FILE if run else None
-    _refuse_failed_gates(run, force)
+    _refuse_failed_gates(student, run, force)
     place = _device(device)
     if dtype not in DTYPES:
         raise EvaluationError(f"dtype: {dtype!r} is unknown; choose from {', '.join(DTYPES)}")
     spec = _teacher(student, teacher).model_copy(update={"dtype": dtype})
     base, tokenizer = load_teacher(spec, place)
-    model, _ = checkpoint.load(student, dtype=base.dtype, device=place)
-    _refuse_other_vocabulary(student, model, len(tokenizer))
+    model, own_tokenizer = checkpoint.load(student, dtype=base.dtype, device=place)
+    if own_tokenizer is not None:
+        refuse_other_vocabulary(own_tokenizer, tokenizer, str(student))
+    _refuse_few_rows(student, model, len(tokenizer))
     models = {TEACHER: base, "student": model.eval().requires_grad_(False)}
     lengths = list(lengths or speed.grid(base, place))
     batches = list(batches or speed.BATCHES.get(place, (1,)))
@@ -94,22 +97,27 @@ def _is(path: Path) -> bool:
     return path.is_file()
 
 
-def _refuse_failed_gates(run: Path | None, force: bool) -> None:
-    """Speed of a student that is not one function means nothing."""
-    if run is None or force:
+def _refuse_failed_gates(student: Path, run: Path | None, force: bool) -> None:
+    """Speed of a student that is not one function means nothing. Its certificate speaks last: gates may run again."""
+    if force:
         return
-    try:
-        record = json.loads((run / "results.json").read_text(encoding="utf-8"))
-        gates = (record["results"].get("gates") or {}).get("status")
-    except (ValueError, KeyError, AttributeError):
-        raise EvaluationError(
-            f"{run / 'results.json'}: cannot be read; make it again or give --force"
-        ) from None
-    if gates == "failed":
-        raise EvaluationError(
-            f"{run / 'results.json'}: integrity gates failed, so what is timed is not one model; "
-            "see `linearize eval --gates`, or give --force"
-        )
+    places = [(student / "certificate.json", "measured")]
+    places += [(run / "results.json", "results")] if run is not None else []
+    for file, section in places:
+        if not file.is_file():
+            continue
+        try:
+            gates = json.loads(file.read_text(encoding="utf-8"))[section].get("gates")
+            status = gates and gates["status"]
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise EvaluationError(f"{file}: cannot be read; make it again or give --force") from None
+        if status == "failed":
+            raise EvaluationError(
+                f"{file}: integrity gates failed, so what is timed is not one model; "
+                "see `linearize eval --gates`, or give --force"
+            )
+        if status:
+            return
 
 
 def _device(device: str) -> str:
@@ -130,7 +138,7 @@ def _teacher(student: Path, name: str | None) -> Teacher:
     return Recipe.from_file(recipe).teacher
 
 
-def _refuse_other_vocabulary(student: Path, model: Any, tokens: int) -> None:
+def _refuse_few_rows(student: Path, model: Any, tokens: int) -> None:
     rows = model.get_input_embeddings().weight.shape[0]
     if rows < tokens:
         raise EvaluationError(

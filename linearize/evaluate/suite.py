@@ -17,6 +17,7 @@ from ..measures import Suite
 from ..modeling.errors import DataError, EvaluationError
 from ..progress import Progress, Watch
 from ..tasks.budget import Haystack, Question, noise
+from ..tasks.form import Form, chat
 from ..tasks.suite import COUNTS, REPORTABLE, SUITE, SuiteTask, questions, tokens_of
 from . import answers, cells, recall
 from .cells import Answer
@@ -132,6 +133,16 @@ def haystack_of(config: Suite, tokenizer: Any, held_out_tokens: torch.Tensor, la
         ) from None
 
 
+def form_of(config: Suite, tokenizer: Any) -> Form | None:
+    """What stands around every prompt. Raises EvaluationError where a chat is asked for and there is no template."""
+    if not config.chat:
+        return None
+    try:
+        return chat(tokenizer)
+    except DataError as error:
+        raise EvaluationError(f"evaluate.suite.chat: {error}; leave it false") from None
+
+
 def lengths_of(config: Suite, limit: int | None) -> list[int]:
     """The lengths asked for, or doublings from 1,024 to the teacher's context `limit`, at most 32,768.
 
@@ -150,13 +161,13 @@ def lengths_of(config: Suite, limit: int | None) -> list[int]:
 
 def check(tokenizer: Any, config: Suite, haystack: Haystack, limit: int | None = None) -> None:
     """Raise now what would leave `measure` with nothing to ask: one question of each task and length is made."""
-    reason = ""
+    reason, form = "", form_of(config, tokenizer)
     for task in [SUITE[name] for name in config.tasks or SUITE]:
         for length in lengths_of(config, limit):
             try:
                 asked = questions(
                     task, tokenizer, length,
-                    samples=1, seed=config.seed, depths=config.depths, fill=config.fill, haystack=haystack,
+                    samples=1, seed=config.seed, depths=config.depths, fill=config.fill, haystack=haystack, form=form,
                 )  # fmt: skip
                 _refuse_long(task, asked, limit)
                 return
@@ -184,7 +195,7 @@ def measure(
     """
     if not models:
         raise EvaluationError("evaluate.suite: no model to measure; give a teacher at least")
-    samples = config.samples or COUNTS[config.preset or "standard"]
+    samples, form = config.samples or COUNTS[config.preset or "standard"], form_of(config, tokenizer)
     tasks = [SUITE[name] for name in config.tasks or SUITE]
     lengths = lengths_of(config, limit)
     plan = [(task, length) for task in tasks for length in ([0] if task.alone else []) + lengths]
@@ -198,7 +209,7 @@ def measure(
         try:
             asked = questions(
                 task, tokenizer, length,
-                samples=samples, seed=config.seed, depths=config.depths, fill=config.fill, haystack=haystack,
+                samples=samples, seed=config.seed, depths=config.depths, fill=config.fill, haystack=haystack, form=form,
             )  # fmt: skip
             _refuse_long(task, asked, limit)
         except DataError as error:
@@ -262,8 +273,11 @@ def answer(
 
 def notes(config: Suite, haystack: Haystack, tasks: Sequence[SuiteTask], samples: int) -> list[str]:
     """The rules that a reader of the figures has to know."""
+    form = "raw text, no chat template"
+    if config.chat:
+        form = "one turn in the tokenizer's chat template, and the answer's prefix begins the reply"
     told = [
-        f"Prompts are raw text, no chat template; greedy decoding; fill {config.fill}; seed {config.seed}; "
+        f"Prompts are {form}; greedy decoding; fill {config.fill}; seed {config.seed}; "
         f"{samples} prompts a task and length, rounded up to equally many at each depth.",
         f"Haystack of the tasks that need text: {haystack.name} (sha256 {haystack.sha256[:16]}); "
         "not RULER's essays, and not comparable with its figures.",

@@ -20,7 +20,9 @@ def ablations(runs: Sequence[Run], series: dict[str, int | None]) -> Section:
                 blocks.append(missing(f"ablations of {run.name}"))
             continue
         shown = [row for row in found["rows"] if row.get("kl") is not None]
-        blocks.append(Words(of(run, runs, found.get("verdict") or "No verdict.")))
+        verdict = found.get("verdict") or "no verdict"
+        verdict = f"{verdict[:1].upper()}{verdict[1:].removesuffix('.')}."
+        blocks.append(Words(of(run, runs, verdict)))
         for length in sorted({row["length"] for row in shown}):
             dots = [
                 Dot(
@@ -53,7 +55,10 @@ def ablations(runs: Sequence[Run], series: dict[str, int | None]) -> Section:
             ]
             for row in found["rows"]
         ]
-        note = "Parts switched off without retraining; the difference is to the intact student, paired by window."
+        note = (
+            "Parts switched off without retraining, earlier stages of the training, and controls; the difference is to "
+            "the student as it is, paired by window."
+        )
         header = ["what", "length", "KL", "minus intact", "perplexity", "windows"]
         blocks.append(Table(of(run, runs, "What each part is worth"), note, header, rows))
     return Section("ablations", title, blocks or [missing("ablations")])

@@ -11,8 +11,8 @@ from .record import Run
 from .tables import GATE, Table, recall
 
 HEAT_NOTE = (
-    "Heat maps: percent of each cell; the difference is student minus teacher in points. Grey: the teacher itself is "
-    f"below {100 * GATE:.0f} %, which says nothing of students. A dot: not run."
+    "Heat maps: percent of each cell; the difference is student minus teacher in points. Grey: the lower end of the "
+    f"teacher's interval is below {100 * GATE:.0f} %, so the cell says nothing of students. A dot: not run."
 )
 
 
@@ -33,6 +33,8 @@ def recall_section(runs: Sequence[Run], series: Mapping[str, int | None]) -> Sec
             blocks += _heats(run, f"suite{index}", suite["cells"], head, by_depth=True)
             blocks += [Words(note, "note") for note in suite.get("notes") or ()]
             blocks.append(_suite_table(run, suite, head))
+            if suite.get("not_run"):
+                blocks.append(_left_out(suite, head))
     title = "Recall"
     if not blocks:
         return Section("recall", title, [missing("recall tasks", "linearize eval")])
@@ -102,7 +104,7 @@ def _heats(
         panels += [
             (f"{name} minus teacher", _minus(shares[name], shares[TEACHER]), True) for name in run.students
         ]
-        title = group or "every task"
+        title = group or ("tasks without depths" if by_depth else "every task")
         figures = [
             Figure(
                 plots.heat(
@@ -175,6 +177,15 @@ def _suite_table(run: Run, suite: Mapping[str, Any], head: str) -> Table:
     note += " Strict: the first string of the answer's type is the answer. Gap: likelihood minus generation, points."
     header = ["task", "length", "depth", "model", "score", "strict", "likelihood", "gap", "prompts", "tokens"]
     return Table(f"{head}Recall suite", note, header, rows)
+
+
+def _left_out(suite: Mapping[str, Any], head: str) -> Table:
+    """What was asked for and could not be made or read, with the reason."""
+    rows = [
+        [str(entry.get("label") or entry["task"]), f"{entry['length']:,}", str(entry["reason"])]
+        for entry in suite["not_run"]
+    ]
+    return Table(f"{head}Recall suite, not run", "Nothing is said of these.", ["task", "length", "why"], rows)
 
 
 def _share(cell: Mapping[str, Any], key: str) -> str:

@@ -153,7 +153,8 @@ def heat(
     width = 300
     longest = max(map(len, rows), default=0)
     with _style():
-        figure, axes = _figure(width, 84 + 23 * len(rows), left=26 + 6.5 * longest, right=10, top=26)
+        left, right = 26 + 6.5 * longest, 10
+        figure, axes = _figure(width, 84 + 23 * len(rows), left=left, right=right, top=26)
         for i, row in enumerate(cells):
             for j, value in enumerate(row):
                 gated = bool(grey and grey[i][j])
@@ -176,7 +177,10 @@ def heat(
         axes.set_xlabel(x)
         if y:
             axes.set_ylabel(y)
-        axes.set_title(short(title, 40), loc="left", fontsize=11.5, pad=8)
+        # A title that is wider than the cells begins further left, over the names of the rows.
+        title, room = short(title, 40), width - left - right
+        start = max(-left, min(0.0, room - 7 * len(title))) / room
+        axes.set_title(title, loc="left", fontsize=11.5, pad=8, x=start)
         return _svg(figure, key, alt)
 
 

@@ -8,10 +8,12 @@ from typing import Any
 import yaml
 
 from ..evaluate import TEACHER
+from ..evaluate.speed import Point
 from ..words import bytes_text
 from . import plots, words
 from .blocks import Block, Code, Figure, Figures, Points, Section, Words, missing
 from .checks import ablations, gates, lm_eval
+from .costs import milliseconds
 from .heatmaps import recall_section
 from .names import colours, merged, of
 from .plots import Line
@@ -54,7 +56,7 @@ def _summary(runs: Sequence[Run]) -> Section:
 
 def _overview(runs: Sequence[Run]) -> Table:
     """One row per student: the numbers that are compared first."""
-    rows = []
+    rows, timed_at = [], _timed_at(runs)
     for run in runs:
         for name in run.students:
             length = max(run.results.likelihood, default=0)
@@ -78,10 +80,33 @@ def _overview(runs: Sequence[Run]) -> Table:
                     kl,
                     f"{found} at {longest:,}" if found else "not run",
                     share,
+                    *([_decode(run, name, timed_at)] if timed_at else []),
                 ]
             )
     header = ["student", "method", "KL, nats", "recall at the longest length", f"memory at {at:,} tokens"]
+    header += [f"a step at {timed_at:,} tokens"] if timed_at else []
     return Table("Students", "Intervals and counts are in the sections below.", header, rows)
+
+
+def _steps(run: Run, name: str) -> dict[int, Point]:
+    """Length -> what a decode step of one row took; empty where none was timed."""
+    points = run.speed.points if run.speed is not None else []
+    return {p.length: p for p in points if (p.part, p.batch, p.model) == ("decode", 1, name) and p.ms}
+
+
+def _timed_at(runs: Sequence[Run]) -> int:
+    """The longest text at which every timed student has a decode step; 0 where there is none."""
+    timed = [set(_steps(run, run.students[0])) for run in runs if run.speed is not None and run.students]
+    return max(set.intersection(*timed), default=0) if timed else 0
+
+
+def _decode(run: Run, name: str, length: int) -> str:
+    """A step beside the teacher's on the same machine."""
+    ours, theirs = (_steps(run, model).get(length) for model in (name, TEACHER))
+    if ours is None or ours.ms is None:
+        return "not run"
+    beside = "" if theirs is None or theirs.ms is None else f" (teacher {milliseconds(theirs.ms)})"
+    return f"{milliseconds(ours.ms)} ms{beside}"
 
 
 def _method(run: Run, name: str) -> str:

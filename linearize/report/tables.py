@@ -355,7 +355,7 @@ def memory(results: Results, lengths: Sequence[int] = MEMORY_LENS) -> Table:
 
 
 def ablations(results: Results) -> Table:
-    """One row per branch that was switched off, state that was zeroed, and control; the verdict in words."""
+    """One row per branch that was switched off, state that was zeroed, stage and control; the verdict in words."""
     found = results.ablations
     rows = []
     for row in found.rows if found else ():
@@ -376,7 +376,7 @@ def ablations(results: Results) -> Table:
         f"{found.verdict[:1].upper() + found.verdict[1:] if found else ''}. KL to the teacher, and minus that of the "
         "student as it is [95 % paired bootstrap]; with a zeroed state, of the half that follows it."
     )
-    header = ["switched off", "length", "KL", "minus the student's", "perplexity", "windows"]
+    header = ["what", "length", "KL", "minus the student's", "perplexity", "windows"]
     return Table("What the student uses", note, header, rows)
 
 

@@ -9,13 +9,15 @@ import torch
 
 from ..evaluate import TEACHER
 from ..evaluate.likelihood import difference
-from ..evaluate.statistics import bootstrap
+from ..evaluate.statistics import bootstrap, wilson
 from ..words import bytes_text
 from .record import Run
 from .tables import GATE
 
 LENGTHS = (1024, 8192, 32768)
 WINDOW = "window control"
+LARGE_GAP = 10
+"""Points between likelihood and generation from which a page speaks of them."""
 OPTIONAL = {
     "gates": "integrity gates",
     "suite": "the recall suite by depth",
@@ -27,7 +29,10 @@ OPTIONAL = {
 def summary(run: Run) -> list[str]:
     """The sentences of one run, the most important first."""
     beside = with_control(run)
-    used, lines = linear_branch(beside), [converted(run), *fidelity(run), *recall(run), *memory(run)]
+    used, lines = (
+        linear_branch(beside),
+        [converted(run), *fidelity(run), *recall(run), *gaps(run), *memory(run)],
+    )
     lines += [*speed(run), *gates(run)]
     if used:
         lines.insert(0 if used.startswith("No evidence") else len(lines), used)
@@ -114,8 +119,8 @@ def recall(run: Run) -> Iterator[str]:
     good = [(theirs, ours) for theirs, ours in pairs if not theirs["gated"]]
     if not good:
         yield (
-            f"The teacher itself is below {100 * GATE:.0f} % in all {len(pairs)} recall cells, "
-            "so they say nothing of the student."
+            f"In none of the {len(pairs)} recall cells does the lower end of the teacher's interval reach "
+            f"{100 * GATE:.0f} %, so they say nothing of the student."
         )
         return
     # One prompt has no interval.
@@ -127,6 +132,43 @@ def recall(run: Run) -> Iterator[str]:
         f"{100 * ours['share']:.0f} %{between((100 * ours['low'], 100 * ours['high']), '.0f')} "
         f"where the teacher has {100 * theirs['share']:.0f} %."
     )
+
+
+def gaps(run: Run) -> Iterator[str]:
+    """Where being right by likelihood and writing the answer come apart, in lines of the suite that the teacher
+    masters."""
+    name = run.students[0] if run.students else None
+    lines = [c for c in (run.section("suite") or {}).get("cells", []) if c.get("depth") is None]
+    theirs = {(c["task"], c["length"]): c for c in lines if c["model"] == TEACHER}
+    ours = [c for c in lines if c["model"] == name and not c.get("gated") and c.get("gap") is not None]
+    if not ours:
+        return
+    wide = [c for c in ours if _comes_apart(c)]
+    if not wide:
+        yield (
+            f"In all {len(ours)} lines of the suite that have one answer and that the teacher masters, the student's "
+            f"share by likelihood is within {LARGE_GAP} points of what it writes, or within its interval."
+        )
+        return
+    widest = max(wide, key=lambda c: abs(c["gap"]))
+    low, high = wilson(widest["correct"], widest["samples"])
+    written = f"{100 * widest['correct'] / widest['samples']:.0f} %{between((100 * low, 100 * high), '.0f')}"
+    base = theirs.get((widest["task"], widest["length"])) or {}
+    beside = "" if base.get("gap") is None else f", where the teacher's is {base['gap']:+.0f}"
+    than = "better" if widest["gap"] > 0 else "worse"
+    yield (
+        f"By likelihood alone the student would look {than} than it writes: in {len(wide)} of {len(ours)} lines of "
+        f"the suite the two come apart by {LARGE_GAP} points or more. The widest is "
+        f"{widest.get('label') or widest['task']} at {widest['length']:,} tokens: "
+        f"{100 * widest['likelihood']:.0f} % by likelihood, {written} written, over {widest['samples']} prompts: "
+        f"a gap of {widest['gap']:+.0f} points{beside}."
+    )
+
+
+def _comes_apart(cell: Mapping[str, Any]) -> bool:
+    """Whether the gap is large, and more than the count of prompts explains."""
+    low, high = wilson(cell["correct"], cell["samples"])
+    return abs(cell["gap"]) >= LARGE_GAP and not low <= cell["likelihood"] <= high
 
 
 def memory(run: Run) -> Iterator[str]:

@@ -12,10 +12,9 @@ from collections import Counter as Tally
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
 
 from ..modeling.errors import DataError
-from .budget import Counter, Fill, Haystack, Question, fill
+from .budget import Ask, Haystack, Question
 
 PEOPLE = ("Mary", "John", "Sandra", "Daniel")
 PLACES = ("bathroom", "bedroom", "garden", "hallway", "kitchen", "office")
@@ -67,6 +66,7 @@ EXAMPLES = {
         ),
     ),
 }
+REPLY = "Answer:"
 FORM = "Answer with the name of one place and a full stop."
 
 
@@ -236,31 +236,22 @@ class Babi:
     def name(self) -> str:
         return f"qa{self.hops}"
 
-    def __call__(
-        self,
-        tokenizer: Any,
-        length: int,
-        rng: random.Random,
-        depth: float | None,
-        haystack: Haystack | None,
-        how: Fill,
-        index: int,
-    ) -> Question:
+    def __call__(self, ask: Ask) -> Question:
         """Sample `index` has the answer PLACES[index % 6]."""
-        made = story(rng, self.hops, PLACES[index % len(PLACES)])
+        rng = ask.rng
+        made = story(rng, self.hops, PLACES[ask.index % len(PLACES)])
         facts = [fact.say(rng.choice(VERBS[fact.action])) for fact in made.facts]
         slots = sorted(rng.random() for _ in facts)
-        count = Counter(tokenizer)
+        count = ask.counter(REPLY)
         shift = rng.random()
-        if length:
-            text = _Background(background(haystack, self.name), shift)
-            body = fill(
+        if ask.length:
+            text = _Background(background(ask.haystack, self.name), shift)
+            body = ask.filled(
                 lambda n: self._prompt(_mixed(text.first(n), facts, slots), made.question),
                 count,
-                length,
                 TOKENS,
-                "grid",  # the last sentence is cut to the budget, whatever the fill
                 name=self.name,
+                how="grid",  # the last sentence is cut to the budget, whatever the fill
             )
         else:
             body = self._prompt(" ".join(facts), made.question)
@@ -285,7 +276,7 @@ class Babi:
         )
         return (
             f"{INSTRUCTION[self.hops]}\n\n{shown}\n\n{FORM}\n\n<context>\n{context}\n</context>\n\n"
-            f"Question: {question}\nAnswer:"
+            f"Question: {question}\n{REPLY}"
         )
 
 

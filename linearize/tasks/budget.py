@@ -7,15 +7,17 @@ the reference implementations, which leave more room.
 
 import bisect
 import hashlib
+import random
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
-from typing import Literal
+from typing import Any, Literal
 
 from ..modeling.errors import DataError
-from .recall import FILLER, Tokenizer, piece, prefix
+from .form import Counter, Form, plain
+from .recall import FILLER
 
 Fill = Literal["grid", "ruler"]
 LEAST_FILL = 0.97  # of the length, in "grid"; with less, two models' lengths would no longer mean the same
@@ -85,27 +87,6 @@ def noise(words: int = 400_000) -> Haystack:
     return Haystack("the filler line, repeated", " ".join([line] * (words // len(line.split()) + 1)), line)
 
 
-class Counter:
-    """Token ids of a whole prompt, opened as the tokenizer opens a text, and never closed."""
-
-    def __init__(self, tokenizer: Tokenizer):
-        self.tokenizer, self.opening = tokenizer, prefix(tokenizer)
-
-    def ids(self, text: str) -> list[int]:
-        return [*self.opening, *self.tokenizer.encode(text, add_special_tokens=False)]
-
-    def __call__(self, text: str) -> int:
-        """Tokens of a prompt."""
-        return len(self.ids(text))
-
-    def depth(self, text: str, needle: str) -> float:
-        """Where `needle` starts, as a share of the tokens of the whole; the last of equal ones."""
-        return self(text[: text.rindex(needle)]) / self(text)
-
-    def continuation(self, text: str) -> list[int]:
-        return piece(self.tokenizer, f" {text}")
-
-
 def largest(cost: Callable[[int], int], room: int, most: int | None = None, step: int = 8) -> int:
     """The largest k from 0 to `most` whose `cost`, which grows with k, is at most `room`; 0 where none is.
 
@@ -138,29 +119,50 @@ def short(name: str, length: int, least: int) -> DataError:
     return DataError(f"{name}: {length} tokens cannot hold its smallest prompt; give {least} or more")
 
 
-def fill(
-    build: Callable[[int], str],
-    count: Counter,
-    length: int,
-    reserve: int,
-    how: Fill,
-    *,
-    name: str,
-    rung: Callable[[int], int] = lambda k: k,
-    extra: int = 0,
-    limit: int | None = None,
-) -> str:
-    """The longest prompt `build(n)` whose tokens and `reserve` stay within `length`.
+@dataclass(frozen=True)
+class Ask:
+    """What one question is made of; its task is not told what else is asked."""
 
-    "grid" takes every n from `rung(0)` on; "ruler" takes `rung(k)`, k = 0, 1, ..., and counts `extra` tokens
-    (of the answers) too, as the reference does. `limit` is the most units that there are.
-    """
-    least = rung(0)
-    size = (lambda k: least + k) if how == "grid" else rung
-    room = length - reserve - (0 if how == "grid" else extra)
-    smallest = count(build(least))
-    if smallest > length - reserve:
-        raise short(name, length, smallest + reserve)
-    most = None if limit is None else largest(size, limit)
-    step = 8 if how == "grid" else 1  # units are small and even, rungs are neither
-    return build(size(largest(lambda k: count(build(size(k))), room, most, step)))
+    tokenizer: Any
+    length: int
+    """Tokens that prompt and answer may take together; 0 is as many as the question alone needs."""
+    rng: random.Random
+    depth: float | None = None
+    """Where the needle shall stand, as a share of the haystack's units; None lets the task draw it."""
+    haystack: Haystack | None = None
+    fill: Fill = "grid"
+    index: int = 0
+    """Of the question in its cell."""
+    form: Form | None = None
+    """None is plain text."""
+
+    def counter(self, reply: str = "") -> Counter:
+        """Of prompts that end with ``reply``, the start of the answer."""
+        return Counter(self.tokenizer, self.form or plain(self.tokenizer), reply)
+
+    def filled(
+        self,
+        build: Callable[[int], str],
+        count: Counter,
+        reserve: int,
+        *,
+        name: str,
+        rung: Callable[[int], int] = lambda k: k,
+        extra: int = 0,
+        limit: int | None = None,
+        how: Fill | None = None,
+    ) -> str:
+        """The longest prompt `build(n)` whose tokens and `reserve` stay within the length.
+
+        "grid" takes every n from `rung(0)` on; "ruler" takes `rung(k)`, k = 0, 1, ..., and counts `extra` tokens
+        (of the answers) too, as the reference does. `limit` is the most units that there are.
+        """
+        grid, least = (how or self.fill) == "grid", rung(0)
+        size = (lambda k: least + k) if grid else rung
+        room = self.length - reserve - (0 if grid else extra)
+        smallest = count(build(least))
+        if smallest > self.length - reserve:
+            raise short(name, self.length, smallest + reserve)
+        most = None if limit is None else largest(size, limit)
+        step = 8 if grid else 1  # units are small and even, rungs are neither
+        return build(size(largest(lambda k: count(build(size(k))), room, most, step)))

@@ -9,14 +9,15 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from ..modeling.errors import DataError
-from .budget import Counter, Fill, Haystack, Question, fill, largest, short
+from .budget import Ask, Haystack, Question, largest, short
 from .recall import FILLER, filler, piece
 from .ruler import Fresh
 from .words import WORDS
 
 PASSKEY_INTRO = "A pass key is hidden in the text below. Remember it; you will be asked for it."
 PASSKEY = "The pass key is {value}. Remember it. {value} is the pass key."
-PASSKEY_QUESTION = "What is the pass key? The pass key is"
+PASSKEY_REPLY = "The pass key is"
+PASSKEY_QUESTION = f"What is the pass key? {PASSKEY_REPLY}"
 TABLE_INTRO = "Each line of this table has a key and its value."
 TABLE_QUESTION = "Find the value of each key in the table."
 SOLVED = 3  # pairs shown with their values before the one that is asked for
@@ -35,28 +36,19 @@ class Passkey:
     low: int = 10_000
     high: int = 99_999
 
-    def __call__(
-        self,
-        tokenizer: Any,
-        length: int,
-        rng: random.Random,
-        depth: float | None,
-        haystack: Haystack | None,
-        how: Fill,
-        index: int,
-    ) -> Question:
+    def __call__(self, ask: Ask) -> Question:
         """The share `depth` of the lines stands before the number; None draws a share."""
-        value = str(rng.randrange(self.low, self.high + 1))
-        share = rng.random() if depth is None else depth
+        value = str(ask.rng.randrange(self.low, self.high + 1))
+        share = ask.rng.random() if ask.depth is None else ask.depth
         needle = PASSKEY.format(value=value)
-        count = Counter(tokenizer)
+        count = ask.counter(PASSKEY_REPLY)
 
         def build(lines: int) -> str:
             before = int(lines * share + 1e-9)
             hay = [FILLER.strip()] * lines
             return "\n".join([PASSKEY_INTRO, *hay[:before], needle, *hay[before:], PASSKEY_QUESTION])
 
-        body = fill(build, count, length, PASSKEY_TOKENS, how, name=self.name)
+        body = ask.filled(build, count, PASSKEY_TOKENS, name=self.name)
         return Question(count.ids(body), (value,), count.depth(body, needle), count.continuation(value))
 
 
@@ -68,22 +60,13 @@ class Table:
     key: Literal["words", "uuids"]
     value: Literal["numbers", "uuids"]
 
-    def __call__(
-        self,
-        tokenizer: Any,
-        length: int,
-        rng: random.Random,
-        depth: float | None,
-        haystack: Haystack | None,
-        how: Fill,
-        index: int,
-    ) -> Question:
+    def __call__(self, ask: Ask) -> Question:
         """As many lines as fit, or the largest power of two of them under "ruler"; `depth` is the line's place."""
-        fresh = Fresh(rng)
-        share, order = rng.random() if depth is None else depth, rng.getrandbits(64)
+        fresh, rng = Fresh(ask.rng), ask.rng
+        share, order = rng.random() if ask.depth is None else ask.depth, rng.getrandbits(64)
         sought, solved = (fresh(self.key), fresh(self.value)), [self._pair(fresh) for _ in range(SOLVED)]
         others = [*solved]
-        count = Counter(tokenizer)
+        count = ask.counter(f"{sought[0]}:")
         shown = "\n".join(f"{key}: {value}" for key, value in solved)
 
         def build(lines: int) -> str:
@@ -95,12 +78,10 @@ class Table:
             body = "\n".join(f"{key}: {value}" for key, value in table)
             return f"{TABLE_INTRO}\n\n{body}\n\n{TABLE_QUESTION}\n\n{shown}\n{sought[0]}:"
 
-        body = fill(
+        body = ask.filled(
             build,
             count,
-            length,
             TABLE_TOKENS,
-            how,
             name=self.name,
             rung=lambda k: ([FEWEST, *ROWS])[k] if k <= len(ROWS) else ROWS[-1] * 2 ** (k - len(ROWS)),
         )
@@ -125,26 +106,18 @@ class Copying:
     kind: Literal["fresh", "natural"]
     size: int
 
-    def __call__(
-        self,
-        tokenizer: Any,
-        length: int,
-        rng: random.Random,
-        depth: float | None,
-        haystack: Haystack | None,
-        how: Fill,
-        index: int,
-    ) -> Question:
-        count = Counter(tokenizer)
-        block = self._block(tokenizer, rng, haystack)
+    def __call__(self, ask: Ask) -> Question:
+        tokenizer, length, count = ask.tokenizer, ask.length, ask.counter()
+        opening, closing = count.opening, count.closing
+        block = self._block(tokenizer, ask.rng, ask.haystack)
         blank = piece(tokenizer, "\n\n")
-        fixed = len(count.opening) + self.size + len(blank) + self.size  # the cue and what follows it
+        fixed = len(opening) + self.size + len(blank) + len(closing) + self.size  # the cue and what follows
         if 0 < length < fixed:
             raise short(self.name, length, fixed)
         gap = filler(tokenizer, length - fixed) if length else []
-        ids = [*count.opening, *block, *gap, *blank, *block[:CUE]]
+        ids = [*opening, *block, *gap, *blank, *closing, *block[:CUE]]
         rest = block[CUE:]
-        return Question(ids, (tokenizer.decode(rest),), len(count.opening) / len(ids), rest)
+        return Question(ids, (tokenizer.decode(rest),), len(opening) / len(ids), rest)
 
     def _block(self, tokenizer: Any, rng: random.Random, haystack: Haystack | None) -> list[int]:
         if self.kind == "fresh":

@@ -24,7 +24,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..modeling.errors import DataError
-from .budget import Counter, Fill, Haystack, Question, fill, largest
+from .budget import Ask, Haystack, Question, largest
+from .form import Counter, plain
 from .recall import FILLER, GIVEAWAYS
 from .words import ADJECTIVES, NOUNS, WORDS
 
@@ -140,19 +141,10 @@ class Niah:
     values: int = 1
     asked: int = 1
 
-    def __call__(
-        self,
-        tokenizer: Any,
-        length: int,
-        rng: random.Random,
-        depth: float | None,
-        haystack: Haystack | None,
-        how: Fill,
-        index: int,
-    ) -> Question:
+    def __call__(self, ask: Ask) -> Question:
         """`depth` places the needle that is asked for; None draws it as RULER does."""
         template, _ = templates("niah")
-        text = self._text(haystack)
+        rng, depth, text = ask.rng, ask.depth, self._text(ask.haystack)
         fresh = Fresh(rng, text.text if text else "")
         pairs = [
             (k, fresh(self.value))
@@ -168,22 +160,20 @@ class Niah:
             needles = [sought, *(needle for needle in needles if needle != sought)]
         where = rng.getrandbits(64)
         others = _Others(self, Fresh(random.Random(rng.getrandbits(64))), set(fresh.seen))
-        count = Counter(tokenizer)
         head, tail, prefix = self._frame(template, queries, len(references))
+        count = ask.counter(prefix)
 
         def build(units: int) -> str:
             hay, joint = self._hay(units, text, others)
             at = self._places(len(hay), len(needles), depth, random.Random(where))
             return f"{head}{_insert(hay, needles, at, joint)}{tail} {prefix}"
 
-        body = fill(
+        body = ask.filled(
             build,
             count,
-            length,
             NIAH_TOKENS,
-            how,
             name=self.name,
-            rung=self._rung(length),
+            rung=self._rung(ask.length),
             extra=len(count.continuation(" ".join(references))),
             limit=text.words if text else None,
         )
@@ -265,32 +255,23 @@ def _insert(hay: list[str], needles: list[str], places: list[int], joint: str) -
     return joint.join(out + hay[done:])
 
 
-def variable_tracking(
-    tokenizer: Any,
-    length: int,
-    rng: random.Random,
-    depth: float | None,
-    haystack: Haystack | None,
-    how: Fill,
-    index: int,
-) -> Question:
+def variable_tracking(ask: Ask) -> Question:
     """VT: one chain of four hops among filler lines, after a solved example of its own; five names to find."""
     template, prefix = templates("vt")
-    count = Counter(tokenizer)
     form = template + prefix
-    solved, names = _Chain(rng, 3, form), _Chain(rng, 5, form)
-    lines = largest(lambda k: count(solved.shown(max(1, 5 * k))), EXAMPLE_TOKENS - VT_TOKENS)
+    solved, names = _Chain(ask.rng, 3, form), _Chain(ask.rng, 5, form)
+    shown = Counter(ask.tokenizer, plain(ask.tokenizer))  # the example is a part of the question
+    lines = largest(lambda k: shown(solved.shown(max(1, 5 * k))), EXAMPLE_TOKENS - VT_TOKENS)
     if not lines:  # fewer than five lines: one more while they fit
-        lines = 1 + largest(lambda k: count(solved.shown(1 + k)), EXAMPLE_TOKENS - VT_TOKENS, 3)
+        lines = 1 + largest(lambda k: shown(solved.shown(1 + k)), EXAMPLE_TOKENS - VT_TOKENS, 3)
         example = solved.shown(lines)
     else:
         example = solved.shown(5 * lines)
-    body = fill(
+    count = ask.counter(names.reply(prefix))
+    body = ask.filled(
         lambda n: example + "\n\n" + names.asked(n).rstrip(),
         count,
-        length,
         VT_TOKENS,
-        how,
         name="vt",
         rung=lambda k: 10 * k if k else 1,
         extra=len(count.continuation(" ".join(names.names))),
@@ -318,24 +299,23 @@ class _Chain:
             hay = [s + "." if s.strip() else s for line in hay for s in line.split(".")]
         at = sorted(random.Random(self.where).sample(range(len(hay)), len(self.lines)))
         context = _insert(hay, self.lines, at, " ").replace(". \n", ".\n")
-        return self.form.format(context=context, query=self.value, num_v=HOPS + 1)
+        return self._filled_in(self.form, context)
+
+    def reply(self, prefix: str) -> str:
+        """The start of the answer, as :meth:`asked` ends."""
+        return self._filled_in(prefix).rstrip()
+
+    def _filled_in(self, form: str, context: str = "") -> str:
+        return form.format(context=context, query=self.value, num_v=HOPS + 1)
 
     def shown(self, noises: int) -> str:
         return f"{self.asked(noises)} {' '.join(self.names)}\n\n"
 
 
-def common_words(
-    tokenizer: Any,
-    length: int,
-    rng: random.Random,
-    depth: float | None,
-    haystack: Haystack | None,
-    how: Fill,
-    index: int,
-) -> Question:
+def common_words(ask: Ask) -> Question:
     """CWE: ten words that a numbered list repeats more often than all others, after a solved list."""
     template, prefix = templates("cwe")
-    count = Counter(tokenizer)
+    rng, length, count = ask.rng, ask.length, ask.counter(prefix)
     often, seldom = (6, 1) if length < SHORT else (30, 3)
     shown = (20, 3, 1) if length < SHORT else (40, 10, 3)
     words = list(WORDS) if length < PAIRS_FROM else [f"{a}-{b}" for a in ADJECTIVES for b in NOUNS]
@@ -344,14 +324,12 @@ def common_words(
     where = rng.getrandbits(64)
     form = template + prefix
     head = form.format(context=example, query="") + " ".join(f"{i}. {w}" for i, w in enumerate(solved, 1))
-    body = fill(
+    body = ask.filled(
         lambda n: (
             f"{head}\n{form.format(context=_numbered(words[:n], often, seldom, random.Random(where))[0], query='')}"
         ),
         count,
-        length,
         CWE_TOKENS,
-        how,
         name="cwe",
         rung=lambda k: 10 * (k + 1),
         extra=len(count.continuation(" ".join(f"{i}. {word}" for i, word in enumerate(words[:10], 1)))),
@@ -367,18 +345,10 @@ def _numbered(words: list[str], often: int, seldom: int, rng: random.Random) -> 
     return " ".join(f"{i}. {word}" for i, word in enumerate(listed, 1)), words[:10]
 
 
-def frequent_words(
-    tokenizer: Any,
-    length: int,
-    rng: random.Random,
-    depth: float | None,
-    haystack: Haystack | None,
-    how: Fill,
-    index: int,
-) -> Question:
+def frequent_words(ask: Ask) -> Question:
     """FWE: invented words by a Zipf law of exponent 2; the second to fourth are asked for, the first is dots."""
     template, prefix = templates("fwe")
-    count = Counter(tokenizer)
+    rng, length, count = ask.rng, ask.length, ask.counter(prefix)
     names: dict[str, None] = {}
     while len(names) < max(4, length // 50):
         names["".join(rng.choices(string.ascii_lowercase, k=6))] = None
@@ -394,12 +364,10 @@ def frequent_words(
     least = length // 6 % step
     while least * 6 / math.pi**2 < 32:  # with fewer, the fifth word may be as frequent as the fourth
         least += step
-    body = fill(
+    body = ask.filled(
         build,
         count,
-        length,
         FWE_TOKENS,
-        how,
         name="fwe",
         rung=lambda k: least + k * step,
     )

@@ -12,7 +12,8 @@ from typing import Any, Literal
 
 from ..modeling.errors import DataError
 from .babi import TOKENS, Babi
-from .budget import LEAST_FILL, Fill, Haystack, Question
+from .budget import LEAST_FILL, Ask, Fill, Haystack, Question
+from .form import Form
 from .passages import CUE, PASSKEY_TOKENS, TABLE_TOKENS, Copying, Passkey, Table
 from .recall import generator
 from .ruler import (
@@ -34,8 +35,7 @@ GRID = tuple(i / 10 for i in range(11))
 COUNTS = {"smoke": 50, "standard": 100, "publication": 500}
 REPORTABLE = 50  # samples, below which a share says too little to be quoted
 
-# tokenizer, length, random numbers, depth, haystack, fill, index -> one question.
-Make = Callable[[Any, int, Any, float | None, Haystack | None, Fill, int], Question]
+Make = Callable[[Ask], Question]
 
 
 @dataclass(frozen=True)
@@ -97,11 +97,13 @@ def questions(
     depths: Sequence[float] = GRID,
     fill: Fill = "grid",
     haystack: Haystack | None = None,
+    form: Form | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[tuple[float | None, Question]]:
     """At least `samples` questions of a cell, with the depth that each was made for; equally many at each depth.
 
-    A depth is None where the task has no single needle, or where "ruler" draws it. `progress` hears (made, all).
+    ``form`` is what stands around each, plain text if not given. A depth is None where the task has no single needle,
+    or where "ruler" draws it. `progress` hears (made, all).
     Raises DataError where the task does not fit, its template is missing, or "grid" fills less than 97 %.
     """
     if samples < 1:
@@ -112,7 +114,8 @@ def questions(
     for index in range(rounds):
         for depth in places:
             rng = generator(task.name, length, index, seed, depth, task.version)
-            made.append((depth, task.make(tokenizer, length, rng, depth, haystack, fill, index)))
+            asked = Ask(tokenizer, length, rng, depth, haystack, fill, index, form)
+            made.append((depth, task.make(asked)))
             if progress is not None:
                 progress(len(made), rounds * len(places))
     filled = sum(tokens_of(task, question) for _, question in made) / len(made)
