@@ -31,6 +31,7 @@ from transformers import GenerationConfig
 
 from ..convert import describe, unconvert
 from ..modeling.attention import attention_mode
+from ..modeling.cache import CACHE
 from ..modeling.errors import EvaluationError, LinearizeError
 from ..modeling.model import write_code
 from ..progress import Progress, Watch
@@ -302,7 +303,7 @@ def _long_way(subject: Subject, train_len: int | None) -> list[Gate]:
         stop = min(at + 1 if stepping else at + STRIDE, *(m for m in [*marks, first] if m > at), end)
         with subject.watched() as layers:
             logits = subject.model(
-                input_ids=subject.ids(1, stop - at), past_key_values=cache, use_cache=True
+                input_ids=subject.ids(1, stop - at), use_cache=True, **{CACHE: cache}
             ).logits[..., : subject.vocab]
         if broken is None:
             odd = [i for i, ys in layers.items() if not all(bool(y.isfinite().all()) for y in ys)]

@@ -23,6 +23,7 @@ import psutil
 import torch
 from torch import nn
 
+from ..modeling.cache import CACHE
 from ..modeling.errors import EvaluationError
 from ..probe import probe
 from ..progress import Progress, Watch
@@ -284,7 +285,7 @@ def _prefill(model: Any, ids: torch.Tensor, runs: int) -> tuple[list[float], int
     kept = []
 
     def read() -> None:
-        kept[:] = [kept_bytes(_read(model, ids).past_key_values)]
+        kept[:] = [kept_bytes(_read(model, ids)[CACHE])]
 
     spent = _times(read, ids.device, runs)
     return spent, kept[0]
@@ -293,12 +294,12 @@ def _prefill(model: Any, ids: torch.Tensor, runs: int) -> tuple[list[float], int
 def _decode(model: Any, ids: torch.Tensor, runs: int) -> tuple[list[float], int]:
     """The last tokens one by one, after a prefill of those before them, which is not timed."""
     steps = min(WARMUPS + runs, ids.shape[1] - 1)
-    cache = _read(model, ids[:, :-steps]).past_key_values
+    cache = _read(model, ids[:, :-steps])[CACHE]
     at = iter(range(ids.shape[1] - steps, ids.shape[1]))
 
     def step() -> None:
         index = next(at)
-        model(input_ids=ids[:, index : index + 1], past_key_values=cache, use_cache=True)
+        model(input_ids=ids[:, index : index + 1], use_cache=True, **{CACHE: cache})
 
     spent = _times(step, ids.device, steps - WARMUPS)
     return spent, kept_bytes(cache)
@@ -401,7 +402,7 @@ def _pace(model: Any, length: int, batch: int) -> tuple[float, float, int, int]:
         last[:] = [_read(model, ids)]
 
     def step() -> None:
-        model(input_ids=ids[:, :1], past_key_values=last[0].past_key_values, use_cache=True)
+        model(input_ids=ids[:, :1], use_cache=True, **{CACHE: last[0][CACHE]})
 
     try:
         with _in_eval_mode([model]):
