@@ -16,7 +16,6 @@ from .modeling.errors import RecipeError
 from .modeling.window import SoftmaxConfig
 from .recipe import Recipe
 
-PLOTS = 4  # the first ones, by name; the others stay in the run's folder
 ASSETS = "assets"
 LICENCE_UNKNOWN = Licence(None, "no recipe names the teacher")
 
@@ -59,12 +58,6 @@ class Source:
         config = json.loads((self.folder / CONFIG).read_text(encoding="utf-8"))
         return list(config["linearize"]["layers"].values())
 
-    @property
-    def plots(self) -> list[Path]:
-        """The run's pictures that go with the card."""
-        found = [path for at in (self.run, self.run / "plots") for path in sorted(at.glob("*.png"))]
-        return found[:PLOTS]
-
 
 def card(
     folder: Path,
@@ -73,8 +66,12 @@ def card(
     licence: Licence = LICENCE_UNKNOWN,
     revision: str | None = None,
     adapter: bool = False,
+    pictures: Mapping[str, str] | None = None,
 ) -> ModelCard:
-    """The card of a student's folder; ``adapter`` where only its adapters and mixers go."""
+    """The card of a student's folder; ``adapter`` where only its adapters and mixers go.
+
+    ``pictures`` maps the names of files below :data:`ASSETS` to what they show.
+    """
     source = Source.of(folder)
     methods = [build_method(layer["method"]) for layer in source.layers]
     method = method_names(m.name for m in methods)
@@ -99,8 +96,8 @@ def card(
         f"{converted} of {len(methods)} attention layers of `{title}` replaced by `{method}` and taught to imitate "
         "the original, with [linearize](https://pypi.org/project/linearize).",
         _usage(repo_id, revision, adapter),
+        *(f"![{_alt(caption)}]({ASSETS}/{name})" for name, caption in (pictures or {}).items()),
         _measured(source, methods),
-        *(f"![{path.stem}]({ASSETS}/{path.name})" for path in source.plots),
         _limits(source, methods, adapter),
         _licence(licence, title),
     ]
@@ -148,6 +145,11 @@ print(tokenizer.decode(model.generate(**prompt, max_new_tokens=40)[0]))
 
 `trust_remote_code` runs the inference code of this repository: read it first. `linearize.load("{repo_id}")` runs
 none of it."""
+
+
+def _alt(caption: str) -> str:
+    """Words that end no link."""
+    return " ".join(caption.translate({ord(mark): "" for mark in "[]()<>`|\\"}).split())
 
 
 def _measured(source: Source, methods: list[Any]) -> str:
