@@ -96,7 +96,7 @@ def card(
         f"{converted} of {len(methods)} attention layers of `{title}` replaced by `{method}` and taught to imitate "
         "the original, with [linearize](https://pypi.org/project/linearize).",
         _usage(repo_id, revision, adapter),
-        *(f"![{_alt(caption)}]({ASSETS}/{name})" for name, caption in (pictures or {}).items()),
+        *_shown(pictures or {}),
         _measured(source, methods),
         _limits(source, methods, adapter),
         _licence(licence, title),
@@ -147,6 +147,15 @@ print(tokenizer.decode(model.generate(**prompt, max_new_tokens=40)[0]))
 none of it."""
 
 
+def _shown(pictures: Mapping[str, str]) -> Iterator[str]:
+    """Two side by side, each under its words."""
+    left = [(_alt(caption), f"{ASSETS}/{name}") for name, caption in pictures.items()]
+    while left:
+        row, left = left[:2], left[2:]
+        heads, rule = " | ".join(alt for alt, _ in row), " | ".join("---" for _ in row)
+        yield f"| {heads} |\n| {rule} |\n| {' | '.join(f'![{alt}]({place})' for alt, place in row)} |"
+
+
 def _alt(caption: str) -> str:
     """Words that end no link."""
     return " ".join(caption.translate({ord(mark): "" for mark in "[]()<>`|\\"}).split())
@@ -175,7 +184,10 @@ def _limits(source: Source, methods: list[Any], adapter: bool) -> str:
         )
     kept = sum(m.name == "softmax" for m in methods)
     if kept:
-        lines.append(f"{kept} layers keep softmax attention and a KV cache that grows with the text.")
+        lines.append(
+            f"{kept} {'layers keep' if kept > 1 else 'layer keeps'} softmax attention and a KV cache that grows with "
+            "the text."
+        )
     lines.append(
         "A state of bounded size cannot hold everything: expect less recall of single facts from far back than the "
         "original has, whatever the perplexity says."

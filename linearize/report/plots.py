@@ -110,7 +110,12 @@ def _lines(
         _draw(axes, line, band, 2**apart)
     if lengths:
         axes.set_xscale("log", base=2)
-        _length_ticks(axes, sorted({value for line in series for value in line.x}))
+        found = sorted({value for line in series for value in line.x})
+        if (
+            len(found) == 1
+        ):  # a single length stands in the middle, and those of several models beside each other
+            axes.set_xlim(found[0] / 2, found[0] * 2)
+        _length_ticks(axes, found)
     values = [value for line in series for value in line.y]
     if log and values and min(values) > 0 and max(values) > NARROW * min(values):
         axes.set_yscale("log")
