@@ -105,9 +105,7 @@ def _finish(name: str, tracker: Any) -> None:
     if (
         name == "trackio"
     ):  # accelerate's leaves the run open to it, and then it says goodbye when the process ends
-        import trackio
-
-        trackio.finish()
+        importlib.import_module("trackio").finish()
     else:
         tracker.finish()
 
