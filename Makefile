@@ -32,11 +32,11 @@ wheel: .venv/test
 matrix:
 	PYTHON=$(PYTHON) bash tests/matrix.sh
 
-# Known vulnerabilities of the versions in constraints.txt; needs the network.
-audit: .venv/test
+# Known vulnerabilities of the versions in constraints.txt; needs a network, and fails as "not run" where none answers.
+audit:
 	$(PYTHON) -m venv .matrix/audit
 	.matrix/audit/bin/python -m pip install -q pip-audit
-	.matrix/audit/bin/pip-audit --no-deps --disable-pip -r constraints.txt
+	.matrix/audit/bin/python tests/audit.py
 
 clean:
 	rm -rf .venv .matrix runs

@@ -16,7 +16,6 @@ from .modeling.errors import RecipeError
 from .modeling.window import SoftmaxConfig
 from .recipe import Recipe
 
-PLOTS = 4  # the first ones, by name; the others stay in the run's folder
 ASSETS = "assets"
 LICENCE_UNKNOWN = Licence(None, "no recipe names the teacher")
 
@@ -67,12 +66,6 @@ class Source:
         config = json.loads((self.folder / CONFIG).read_text(encoding="utf-8"))
         return list(config["linearize"]["layers"].values())
 
-    @property
-    def plots(self) -> list[Path]:
-        """The run's pictures that go with the card."""
-        found = [path for at in (self.run, self.run / "plots") for path in sorted(at.glob("*.png"))]
-        return found[:PLOTS]
-
 
 def card(
     folder: Path,
@@ -81,8 +74,12 @@ def card(
     licence: Licence = LICENCE_UNKNOWN,
     revision: str | None = None,
     adapter: bool = False,
+    pictures: Mapping[str, str] | None = None,
 ) -> ModelCard:
-    """The card of a student's folder; ``adapter`` where only its adapters and mixers go."""
+    """The card of a student's folder; ``adapter`` where only its adapters and mixers go.
+
+    ``pictures`` maps the names of files below :data:`ASSETS` to what they show.
+    """
     source = Source.of(folder)
     methods = [build_method(layer["method"]) for layer in source.layers]
     method = method_names(m.name for m in methods)
@@ -107,8 +104,8 @@ def card(
         f"{converted} of {len(methods)} attention layers of `{title}` replaced by `{method}` and taught to imitate "
         "the original, with [linearize](https://pypi.org/project/linearize).",
         _usage(repo_id, revision, adapter),
+        *_shown(pictures or {}),
         _measured(source, methods),
-        *(f"![{path.stem}]({ASSETS}/{path.name})" for path in source.plots),
         _limits(source, methods, adapter),
         _licence(licence, title),
     ]
@@ -155,6 +152,20 @@ print(tokenizer.decode(model.generate(**prompt, max_new_tokens=40)[0]))
 none of it."""
 
 
+def _shown(pictures: Mapping[str, str]) -> Iterator[str]:
+    """Two side by side, each under its words."""
+    left = [(_alt(caption), f"{ASSETS}/{name}") for name, caption in pictures.items()]
+    while left:
+        row, left = left[:2], left[2:]
+        heads, rule = " | ".join(alt for alt, _ in row), " | ".join("---" for _ in row)
+        yield f"| {heads} |\n| {rule} |\n| {' | '.join(f'![{alt}]({place})' for alt, place in row)} |"
+
+
+def _alt(caption: str) -> str:
+    """Words that end no link."""
+    return " ".join(caption.translate({ord(mark): "" for mark in "[]()<>`|\\"}).split())
+
+
 def _measured(source: Source, methods: list[Any]) -> str:
     table = source.run / "table.md"
     if not table.is_file():
@@ -178,7 +189,10 @@ def _limits(source: Source, methods: list[Any], adapter: bool) -> str:
         )
     kept = sum(m.name == "softmax" for m in methods)
     if kept:
-        lines.append(f"{kept} layers keep softmax attention and a KV cache that grows with the text.")
+        lines.append(
+            f"{kept} {'layers keep' if kept > 1 else 'layer keeps'} softmax attention and a KV cache that grows with "
+            "the text."
+        )
     lines.append(
         "A state of bounded size cannot hold everything: expect less recall of single facts from far back than the "
         "original has, whatever the perplexity says."

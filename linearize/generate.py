@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 
+from .modeling.cache import CACHE
 from .modeling.errors import EvaluationError
 from .state import PromptState
 
@@ -52,7 +53,7 @@ def generate(
             "prompt: it has no tokens, so there is nothing to continue; give at least one word"
         )
     if state is not None:
-        ids, options["past_key_values"] = state.before(ids, max(options.get(k) or 1 for k in COPIES))
+        ids, options[CACHE] = state.before(ids, max(options.get(k) or 1 for k in COPIES))
     # Without a pad token transformers warns and takes the end of sequence; one row needs no padding at all.
     options.setdefault("pad_token_id", _pad_token(model, tokenizer))
     was_training = model.training

@@ -6,6 +6,7 @@ visible before all of it is there. The token is huggingface_hub's alone: it is n
 
 import contextlib
 import json
+import logging
 import re
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -28,6 +29,9 @@ from .licence import licence_of
 from .modeling.errors import HubError
 from .modeling.model import PREFIX
 from .progress import Progress, Watch
+from .report import Picture, available, pictures
+
+logger = logging.getLogger(__name__)
 
 OURS = re.compile(r"[^/]*\.safetensors(\.index\.json)?|" + ASSETS + r"/.*")
 """What a push takes away from the repository where this student does not have it: shards of an earlier one."""
@@ -87,7 +91,12 @@ def push(
     url = f"{api.endpoint}/{repo_id}"
     with _contents(source, adapter_only) as files:
         if "README.md" not in files:
-            made = card(folder, repo_id, licence=licence, revision=revision, adapter=adapter_only)
+            shown = _pictures(source)
+            files |= {f"{ASSETS}/{picture.name}": picture.content for picture in shown}
+            captions = {picture.name: picture.caption for picture in shown}
+            made = card(
+                folder, repo_id, licence=licence, revision=revision, adapter=adapter_only, pictures=captions
+            )
             files["README.md"] = str(made).encode()
         names = sorted(files)
         if not dry_run:
@@ -123,9 +132,22 @@ def _contents(source: Source, adapter_only: bool) -> Iterator[dict[str, Path | b
         certificate = source.run / "certificate.json"
         if certificate.is_file():
             files.setdefault(certificate.name, certificate)
-        for path in source.plots:
-            files[f"{ASSETS}/{path.name}"] = path
         yield files
+
+
+def _pictures(source: Source) -> list[Picture]:
+    """The card's plots, of what was measured; none, and a word why, where they cannot be drawn."""
+    if not source.results:
+        return []
+    if not available():
+        logger.warning("the card goes without plots, which need matplotlib; pip install 'linearize[report]'")
+        return []
+    try:
+        return pictures(source.results)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        what = f"{type(error).__name__}: {error}"
+        logger.warning("the card goes without plots: the results are of another version (%s)", what)
+        return []
 
 
 def _upload(

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from .loading import load
+from .modeling.cache import CACHE
 from .modeling.errors import EvaluationError
 from .state import PromptState
 from .state import load as load_state
@@ -68,7 +69,7 @@ def go_on_from(state: PromptState, model: Any, bos: int | None = None) -> None:
     def going_on(input_ids: torch.Tensor, attention_mask: Any = None, **options: Any) -> torch.Tensor:
         skip = int(bos is not None and input_ids.shape[1] > 1 and bool((input_ids[:, 0] == bos).all()))
         whole, cache = state.before(input_ids[:, skip:])
-        made = generate(whole, attention_mask=torch.ones_like(whole), past_key_values=cache, **options)
+        made = generate(whole, attention_mask=torch.ones_like(whole), **{CACHE: cache}, **options)
         return torch.cat([input_ids, made[:, whole.shape[1] :]], 1)
 
     model.generate = going_on

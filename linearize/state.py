@@ -29,6 +29,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from .files import sha256_of_tensor
+from .modeling.cache import CACHE
 from .modeling.errors import CheckpointError, EvaluationError
 from .progress import Progress, Watch
 from .provenance import origin
@@ -130,7 +131,7 @@ def read(model: Any, tokenizer: Any, text: str, *, progress: Watch | None = None
     cache, done = DynamicCache(config=model.config), 0
     try:
         for part in ids.split(CHUNK, dim=1):
-            model.base_model(part, past_key_values=cache, use_cache=True)
+            model.base_model(part, use_cache=True, **{CACHE: cache})
             done += part.shape[1]
             if progress is not None:
                 progress(Progress("read", done, ids.shape[1]))
@@ -262,7 +263,7 @@ def _empty_layers(model: Any) -> list[Any]:
     was_training = model.training
     model.eval()
     try:
-        model.base_model(token, past_key_values=cache, use_cache=True)
+        model.base_model(token, use_cache=True, **{CACHE: cache})
     finally:
         model.train(was_training)
     return cache.layers

@@ -11,8 +11,9 @@ import hashlib
 import importlib.util
 import json
 import os
+import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +85,8 @@ def tracked(
         if not at.metrics:
             return
         if not trackers:
-            trackers.update({name: _start(name, folder, recipe) for name in names})
+            with redirect_stdout(sys.stderr):  # which they would talk on
+                trackers.update({name: _start(name, folder, recipe) for name in names})
         values = {f"{at.phase}/{key}": value for key, value in at.metrics.items()}
         for name, tracker in trackers.items():
             # The others count by themselves, and refuse to go back: the second stage begins at 0 again.
@@ -94,11 +96,22 @@ def tracked(
     try:
         yield watch
     finally:
-        for tracker in trackers.values():
-            tracker.finish()
+        with redirect_stdout(sys.stderr):
+            for name, tracker in trackers.items():
+                _finish(name, tracker)
+
+
+def _finish(name: str, tracker: Any) -> None:
+    if (
+        name == "trackio"
+    ):  # accelerate's leaves the run open to it, and then it says goodbye when the process ends
+        importlib.import_module("trackio").finish()
+    else:
+        tracker.finish()
 
 
 def _start(name: str, folder: Path, recipe: Mapping[str, Any]) -> Any:
+    from accelerate import PartialState
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
     where = folder.resolve()
@@ -108,6 +121,7 @@ def _start(name: str, folder: Path, recipe: Mapping[str, Any]) -> Any:
         "wandb": {"run_name": PROJECT, "name": where.name, "dir": str(where), "id": again, "resume": "allow"},
         "trackio": {"run_name": PROJECT, "name": where.name, "resume": "allow"},
     }
+    PartialState()  # asked for by two of them; training has made it already
     try:
         tracker = LOGGER_TYPE_TO_CLASS[name](**how[name])
         tracker.start()

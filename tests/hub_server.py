@@ -13,6 +13,7 @@ import urllib.parse
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import NamedTuple
 
 import yaml
 
@@ -31,8 +32,18 @@ class Repository:
         return commit, self.commits.get(commit)
 
 
+class Exchange(NamedTuple):
+    """One request: bytes sent with it and bytes of the answer; status 0 where the connection was cut."""
+
+    method: str
+    path: str
+    status: int
+    sent: int
+    answered: int
+
+
 class Hub(ThreadingHTTPServer):
-    """The state of the server, and what it was asked: ``requests`` holds "METHOD path" of each."""
+    """The state of the server, and what it was asked: ``log`` holds every request with its answer."""
 
     daemon_threads = True
 
@@ -40,7 +51,7 @@ class Hub(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.repositories: dict[str, Repository] = {}
         self.stored: dict[str, bytes] = {}
-        self.requests: list[str] = []
+        self.log: list[Exchange] = []
         self.sent: list[str] = []
         """sha256 of every large file whose upload was finished."""
         self.drop = None
@@ -95,9 +106,15 @@ class Handler(BaseHTTPRequestHandler):
         for name, value in headers.items():
             self.send_header(name.replace("_", "-"), value)
         self.send_header("Content-Length", str(len(body)))
+        self.note(status, 0 if self.command == "HEAD" else len(body))
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(body)
+
+    def note(self, status, answered):
+        """What comes behind a question mark may be a signature."""
+        sent = int(self.headers.get("Content-Length") or 0)
+        self.server.log.append(Exchange(self.command, self.path.partition("?")[0], status, sent, answered))
 
     def refuse(self, status, code, message):
         self.answer(status, {"error": message}, X_Error_Code=code, X_Error_Message=message)
@@ -121,7 +138,6 @@ class Handler(BaseHTTPRequestHandler):
         self.do_GET()
 
     def do_GET(self):
-        self.server.requests.append(f"{self.command} {self.path}")
         url = urllib.parse.urlsplit(self.path)
         parts = [urllib.parse.unquote(part) for part in url.path.strip("/").split("/")]
         if parts[0] == "cdn":
@@ -171,10 +187,10 @@ class Handler(BaseHTTPRequestHandler):
         )
 
     def do_PUT(self):
-        self.server.requests.append(f"PUT {self.path}")
         digest, length = self.path.partition("?")[0].split("/")[2], int(self.headers["Content-Length"])
         if digest == self.server.drop:
             self.rfile.read(length // 2)
+            self.note(0, 0)
             self.close_connection = True
             self.connection.close()
             return
@@ -186,7 +202,6 @@ class Handler(BaseHTTPRequestHandler):
         self.answer(200, {})
 
     def do_POST(self):
-        self.server.requests.append(f"POST {self.path}")
         url, sent = urllib.parse.urlsplit(self.path).path, self.body()
         if not self.may_write():
             return

@@ -172,7 +172,7 @@ BAD_INPUT = {
     "encoder": (encoder, "bert is an encoder"),
     "encoder-decoder": (encoder_decoder, "t5 is an encoder-decoder"),
     "unsupported family: bloom": (family("bloom"), "bloom:"),
-    "unsupported family: gptj": (family("gptj"), "gptj:"),
+    "unsupported family: mpt": (family("mpt"), "mpt:"),
     "unknown method": (
         lambda f: run(f, "--method", "lolcat"),
         "method.name: 'lolcat' is unknown; did you mean",

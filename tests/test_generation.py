@@ -11,6 +11,7 @@ from transformers import DynamicCache
 
 from linearize.convert import convert
 from linearize.modeling.attention import LinearMask, attention_mode
+from linearize.modeling.cache import CACHE, cache_in
 from linearize.modeling.errors import LinearizeError
 from linearize.modeling.lawcat import LawcatConfig
 from linearize.modeling.liger import LigerConfig
@@ -203,6 +204,15 @@ def test_softmax_mode_generates_with_a_static_cache(family):
     expected = generate(model, x, mask, **kwargs)
     with attention_mode("softmax"):
         assert torch.equal(generate(convert(model, CONFIGS["sliding"]), x, mask, **kwargs), expected)
+
+
+def test_a_cache_is_known_by_what_it_is_and_not_by_its_name():
+    """gpt2 and gpt_neox call it otherwise than the others, and transformers 5.24 otherwise than 5.23."""
+    cache = DynamicCache()
+    for name in ("past_key_values", "layer_past", "cache", "whatever_is_next"):
+        assert cache_in({"hidden_states": torch.ones(1), name: cache, "use_cache": True}) is cache
+    assert cache_in({"hidden_states": torch.ones(1), "cache": None}) is None
+    assert student()(ids(1, 3), use_cache=True)[CACHE].get_seq_length() == 3
 
 
 def test_packed_documents_cannot_share_a_cache():

@@ -473,6 +473,34 @@ def test_a_small_file_that_unpacks_to_very_much_is_not_unpacked(tmp_path, monkey
         list(sources.texts(str(path), "text", None))
 
 
+def test_a_small_parquet_file_that_unpacks_to_very_much_is_not_unpacked(tmp_path, monkeypatch):
+    import pyarrow
+    from pyarrow import parquet
+
+    def said(expected, **columns):
+        path = tmp_path / "bomb.parquet"
+        parquet.write_table(pyarrow.table(columns), path, compression="zstd", write_statistics=False)
+        monkeypatch.setattr(sources, "UNPACKED", 2**20)
+        assert path.stat().st_size * sources.TIMES < 2**20
+        with pytest.raises(DataError, match=expected) as caught:
+            list(sources.texts(str(path), "text", None))
+        assert "\n" not in str(caught.value)
+
+    much = r"unpacks to more than .* times its size"
+    said(much, text=["a" * 2**22])  # one page that says how large it is
+    said(much, text=pyarrow.array(["a" * 2000] * 9999).dictionary_encode())  # one text, said again and again
+    said("is not text but list", text=[[0, 1]])
+
+
+def test_archives_of_files_are_not_opened(tmp_path):
+    for name in ("a.zip", "a.tar", "a.tar.gz", "a.tgz", "a.txt.zst", "a.jsonl.bz2", "a.parquet.gz", "a.7z"):
+        (tmp_path / name).write_bytes(b"PK")
+        with pytest.raises(DataError, match="not a text file that can be read"):
+            list(sources.texts(str(tmp_path / name), "text", None))
+    with pytest.raises(DataError, match="the folder has no"):
+        list(sources.texts(str(tmp_path), "text", None))
+
+
 def test_a_chat_template_that_fails_is_one_line(tmp_path, tokenizer):
     path = tmp_path / "my.jsonl"
     path.write_text('{"instruction": "a", "output": "b"}\n')

@@ -13,6 +13,7 @@ import pytest
 import torch
 from hub_server import READER, TOKEN, Repository, serving
 from huggingface_hub import ModelCard, constants
+from recorded_run import make_run
 from safetensors.torch import load_file
 from tiny import tiny
 from typer.testing import CliRunner
@@ -111,6 +112,25 @@ def test_the_card_says_when_the_student_is_not_as_it_was_measured(tmp_path):
     )
     assert "| measured |" in before and "set anew" not in before
     assert "set anew" in after
+
+
+def test_a_card_that_cannot_have_plots_says_why(student, monkeypatch, caplog):
+    record = json.loads((make_run(student.parent / "recorded") / "results.json").read_text())
+    odd = record["results"]["recall"][0] | {"task": "../x](y) <b>"}
+    results = record["results"] | {"recall": [odd], "likelihood": {}}
+    (student.parent / "table.md").write_text("| measured |\n")
+
+    def assets(tree):
+        (student.parent / "results.json").write_text(json.dumps({"results": tree}))
+        return [name for name in push(student, "me/mine", dry_run=True).files if "/" in name]
+
+    assert assets(results) == ["assets/memory.png", "assets/recall-x-y-b.png"]
+    assert not caplog.messages
+    assert assets(results | {"recall": [{"of": "another version"}]}) == []
+    assert "the results are of another version" in caplog.text
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert assets(results) == []
+    assert "which need matplotlib; pip install 'linearize[report]'" in caplog.text
 
 
 def test_an_incomplete_certificate_comes_first_and_its_results_are_in_the_hubs_format(student):
@@ -274,13 +294,23 @@ torch.save(model(torch.arange(3, 90)[None]).logits, "logits.pt")
 
 def test_there_and_back_again(finished, hub, tmp_path):
     """Pushed, then loaded by the card's own words in a process without this package, bit-equal; then measured."""
-    (finished / "curve.png").write_bytes(b"\x89PNG")
+    planned = push(finished, "me/mine", dry_run=True).files
     pushed = CliRunner().invoke(app, ["push", str(finished), "me/mine", "--json"])
     assert pushed.exit_code == 0, pushed.output
     said = json.loads(pushed.stdout.splitlines()[-1])
-    assert {"assets/curve.png", "recipe.yaml", "README.md", "tokenizer.json"} <= set(said["files"])
-    read = ModelCard(hub.repositories["me/mine"].files("main")[1]["README.md"].decode())
-    assert read.data.license == "cc0-1.0" and "![curve](assets/curve.png)" in read.text
+    assert {"recipe.yaml", "README.md", "tokenizer.json"} <= set(said["files"])
+    there = hub.repositories["me/mine"].files("main")[1]
+    assert planned == said["files"] == sorted(there)
+    read = ModelCard(there["README.md"].decode())
+    assert read.data.license == "cc0-1.0"
+    shown = re.findall(r"!\[[^]]+\]\((.*?)\)", read.text)
+    assert shown == [
+        f"assets/{name}.png" for name in ("recall-passkey", "recall-number-in-text", "kl", "memory")
+    ]
+    assert all(there[name].startswith(b"\x89PNG\r\n") for name in shown)
+    before = len(hub.repositories["me/mine"].commits)
+    push(finished, "me/mine")  # the same pictures, byte for byte: nothing to commit
+    assert len(hub.repositories["me/mine"].commits) == before
     assert {"perplexity", "accuracy"} <= {result.metric_type for result in read.data.eval_results}
     snippet = re.findall(r"```python\n(.*?)```", read.text, re.DOTALL)[0]
     environment = {

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import sqlite3
 from types import SimpleNamespace
 
 import pytest
@@ -232,14 +233,38 @@ def test_trackers_hear_every_reading_and_are_finished(monkeypatch, tmp_path):
         watch(Progress("transfer", 10, 20, metrics={"loss": 0.5}))
 
 
-@pytest.mark.skipif(importlib.util.find_spec("tensorboard") is None, reason="tensorboard is not installed")
-@pytest.mark.filterwarnings("ignore")
-def test_tensorboard_reads_what_was_tracked(tmp_path):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    with tracking.tracked(["tensorboard"], tmp_path, {"seed": 3}, None) as watch:
+def tracked_by(name, folder):
+    """By the real package, where it is installed; what it keeps goes below the folder."""
+    pytest.importorskip(name, reason=f"{name} is not installed: pip install 'linearize[tracking]'")
+    with tracking.tracked([name], folder, {"seed": 3}, None) as watch:
         for done in (10, 20):
             watch(Progress("transfer", done, 20, metrics={"loss": done / 2}))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_wandb_keeps_what_was_tracked_without_a_network(tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    tracked_by("wandb", tmp_path)
+    (kept,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    assert b"transfer/loss" in kept.read_bytes()
+    assert capfd.readouterr().out == ""  # which belongs to results
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_trackio_keeps_what_was_tracked_on_this_machine(tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "kept"))
+    tracked_by("trackio", tmp_path)
+    with sqlite3.connect(tmp_path / "kept" / "linearize.db") as kept:
+        rows = [json.loads(row) for (row,) in kept.execute("select metrics from metrics order by id")]
+    assert [row["transfer/loss"] for row in rows if "transfer/loss" in row] == [5.0, 10.0]
+    assert capfd.readouterr().out == ""
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_tensorboard_reads_what_was_tracked(tmp_path):
+    tracked_by("tensorboard", tmp_path)
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
     events = EventAccumulator(str(tmp_path / "tracking"))
     events.Reload()
     assert [(e.step, e.value) for e in events.Scalars("transfer/loss")] == [(10, 5.0), (20, 10.0)]

@@ -61,7 +61,7 @@ FAMILIES: dict[str, dict] = {
 }
 UNSUPPORTED: dict[str, dict] = {
     "bloom": dict(vocab_size=97, hidden_size=32, n_layer=2, n_head=4),
-    "gptj": dict(vocab_size=97, n_embd=32, n_layer=2, n_head=4, rotary_dim=4, n_positions=64),
+    "mpt": dict(vocab_size=97, d_model=32, n_layers=2, n_heads=4, max_seq_len=64),
 }
 
 

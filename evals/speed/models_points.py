@@ -13,6 +13,8 @@ import measure
 import torch
 from measure import one_line, significant
 
+from linearize.modeling.cache import CACHE
+
 UNMASKED = "speed_unmasked"  # attention over every slot of a cache, which is then full
 
 
@@ -54,7 +56,7 @@ def measured(call: Callable[[], Any]) -> dict[str, Any]:
     compiled and loaded what it needs."""
     kept: list[int] = []
     start = time.perf_counter()
-    peak = measure.peak_mib(lambda: kept.append(bytes_of(call().past_key_values)))
+    peak = measure.peak_mib(lambda: kept.append(bytes_of(call()[CACHE])))
     first = 1000 * (time.perf_counter() - start)
     spent = [first] if first > 4000 else [clock(call) for _ in range(1 if first > 1500 else 3)]
     found = {"ms": significant(statistics.median(spent)), "calls": len(spent), "kept_bytes": kept[0]}
@@ -218,7 +220,7 @@ def step_of_student(model: Any, batch: int, context: int) -> dict[str, Any]:
     cache = StaticCache(config=model.config, max_cache_len=context + 64 * STEPS)
     ids = tokens(model, batch, context)
     with torch.no_grad():
-        model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        model(ids, use_cache=True, **{CACHE: cache}, logits_to_keep=1)
     found = time_steps(model, cache, batch, context, lambda: None)
     return found | {"kept_bytes": bytes_of(cache)}
 
@@ -229,7 +231,7 @@ def time_steps(model: Any, cache: Any, batch: int, length: int, rewind: Callable
     positions = torch.full_like(ids, length)
 
     def step() -> Any:
-        return model(ids, position_ids=positions, past_key_values=cache, use_cache=True).logits
+        return model(ids, position_ids=positions, use_cache=True, **{CACHE: cache}).logits
 
     def series(one: Callable[[], Any], rounds: int) -> float:
         spent = []
@@ -247,7 +249,7 @@ def time_steps(model: Any, cache: Any, batch: int, length: int, rewind: Callable
             try:
                 rewind()
                 inputs = {"input_ids": ids, "position_ids": positions}
-                inputs |= {"past_key_values": cache, "use_cache": True}
+                inputs |= {CACHE: cache, "use_cache": True}
                 replay = recorded(model, inputs, step)
                 rewind()
                 replay()

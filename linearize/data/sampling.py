@@ -12,6 +12,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from ..interrupt import Stopped, asked
+from ..modeling.cache import CACHE
 from ..modeling.errors import DataError
 from ..progress import Progress, Watch
 from .pool import Pool, write_arrays
@@ -153,9 +154,8 @@ def _sample(
     out[:, : first.shape[1]] = first
     new = first
     for step in range(first.shape[1], row_len):
-        logits = model(input_ids=new, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[
-            :, -1, :vocab
-        ]
+        made = model(input_ids=new, use_cache=True, logits_to_keep=1, **{CACHE: cache})
+        logits = made.logits[:, -1, :vocab]
         probabilities = (logits.float() / temperature).softmax(-1)
         if top_p < 1:
             probabilities = _nucleus(probabilities, top_p)

@@ -19,6 +19,7 @@ BATCH = 64  # chunks; a fast tokenizer works on them in parallel
 OPENERS = {".gz": gzip.open, ".xz": lzma.open}
 UNPACKED, TIMES = 64 * 2**20, 200
 """Characters that any packed file may unpack to, and how many times its size beyond them; text packs to a tenth."""
+ROWS = 65536  # of a parquet file, read at a time
 XZ_MEMORY = 256 * 2**20  # bytes; xz -9 asks for 65 MiB, a header may ask for 4 GiB
 FORMATS = (".txt", ".jsonl", ".parquet")
 
@@ -230,8 +231,7 @@ def _open(file: Path) -> IO[str]:
 def _pieces_of(file: Path) -> Iterator[str]:
     """The text of a file in pieces; a small file that unpacks to very much is given up on the way."""
     packed = file.suffix.lower() in OPENERS
-    limit = max(UNPACKED, TIMES * file.stat().st_size)
-    total = 0
+    limit, total = _most(file), 0
     try:
         if file.suffix.lower() == ".xz":
             with file.open("rb") as raw:
@@ -240,9 +240,7 @@ def _pieces_of(file: Path) -> Iterator[str]:
             while piece := stream.read(2**20):
                 total += len(piece)
                 if packed and total > limit:
-                    raise DataError(
-                        f"{file}: unpacks to more than {TIMES} times its size; unpack it yourself if it is meant"
-                    )
+                    raise _too_much(file)
                 yield piece
     except UnicodeDecodeError as error:
         raise DataError(f"{file}: not UTF-8 text (byte {error.start}); convert it first") from None
@@ -250,6 +248,17 @@ def _pieces_of(file: Path) -> Iterator[str]:
         raise DataError(
             f"{file}: cannot be read ({error or type(error).__name__}); fetch the file again"
         ) from None
+
+
+def _most(file: Path) -> int:
+    """Characters that a packed file may unpack to."""
+    return max(UNPACKED, TIMES * file.stat().st_size)
+
+
+def _too_much(file: Path) -> DataError:
+    return DataError(
+        f"{file}: unpacks to more than {TIMES} times its size; unpack it yourself if it is meant"
+    )
 
 
 def _read(file: Path) -> str:
@@ -289,18 +298,39 @@ def _records(file: Path, fields: tuple[str, ...]) -> Iterator[tuple[dict[str, An
 
 
 def _parquet(file: Path, fields: tuple[str, ...]) -> Iterator[tuple[dict[str, Any], str]]:
+    """A column of one text said a million times packs to almost nothing: it is read in batches that stay small even if
+    every row held all that its part of the file unpacks to, and counted like a stream."""
     import pyarrow
     from pyarrow import parquet
 
+    limit, total = _most(file), 0
     try:
         table = parquet.ParquetFile(file)
         _require(dict.fromkeys(table.schema_arrow.names), fields, str(file))
-        for batch in table.iter_batches(columns=list(fields)):
-            yield from ((record, str(file)) for record in batch.to_pylist())
+        for name in fields:
+            kind = table.schema_arrow.field(name).type
+            if pyarrow.types.is_nested(kind):
+                raise DataError(f"{file}: field {name!r} is not text but {kind}; name a text field")
+        largest = max((_unpacked(table.metadata, i, fields) for i in range(table.num_row_groups)), default=0)
+        if largest > limit:
+            raise _too_much(file)
+        rows = max(1, min(ROWS, limit // max(1, largest)))
+        for batch in table.iter_batches(columns=list(fields), batch_size=rows):
+            for record in batch.to_pylist():
+                total += sum(len(value) for value in record.values() if isinstance(value, str))
+                if total > limit:
+                    raise _too_much(file)
+                yield record, str(file)
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(
             f"{file}: not a parquet file ({str(error).splitlines()[0]}); fetch it again"
         ) from None
+
+
+def _unpacked(metadata: Any, group: int, fields: tuple[str, ...]) -> int:
+    """Bytes of these columns in one row group, as the file says."""
+    columns = map(metadata.row_group(group).column, range(metadata.num_columns))
+    return sum(column.total_uncompressed_size for column in columns if column.path_in_schema in fields)
 
 
 def _require(record: dict[str, Any], fields: tuple[str, ...], where: str) -> None:

@@ -19,6 +19,7 @@ from transformers import DynamicCache
 from transformers.modeling_outputs import CausalLMOutput
 
 from ..modeling.attention import ablation
+from ..modeling.cache import CACHE
 from .likelihood import TEACHER, Likelihood, compare
 from .recall import GATE, Cell
 from .statistics import Interval, bootstrap
@@ -190,10 +191,10 @@ class _Ablated(nn.Module):
         cache, half = DynamicCache(config=self.student.config), input_ids.shape[1] // 2
         if not half:
             return self.student(input_ids=input_ids, use_cache=False)
-        context = self.student(input_ids=input_ids[:, :half], past_key_values=cache, use_cache=True).logits
+        context = self.student(input_ids=input_ids[:, :half], use_cache=True, **{CACHE: cache}).logits
         for index in self.layers:
             cache.layers[index].forget()
-        rest = self.student(input_ids=input_ids[:, half:], past_key_values=cache, use_cache=True).logits
+        rest = self.student(input_ids=input_ids[:, half:], use_cache=True, **{CACHE: cache}).logits
         return CausalLMOutput(logits=torch.cat([context, rest], 1))  # type: ignore[arg-type]
 
 

@@ -6,6 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from ..convert import describe
+from ..modeling.cache import CACHE
 from .gate import FAILED, NOT_RUN, PASSED, Gate
 from .one_function import NEW_TOKENS, room
 from .subject import Subject
@@ -27,7 +28,7 @@ def long_way(subject: Subject, train_len: int | None) -> list[Gate]:
         stop = min(at + 1 if stepping else at + STRIDE, *(m for m in [*marks, first] if m > at), end)
         with subject.watched() as layers:
             logits = subject.model(
-                input_ids=subject.ids(1, stop - at), past_key_values=cache, use_cache=True
+                input_ids=subject.ids(1, stop - at), use_cache=True, **{CACHE: cache}
             ).logits[..., : subject.vocab]
         if broken is None:
             odd = [i for i, ys in layers.items() if not all(bool(y.isfinite().all()) for y in ys)]

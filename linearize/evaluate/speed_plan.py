@@ -9,6 +9,7 @@ import psutil
 import torch
 from torch import nn
 
+from ..modeling.cache import CACHE
 from ..modeling.errors import EvaluationError
 from ..probe import probe
 from .likelihood import TEACHER
@@ -133,7 +134,7 @@ def _pace(model: Any, length: int, batch: int) -> tuple[float, float, int, int]:
         last[:] = [read_prompt(model, ids)]
 
     def step() -> None:
-        model(input_ids=ids[:, :1], past_key_values=last[0].past_key_values, use_cache=True)
+        model(input_ids=ids[:, :1], use_cache=True, **{CACHE: last[0][CACHE]})
 
     try:
         with in_eval_mode([model]):

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from ..modeling.cache import CACHE
+
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 2e-2}
 """The one table, by the dtype of the checkpoint; nothing relaxes it."""
 AGREEMENT = 0.99
@@ -87,7 +89,7 @@ class Subject:
                 stop = start + piece
                 terms: dict[str, Any] = {"use_cache": bool(pieces)}
                 if pieces:
-                    terms["past_key_values"] = cache
+                    terms[CACHE] = cache
                 if mask is not None:
                     positions = (mask.cumsum(1) - 1).clamp_min(0)
                     terms |= {"attention_mask": mask[:, :stop], "position_ids": positions[:, start:stop]}

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ..modeling.cache import CACHE
 from .points import WARMUPS
 
 FEWEST = 3
@@ -43,7 +44,7 @@ def prefill(model: Any, ids: torch.Tensor, runs: int) -> tuple[list[float], int]
     kept = []
 
     def read() -> None:
-        kept[:] = [kept_bytes(read_prompt(model, ids).past_key_values)]
+        kept[:] = [kept_bytes(read_prompt(model, ids)[CACHE])]
 
     spent = _times(read, ids.device, runs)
     return spent, kept[0]
@@ -52,12 +53,12 @@ def prefill(model: Any, ids: torch.Tensor, runs: int) -> tuple[list[float], int]
 def decode(model: Any, ids: torch.Tensor, runs: int) -> tuple[list[float], int]:
     """The last tokens one by one, after a prefill of those before them, which is not timed."""
     steps = min(WARMUPS + runs, ids.shape[1] - 1)
-    cache = read_prompt(model, ids[:, :-steps]).past_key_values
+    cache = read_prompt(model, ids[:, :-steps])[CACHE]
     at = iter(range(ids.shape[1] - steps, ids.shape[1]))
 
     def step() -> None:
         index = next(at)
-        model(input_ids=ids[:, index : index + 1], past_key_values=cache, use_cache=True)
+        model(input_ids=ids[:, index : index + 1], use_cache=True, **{CACHE: cache})
 
     spent = _times(step, ids.device, steps - WARMUPS)
     return spent, kept_bytes(cache)

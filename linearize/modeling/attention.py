@@ -24,7 +24,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .backend import reference_only
-from .cache import cache_layer, keys_layer
+from .cache import cache_in, cache_layer, keys_layer
 from .errors import ConversionError, LinearizeError
 from .mixer import Fit, Mixer, MixerInput, Rows, rows_of
 
@@ -203,7 +203,7 @@ class LinearAttention(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         call = dict(zip(self.argument_names, args, strict=False)) | kwargs
         mask, rope = call.get("attention_mask"), call.get("position_embeddings")
-        cache = call.get("past_key_values", call.get("layer_past"))
+        cache = cache_in(call)
         linear = _mode_of(mask).name == "linear"
         if cache is not None:
             (cache_layer if linear else keys_layer)(cache, self.layer_idx)

@@ -1,15 +1,22 @@
 """One layer of transformers' cache that holds a mixer's state; the same class serves every method."""
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import CacheLayerMixin
+from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .backend import interpreted
 from .errors import LinearizeError
 
+CACHE = next(
+    f.name for f in dataclasses.fields(CausalLMOutputWithPast) if f.name in ("cache", "past_key_values")
+)
+"""What a cache is called in the arguments and outputs of models: ``past_key_values``, and ``cache`` since
+transformers 5.24."""
 ROLLBACK = 128
 """Newest tokens that stay droppable while a cache records its past (assisted decoding)."""
 
@@ -174,6 +181,11 @@ class StateLayer(CacheLayerMixin):
         """Nothing: the state never left."""
 
 
+def cache_in(call: Mapping[str, Any]) -> Any:
+    """The cache among an attention module's arguments, by what it is: families and versions name it differently."""
+    return next((value for value in call.values() if isinstance(value, Cache)), None)
+
+
 def cache_layer(cache: Any, index: int) -> Any:
     """The state layer of ``cache`` at ``index``, put in the place of an empty ordinary one on first use.
 
@@ -187,7 +199,7 @@ def cache_layer(cache: Any, index: int) -> Any:
         return layer
     if layer.is_initialized and int(layer.get_seq_length()) > 0:
         raise LinearizeError(
-            f"past_key_values: layer {index} holds softmax keys of {int(layer.get_seq_length())} tokens; "
+            f"{CACHE}: layer {index} holds softmax keys of {int(layer.get_seq_length())} tokens; "
             "start a new cache after switching the attention mode"
         )
     cache.layers[index] = StateLayer(layer)
@@ -206,7 +218,7 @@ def keys_layer(cache: Any, index: int) -> None:
     layer = cache.layers[index]
     if int(layer.get_seq_length()) > 0:
         raise LinearizeError(
-            f"past_key_values: layer {index} holds a state of {int(layer.get_seq_length())} tokens, not softmax keys; "
+            f"{CACHE}: layer {index} holds a state of {int(layer.get_seq_length())} tokens, not softmax keys; "
             "start a new cache after switching the attention mode"
         )
     cache.layers[index] = layer.template

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .attention import MODE, Mode
+from .cache import CACHE
 
 STEP = Mode("linear", None, True)
 
@@ -76,7 +77,7 @@ class StepGraph:
             return self._run()
         for name, place in self._places.items():
             place.copy_(inputs[name], non_blocking=True)
-        for layer in _states(inputs["past_key_values"]):
+        for layer in _states(inputs[CACHE]):
             layer.advance()
         return self._run()
 
@@ -88,8 +89,8 @@ class StepGraph:
                 continue
             if isinstance(value, Tensor):
                 value = (value.shape, value.dtype, value.device)
-            fixed[name] = id(value) if name == "past_key_values" else value
-        layers = inputs["past_key_values"].layers
+            fixed[name] = id(value) if name == CACHE else value
+        layers = inputs[CACHE].layers
         states = [
             layer.state if hasattr(layer, "state") else getattr(layer, "keys", None) for layer in layers
         ]
@@ -100,7 +101,7 @@ class StepGraph:
 
     def _record(self, inputs: dict[str, Any], step: Any) -> bool:
         """Record the step; False, said once, where something in it cannot be."""
-        cache, mask = inputs["past_key_values"], inputs.get("attention_mask")
+        cache, mask = inputs[CACHE], inputs.get("attention_mask")
         layers = _states(cache)
         if not all(layer.in_place for layer in layers):
             return self._refuse("a state is not written in place")
@@ -152,7 +153,7 @@ def record(function: Callable[[], Any]) -> Callable[[], Any]:
 
 
 def _is_step(inputs: dict[str, Any]) -> bool:
-    ids, cache = inputs.get("input_ids"), inputs.get("past_key_values")
+    ids, cache = inputs.get("input_ids"), inputs.get(CACHE)
     wants_more = any(inputs.get(name) for name in ("output_attentions", "output_hidden_states", "labels"))
     mask = inputs.get("attention_mask")
     return (

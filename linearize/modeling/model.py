@@ -29,7 +29,7 @@ from transformers.conversion_mapping import (
 )
 
 from .attention import MODE, NAME, attach, base_attention, detach
-from .cache import cache_layer
+from .cache import CACHE, cache_layer
 from .errors import CheckpointError
 from .graph import StepGraph, why_no_graph
 from .mixer import Geometry, Method, MethodConfig, Mixer
@@ -91,7 +91,7 @@ class LinearModel(PreTrainedModel if TYPE_CHECKING else object):
         self, generation_config: Any, model_kwargs: dict, *args: Any, **kwargs: Any
     ):
         result = super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
-        cache = model_kwargs.get("past_key_values")
+        cache = model_kwargs.get(CACHE)
         if cache is not None and MODE.get().name == "linear":
             for index in self.mixers():
                 layer = cache_layer(cache, index)
@@ -105,7 +105,7 @@ class LinearModel(PreTrainedModel if TYPE_CHECKING else object):
             return super()._valid_auto_compile_criteria(model_kwargs, generation_config)
         if generation_config.disable_compile:
             return False
-        reason = why_no_graph(self, model_kwargs.get("past_key_values"))
+        reason = why_no_graph(self, model_kwargs.get(CACHE))
         asked = generation_config.cache_implementation == "static" and self.device.type == "cuda"
         if reason is not None and asked:
             warnings.warn(f"decoding without a CUDA graph, because {reason}", RuntimeWarning, stacklevel=2)

@@ -2,6 +2,7 @@
 
 from .costs import estimate, speed_tables
 from .page import write_report
+from .pictures import Picture, pictures
 from .plots import available
 from .tables import (
     GATE,
@@ -21,6 +22,7 @@ from .tables import (
 __all__ = [
     "GATE",
     "MEMORY_LENS",
+    "Picture",
     "Table",
     "as_markdown",
     "available",
@@ -29,6 +31,7 @@ __all__ = [
     "fidelity",
     "markdown",
     "memory",
+    "pictures",
     "plan_table",
     "positions",
     "recall",

@@ -46,27 +46,34 @@ def recall_section(runs: Sequence[Run], series: Mapping[str, int | None]) -> Sec
 def _by_length(runs: Sequence[Run], series: Mapping[str, int | None]) -> list[Figure]:
     figures = []
     for index, task in enumerate(dict.fromkeys(cell.task for run in runs for cell in run.results.recall)):
-        lines: dict[str, Line] = {}
-        for run in runs:
-            for model in run.results.models:
-                cells = sorted(
-                    (c for c in run.results.recall if (c.task, c.model) == (task, model)),
-                    key=lambda c: c.length,
-                )
-                name = TEACHER if model == TEACHER and TEACHER in series else run.label(model)
-                if cells and name not in lines:
-                    x, y = [c.length for c in cells], [100 * c.share for c in cells]
-                    low, high = [100 * c.low for c in cells], [100 * c.high for c in cells]
-                    lines[name] = Line(name, x, y, low, high, series=series.get(name))
         alt = f"{task}: percent of prompts answered, by length"
-        svg = plots.lines(
-            f"length{index}", list(lines.values()), x="tokens of prompt and answer",
-            y=f"{plots.short(task)}, % answered", alt=alt, lengths=True, zero=True, band=False,
-        )  # fmt: skip
+        svg = plots.lines(f"length{index}", answered(runs, series, task), alt=alt, **by_length(task))
         figures.append(
             Figure(svg, f"{task}: prompts with every answer token right, with 95 % Wilson intervals.")
         )
     return figures
+
+
+def answered(runs: Sequence[Run], series: Mapping[str, int | None], task: str) -> list[Line]:
+    """Percent of one task's prompts answered, by length, of every model."""
+    lines: dict[str, Line] = {}
+    for run in runs:
+        for model in run.results.models:
+            cells = sorted(
+                (c for c in run.results.recall if (c.task, c.model) == (task, model)), key=lambda c: c.length
+            )
+            name = TEACHER if model == TEACHER and TEACHER in series else run.label(model)
+            if cells and name not in lines:
+                x, y = [c.length for c in cells], [100 * c.share for c in cells]
+                low, high = [100 * c.low for c in cells], [100 * c.high for c in cells]
+                lines[name] = Line(name, x, y, low, high, series=series.get(name))
+    return list(lines.values())
+
+
+def by_length(task: str) -> dict[str, Any]:
+    """How those lines are drawn."""
+    y = f"{plots.short(task)}, % answered"
+    return dict(x="tokens of prompt and answer", y=y, lengths=True, zero=True, band=False)
 
 
 def _plain(run: Run) -> list[dict[str, Any]]:

@@ -1,4 +1,5 @@
-"""Plots as SVG for the inside of a page: no colours of paper or ink, so that they read on light and on dark.
+"""Plots as SVG for the inside of a page: no colours of paper or ink, so that they read on light and on dark; as PNG
+for a card.
 
 Series take Okabe and Ito's colours (Color Universal Design, 2008) in a fixed order, from variables that the page sets
 for either scheme, and a marker of their own; they are named where they end, not in a legend.
@@ -19,6 +20,7 @@ SERIES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 MARKERS = "os^Dvp"
 GREY = "#8d939c"
 WIDTH = 420
+PICTURE_DPI = 144
 NARROW = 4
 """Values within this factor of each other are read from zero: a logarithm would make much of little."""
 NAME_CHARS = 26
@@ -69,48 +71,66 @@ def require() -> None:
         )
 
 
-def lines(
-    key: str,
+def lines(key: str, series: Sequence[Line], *, alt: str, **how: Any) -> str:
+    """Lines over x, for the inside of a page; ``how`` is that of :func:`_lines`."""
+    with _style():
+        return _svg(_lines(series, **how), key, alt)
+
+
+def picture(series: Sequence[Line], **how: Any) -> bytes:
+    """The same as a PNG on white, which shows wherever Markdown does; the same bytes for the same figures."""
+    stream = io.BytesIO()
+    with _style():
+        _lines(series, **how).savefig(
+            stream, format="png", dpi=PICTURE_DPI, facecolor="white", metadata={"Software": None}
+        )
+    return stream.getvalue()
+
+
+def _lines(
     series: Sequence[Line],
     *,
     x: str,
     y: str,
-    alt: str,
     lengths: bool = False,
     log: bool = False,
     zero: bool = False,
     band: bool = True,
     marks: Sequence[tuple[float, str]] = (),
     whole: bool = False,
-) -> str:
+) -> Any:
     """Lines over x. ``lengths``: x is tokens, in doublings; ``log``: y too is logarithmic; ``zero``: y starts at 0;
     ``whole``: x are whole numbers; ``marks`` are upright lines with a word. Intervals are bands, or without ``band``
     bars that stand a little apart."""
     series = [line for line in map(_finite, series) if line.x]
     longest = max((len(short(line.name)) for line in series), default=0)
-    with _style():
-        figure, axes = _figure(WIDTH, 270, right=18 + 6.3 * longest, top=48 if marks else 34)
-        for index, line in enumerate(series):
-            apart = 0.0 if band else 0.05 * (index - (len(series) - 1) / 2)
-            _draw(axes, line, band, 2**apart)
-        if lengths:
-            axes.set_xscale("log", base=2)
-            _length_ticks(axes, sorted({value for line in series for value in line.x}))
-        values = [value for line in series for value in line.y]
-        if log and values and min(values) > 0 and max(values) > NARROW * min(values):
-            axes.set_yscale("log")
-            _few_log_ticks(axes)
-        elif zero or log:
-            axes.set_ylim(bottom=0)
-        if whole:
-            from matplotlib.ticker import MaxNLocator
+    figure, axes = _figure(WIDTH, 270, right=18 + 6.3 * longest, top=48 if marks else 34)
+    for index, line in enumerate(series):
+        apart = 0.0 if band else 0.05 * (index - (len(series) - 1) / 2)
+        _draw(axes, line, band, 2**apart)
+    if lengths:
+        axes.set_xscale("log", base=2)
+        found = sorted({value for line in series for value in line.x})
+        if (
+            len(found) == 1
+        ):  # a single length stands in the middle, and those of several models beside each other
+            axes.set_xlim(found[0] / 2, found[0] * 2)
+        _length_ticks(axes, found)
+    values = [value for line in series for value in line.y]
+    if log and values and min(values) > 0 and max(values) > NARROW * min(values):
+        axes.set_yscale("log")
+        _few_log_ticks(axes)
+    elif zero or log:
+        axes.set_ylim(bottom=0)
+    if whole:
+        from matplotlib.ticker import MaxNLocator
 
-            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        _mark(axes, marks)
-        axes.set_xlabel(x)
-        axes.set_title(y, loc="left", fontsize=11.5, pad=24 if marks else 8)
-        _name_ends(figure, axes, series)
-        return _svg(figure, key, alt)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    _mark(axes, marks)
+    axes.set_xlabel(x)
+    axes.set_title(y, loc="left", fontsize=11.5, pad=24 if marks else 8)
+    _name_ends(figure, axes, series)
+    return figure
 
 
 def dots(key: str, rows: Sequence[Dot], *, x: str, alt: str, line: float | None = None) -> str:

@@ -16,6 +16,8 @@ from .tables import Table, memory
 
 MEMORY_GRID = [512 << power for power in range(9)]
 MIB = 2**20
+KEPT: dict[str, Any] = dict(x="tokens", y="MiB kept for one sequence", lengths=True, log=True)
+"""How memory over length is drawn."""
 
 
 def costs(runs: Sequence[Run], series: dict[str, int | None]) -> Section:
@@ -89,7 +91,8 @@ def _points(speed: SpeedResults | None) -> list[Any]:
     return [] if speed is None else speed.points
 
 
-def _memory_figure(runs: Sequence[Run], series: dict[str, int | None]) -> Figure | None:
+def kept(runs: Sequence[Run], series: dict[str, int | None]) -> list[Line]:
+    """MiB of states and KV caches of one sequence, by length, of every model."""
     lines: dict[str, Line] = {}
     for run in runs:
         for name, size in run.results.memory.items():
@@ -97,6 +100,11 @@ def _memory_figure(runs: Sequence[Run], series: dict[str, int | None]) -> Figure
             sizes = [size.bytes_at(length) / MIB for length in MEMORY_GRID]
             if shown not in lines and min(sizes) > 0:
                 lines[shown] = Line(shown, MEMORY_GRID, sizes, series=series.get(shown))
+    return list(lines.values())
+
+
+def _memory_figure(runs: Sequence[Run], series: dict[str, int | None]) -> Figure | None:
+    lines = kept(runs, series)
     if not lines:
         return None
     marks = {
@@ -104,11 +112,10 @@ def _memory_figure(runs: Sequence[Run], series: dict[str, int | None]) -> Figure
         for run in runs
         if run.speed and run.speed.crossover.get("memory") is not None
     }
-    y = "MiB kept for one sequence"
     svg = plots.lines(
-        "memory", list(lines.values()), x="tokens", y=y, alt=f"{y}, by length", lengths=True, log=True,
+        "memory", lines, alt=f"{KEPT['y']}, by length", **KEPT,
         marks=[(at, f"crossover {at:,}") for at in sorted(filter(None, marks)) if at in MEMORY_GRID],
     )  # fmt: skip
-    rows = [[line.name, *(bytes_text(value * MIB) for value in line.y)] for line in lines.values()]
+    rows = [[line.name, *(bytes_text(value * MIB) for value in line.y)] for line in lines]
     table = Table("", "", ["model", *map(plots.tokens, MEMORY_GRID)], rows)
     return Figure(svg, "Memory: states and KV caches of one sequence, from the models' geometry.", table)

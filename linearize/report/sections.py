@@ -22,6 +22,11 @@ from .savings import costs
 from .tables import Table, comparison, fidelity
 from .training import layer_errors, loss_curves
 
+DRIFT: dict[str, Any] = dict(
+    x="position, tokens (end of its bucket)", y="KL, nats a token", lengths=True, zero=True
+)
+"""How KL by position is drawn."""
+
 
 def sections(runs: Sequence[Run]) -> list[Section]:
     """All of them, in order."""
@@ -125,7 +130,7 @@ def _fidelity(runs: Sequence[Run], series: dict[str, int | None]) -> Section:
         for run in runs:
             for name, measured in run.results.likelihood.get(length, {}).items():
                 if name != TEACHER and measured.buckets:
-                    lines.append(_positions(run, name, length, series))
+                    lines.append(drift(run, name, length, series))
                     rows += [
                         [
                             run.label(name),
@@ -138,10 +143,7 @@ def _fidelity(runs: Sequence[Run], series: dict[str, int | None]) -> Section:
                     ]
         if lines:
             alt = f"KL to the teacher by position in texts of {length:,} tokens"
-            svg = plots.lines(
-                f"kl{length}", lines, x="position, tokens (end of its bucket)", y="KL, nats a token", alt=alt,
-                lengths=True, zero=True,
-            )  # fmt: skip
+            svg = plots.lines(f"kl{length}", lines, alt=alt, **DRIFT)
             table = Table("", "", ["model", "position", "KL", "top-1", "tokens"], rows)
             figures.append(Figure(svg, f"Texts of {length:,} tokens.", table))
     if not figures:
@@ -153,7 +155,7 @@ def _fidelity(runs: Sequence[Run], series: dict[str, int | None]) -> Section:
     return Section("fidelity", title, blocks)
 
 
-def _positions(run: Run, name: str, length: int, series: dict[str, int | None]) -> Line:
+def drift(run: Run, name: str, length: int, series: dict[str, int | None]) -> Line:
     """KL over the ends of the buckets, with intervals where the record has them."""
     found = run.record["results"]["likelihood"][str(length)][name]["buckets"]
     known = [between for bucket in found if (between := (bucket.get("intervals") or {}).get("kl"))]
