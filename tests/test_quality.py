@@ -168,7 +168,7 @@ def test_planned_students_keep_to_their_tokens_and_hand_made_ones_are_scanned(qu
         shares.append((recipe.plan.kv_share, recipe.plan.at))
     assert shares == [(0.063, 4096), (0.1, 4096), (0.03, 4096)]
     assert len(tree["ranking"]) >= 8
-    tried = {c.name for c in candidates(recipe)}
+    tried = {c.name for c in candidates(plan.ranking_recipe(options, tree))}
     for name in tree["ranking"]:
         assert set(plan.chosen(plan.recipe_of(name, options, tree)).values()) <= tried, name
     assert plan.markdown({}, {"targets": [], "ranking": []}) == ""

@@ -8,6 +8,7 @@ scan of a random model with the shapes of Llama-3.2-1B (`--shapes-layers` of its
 """
 
 import argparse
+import hashlib
 import json
 import time
 from pathlib import Path
@@ -27,12 +28,18 @@ from linearize.scan import ScanResult, scan
 from linearize.scan.candidates import name_of
 from linearize.scan.material import small_corpus
 from linearize.scan.selectors import pearson, ranks
+from linearize.teacher import load_teacher
 
 HERE = Path(__file__).parent
 TARGETS = {"share-6.3": [0.025, 0.035, 0.055], "share-10": [0.011, 0.018, 0.036]}
 """KL at 1,024, 2,048 and 4,096 tokens."""
 LENGTHS = ["1024", "2048", "4096"]
-RANKING = ["transfer.tokens=1_300_000", "finetune.tokens=700_000", "evaluate.recall_samples=50"]
+KEPT = ("budget", "chosen", "verified", "words", "fragment", "layers")
+"""Of a plan; its curve is on the run's own page."""
+RANKING = [
+    "transfer.tokens=1_300_000", "finetune.tokens=700_000", "evaluate.recall_samples=50", "method.score_dim=96",
+    "finetune.lora={rank: 8, alpha: 16, targets: attention}",
+]  # fmt: skip
 LLAMA_1B = dict(
     vocab_size=128_256,
     hidden_size=2048,
@@ -43,6 +50,7 @@ LLAMA_1B = dict(
     max_position_embeddings=131_072,
     tie_word_embeddings=True,
 )
+RANKED = "ranking-scan"
 WEIGHT = 0.1
 """Nats of KL that a nat lost per answer token counts as, as in plan.recall_weight."""
 
@@ -65,10 +73,15 @@ def main(words: list[str] | None = None) -> None:
     for name in asked:
         if name not in done:
             done[name] = measure(name, options, tree)
-            append(options.out, done[name])
+            remember(done[name], done, options.out)
+    if RANKED not in done and any(name in tree["ranking"] for name in asked):
+        done[RANKED] = {"student": RANKED, "rows": ranking_scan(options, tree)}
+        append(options.out, done[RANKED])
     if "shapes" in parts and "shapes" not in done:
         done["shapes"] = shapes(options)
         append(options.out, done["shapes"])
+    if options.plot:
+        draw(done, names, options.plot)
     print(markdown(done, names))
 
 
@@ -86,6 +99,7 @@ def arguments(words: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--students", type=Path, default=HERE / "plans.yaml")
     parser.add_argument("--work", type=Path, default=Path("runs/plans"), help="where the runs are kept")
     parser.add_argument("--commit", help="commit of the code, where there is no git")
+    parser.add_argument("--plot", type=Path, help="an image of the targets and of what scans expect")
     parser.add_argument("--tf32", action="store_true", help="let matrix products of fp32 use TF32")
     parser.add_argument("--shapes-layers", type=int, default=16)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe keys to change")
@@ -100,6 +114,17 @@ def append(file: Path, line: dict[str, Any]) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("a") as out:
         out.write(json.dumps(line) + "\n")
+
+
+def remember(line: dict[str, Any], done: dict[str, dict[str, Any]], out: Path) -> None:
+    """Append a student's line, and before it that of its scan, which is told once for all who share it."""
+    if (scan := line["scan"]) is not None:
+        told = json.dumps([scan["settings"], sorted(scan["candidates"])], sort_keys=True)
+        line["scan"] = f"scan {hashlib.sha256(told.encode()).hexdigest()[:8]}"
+        if line["scan"] not in done:
+            done[line["scan"]] = {"student": line["scan"], "rows": scan}
+            append(out, done[line["scan"]])
+    append(out, line)
 
 
 def recipe_of(
@@ -120,13 +145,7 @@ def measure(name: str, options: argparse.Namespace, tree: dict[str, Any]) -> dic
         name,
         options,
         tree,
-        (
-            f"teacher.name={options.teacher}",
-            f"data.sources.0.path={options.data / quality.TRAIN}",
-            f"data.held_out.0.path={options.data / quality.EVAL}",
-            f"output={folder}",
-            *before,
-        ),
+        (*quality.folders(name, options), *before),
     )
     done = quality.run(recipe, progress=quality.Reporter(name))
     quality.check_windows(done.results, recipe, options.data / quality.EVAL)
@@ -137,8 +156,8 @@ def measure(name: str, options: argparse.Namespace, tree: dict[str, Any]) -> dic
         "recipe": plain.to_yaml(),
         "tokens": recipe.transfer.tokens + recipe.finetune.tokens,
         "layers": None if not isinstance(plain.layers, dict) else chosen(plain),
-        "plan": record.get("plan"),
-        "scan": record.get("scan"),
+        "plan": None if planned is None else {key: record["plan"][key] for key in KEPT},
+        "scan": None if planned is None else record["scan"],
         "seconds": done.timings,
         "commit": options.commit or quality.commit(),
         "origin": record["origin"],
@@ -162,37 +181,57 @@ def shapes(options: argparse.Namespace) -> dict[str, Any]:
     """Seconds of a scan with the defaults at Llama-3.2-1B's shapes; its weights are random, and so are its figures."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from linearize.teacher import load_teacher
-
     words = [
         "teacher.name=" + str(options.teacher), "scan.seq_len=2048",
         f"data.sources=[{{kind: text, path: {options.data / quality.TRAIN}}}]", *options.overrides,
     ]  # fmt: skip
     recipe = Recipe.resolve(str(options.teacher), "salient", words)
     device = device_of(recipe)
-    _, tokenizer = load_teacher(recipe.teacher)
     torch.manual_seed(0)
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     with torch.device(device):
-        model = (
-            LlamaForCausalLM(LlamaConfig(num_hidden_layers=options.shapes_layers, **LLAMA_1B))
-            .to(dtype)
-            .eval()
-        )
-    model.requires_grad_(False)
-    folder = options.work / "shapes"
-    corpus = small_corpus(recipe, tokenizer, None, folder / "data", device)
-    started = time.perf_counter()
-    result = scan(model, tokenizer, corpus, recipe, folder=folder, progress=quality.Reporter("shapes"))
-    seconds = time.perf_counter() - started
+        made = LlamaForCausalLM(LlamaConfig(num_hidden_layers=options.shapes_layers, **LLAMA_1B))
+    result, seconds = scanned("shapes", recipe, options, made.to(dtype))
     rows = len([row for row in result.rows if row.candidate != "softmax"])
     return {"student": "shapes", "seconds": round(seconds, 1), "rows": rows, "layers": options.shapes_layers,
             "origin": result.origin, "commit": options.commit or quality.commit()}  # fmt: skip
 
 
+def ranking_scan(options: argparse.Namespace, tree: dict[str, Any]) -> dict[str, Any]:
+    """The scan that tells what is expected of the students written by hand."""
+    result, _ = scanned(
+        RANKED, ranking_recipe(options, tree).override(quality.folders(RANKED, options)), options
+    )
+    return result.to_dict()
+
+
+def ranking_recipe(options: argparse.Namespace, tree: dict[str, Any]) -> Recipe:
+    found = merged(tree["protocol"], {"scan": tree["ranking_scan"]})
+    return Recipe.from_dict(found, place=f"{options.students}: ranking_scan").override(options.overrides)
+
+
+def scanned(
+    name: str, recipe: Recipe, options: argparse.Namespace, model: Any = None
+) -> tuple[ScanResult, float]:
+    """A scan on text and prompts of its own, and its seconds; of the recipe's teacher, where no other is given."""
+    folder, device = options.work / name, device_of(recipe)
+    teacher, tokenizer = load_teacher(recipe.teacher, device)
+    model = (teacher if model is None else model).eval().requires_grad_(False)
+    corpus = small_corpus(recipe, tokenizer, None, folder / "data", device)
+    started = time.perf_counter()
+    result = scan(model, tokenizer, corpus, recipe, folder=folder, progress=quality.Reporter(name))
+    return result, time.perf_counter() - started
+
+
 def markdown(done: dict[str, Any], names: dict[str, list[str]]) -> str:
     targets = [done[name] for name in names["targets"] if name in done]
-    parts = [fidelity(targets), recall(targets), plans(targets), ranking(done, names["ranking"]), times(done)]
+    parts = [
+        fidelity(targets),
+        recall(targets),
+        plans(targets, done),
+        ranking(done, names["ranking"]),
+        times(done),
+    ]
     return "\n\n".join(part for part in parts if part)
 
 
@@ -215,11 +254,15 @@ def fidelity(lines: list[dict[str, Any]]) -> str:
                 else f", {'met' if found['kl'] <= goals[n] else 'missed'} (<= {goals[n]})"
             )
             cells.append(f"{found['kl']:.4f} [{low:.4f}, {high:.4f}]{goal}")
-        memory = Results.from_dict(line["results"]).memory
-        share = memory["student"].bytes_at(4096) / memory[TEACHER].bytes_at(4096)
-        rows.append([line["student"], f"{100 * share:.2f} %", f"{line['tokens']:,}", *cells])
+        rows.append([line["student"], f"{100 * held(line['results']):.2f} %", f"{line['tokens']:,}", *cells])
     head = ["student", "memory at 4,096", "training tokens", *(f"KL {int(n):,}" for n in LENGTHS)]
     return f"## KL to the teacher\n\n{table(head, rows)}" if rows else ""
+
+
+def held(results: dict[str, Any]) -> float:
+    """The student's state as a share of the teacher's KV cache at 4,096 tokens."""
+    memory = Results.from_dict(results).memory
+    return memory["student"].bytes_at(4096) / memory[TEACHER].bytes_at(4096)
 
 
 def recall(lines: list[dict[str, Any]]) -> str:
@@ -246,12 +289,12 @@ def recall(lines: list[dict[str, Any]]) -> str:
     return f"## Recall\n\n{table(head, rows)}" if rows else ""
 
 
-def plans(lines: list[dict[str, Any]]) -> str:
+def plans(lines: list[dict[str, Any]], done: dict[str, Any]) -> str:
     told = []
     for line in lines:
         if line["plan"] is not None:
             words = "\n".join(
-                f"- {sentence}" for sentence in [*line["scan"]["words"], *line["plan"]["words"]]
+                f"- {sentence}" for sentence in [*done[line["scan"]]["rows"]["words"], *line["plan"]["words"]]
             )
             told.append(f"### {line['student']}\n\n{words}\n\n```yaml\n{line['plan']['fragment']}```")
     return "## Plans\n\n" + "\n\n".join(told) if told else ""
@@ -259,27 +302,70 @@ def plans(lines: list[dict[str, Any]]) -> str:
 
 def ranking(done: dict[str, Any], names: list[str]) -> str:
     """How far the order that a scan expects is that of the trained students."""
-    scans = [line["scan"] for line in done.values() if line.get("scan")]
-    lines = [done[name] for name in names if name in done]
-    if not scans or len(lines) < 3:
+    lines = expected_and_trained(done, names)
+    if len(lines) < 3:
         return ""
-    found = ScanResult.from_dict(scans[0])
-    rows, expected = [], []
-    for line in lines:
-        mine = [found.row(int(i), candidate) for i, candidate in line["layers"].items()]
-        loss, kl = sum(row.loss(WEIGHT) for row in mine), sum(row.kl for row in mine)
-        by_length = line["results"]["likelihood"]
-        expected.append((loss, kl, [by_length[n]["student"]["kl"] for n in LENGTHS]))
-        rows.append([line["student"], f"{loss:.4f}", f"{kl:.4f}", *(f"{x:.4f}" for x in expected[-1][2])])
+    rows = [
+        [name, f"{loss:.4f}", f"{kl:.4f}", *(f"{x:.4f}" for x in trained)]
+        for name, loss, kl, trained in lines
+    ]
     told = []
     for at, n in enumerate(LENGTHS):
-        trained = ranks([e[2][at] for e in expected])
-        told.append(f"{pearson(ranks([e[1] for e in expected]), trained):+.2f} at {int(n):,}")
+        found = pearson(ranks([kl for _, _, kl, _ in lines]), ranks([trained[at] for *_, trained in lines]))
+        told.append(f"{found:+.2f} at {int(n):,}")
     head = ["student", "expected loss", "expected KL", *(f"trained KL {int(n):,}" for n in LENGTHS)]
     return (
         f"## Expected and trained\n\n{table(head, rows)}\n\n"
         f"Spearman's rank correlation of expected and trained KL over {len(lines)} students: {', '.join(told)}."
     )
+
+
+def expected_and_trained(
+    done: dict[str, Any], names: list[str]
+) -> list[tuple[str, float, float, list[float]]]:
+    """(student, expected loss, expected KL, trained KL by length) of the students written by hand."""
+    if RANKED not in done:
+        return []
+    found, rows = ScanResult.from_dict(done[RANKED]["rows"]), []
+    for line in (done[name] for name in names if name in done):
+        mine = [found.row(int(i), candidate) for i, candidate in line["layers"].items()]
+        trained = [line["results"]["likelihood"][n]["student"]["kl"] for n in LENGTHS]
+        loss, kl = sum(row.loss(WEIGHT) for row in mine), sum(row.kl for row in mine)
+        rows.append((line["student"], loss, kl, trained))
+    return rows
+
+
+def draw(done: dict[str, Any], names: dict[str, list[str]], path: Path) -> None:
+    """KL over memory, with the targets; expected over trained KL."""
+    from matplotlib.figure import Figure
+
+    figure = Figure((10, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    targets = sorted(
+        (done[name] for name in names["targets"] if name in done), key=lambda line: held(line["results"])
+    )
+    memory = [100 * held(line["results"]) for line in targets]
+    for at, n in enumerate(LENGTHS):
+        found = [line["results"]["likelihood"][n]["student"] for line in targets]
+        low, high = zip(*(one["intervals"]["kl"] for one in found), strict=True)
+        color = f"C{at}"
+        left.plot(memory, [one["kl"] for one in found], "o-", color=color, label=f"{int(n):,} tokens")
+        left.vlines(memory, low, high, color=color)
+        goals = [(x, TARGETS[line["student"]][at]) for x, line in zip(memory, targets, strict=True)
+                 if line["student"] in TARGETS]  # fmt: skip
+        left.plot(*zip(*goals, strict=True), "_", color=color, markersize=14)
+    left.set(
+        xlabel="memory, % of the KV cache at 4,096 tokens", ylabel="KL to the teacher, nats", yscale="log"
+    )
+    left.set_title("Planned students; dashes: targets; bars: 95 %")
+    left.legend()
+    rows = expected_and_trained(done, names["ranking"])
+    for at, n in enumerate(LENGTHS):
+        right.plot([kl for _, _, kl, _ in rows], [t[at] for *_, t in rows], "o", label=f"{int(n):,} tokens")
+    right.set(xlabel="expected of the untrained layers alone, nats", ylabel="KL after training, nats")
+    right.set_title("Students with layers written by hand")
+    right.legend()
+    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
 
 
 def times(done: dict[str, Any]) -> str:

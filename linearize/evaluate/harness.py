@@ -8,6 +8,9 @@ Log-likelihood batches come padded on the right without a mask, which a causal m
 come padded on the left with one.
 """
 
+# Decorators of lm-eval hide the signatures of what they wrap.
+# pyright: reportCallIssue=false, reportArgumentType=false
+
 import copy
 import difflib
 import logging
