@@ -46,6 +46,8 @@ def _lax(hint: Any) -> Any:
     """The type of a method's field, reading numbers as the rest of the recipe does."""
     if hint in (int, float):
         return Annotated[hint, BeforeValidator(read_whole if hint is int else read_number)]
+    if hint == tuple[int, ...]:
+        return tuple[_lax(int), ...]
     parts = get_args(hint) if isinstance(hint, UnionType) else ()
     return functools.reduce(operator.or_, map(_lax, parts)) if parts else hint
 

@@ -11,9 +11,11 @@ twice; so the best few plans are measured whole, untrained, and the gap to the s
 scan's files: ``plan.yaml``, a recipe that a person can read and edit, and ``plan.json``.
 """
 
+import hashlib
 import json
 import math
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +29,12 @@ from .planned import Budget, Choices, Figures, Planned, PlanResult, fragment_of,
 from .probe import probe
 from .progress import Progress, Watch
 from .recipe import Plan, Recipe
-from .scan.bench import Bench, recalled
+from .scan.bench import Bench, above_zero, recalled
 from .scan.candidates import SOFTMAX, Candidate, candidates, fields_of, layer_bytes, method_of
 from .scan.measure import ScanResult, bench_of, read, require_recall, scan, scanned_layers, settings_of, train
 from .scan.measure import check as check_scan
 
-RESULT, FRAGMENT = "plan.json", "plan.yaml"
+RESULT, FRAGMENT, SCANNED = "plan.json", "plan.yaml", "scan.json"
 MEBIBYTE = 2**20
 CURVE = 4
 """How many times the budget the curve reaches."""
@@ -53,15 +55,18 @@ def plan(
     """
     tried = {candidate.name: candidate for candidate in candidates(recipe)}
     found = scanned_layers(model, recipe)
-    budget, costs = check(model, recipe)
+    budget, costs = check(model, recipe, own=folder)
     spec = recipe.plan
     assert spec is not None
     if spec.scan is None:
         result = scan(model, tokenizer, corpus, recipe, folder=folder, progress=progress)
     else:
-        result = taken(Path(spec.scan), model)
+        result = taken(Path(spec.scan), model, own=folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / SCANNED, result.to_dict())  # so that a run goes on when the other folder is gone
     settings = {"scan": settings_of(model, corpus, recipe), "taken": result.settings,
-                "plan": spec.model_dump(mode="json"), "candidates": result.candidates}  # fmt: skip
+                "plan": spec.model_dump(mode="json"), "candidates": result.candidates,
+                "figures": _digest([[asdict(row) for row in result.rows], costs])}  # fmt: skip
     if (known := _read(folder / RESULT)) is not None and known.settings == json.loads(json.dumps(settings)):
         return known, result
     made = choose(result, costs, budget, spec)
@@ -78,15 +83,15 @@ def plan(
     said = words(chosen, verified, made, budget, spec)
     fragment = fragment_of(recipe, layers, said)
     planned = PlanResult(budget, chosen, verified, made.curve, said, layers, fragment, settings)
-    folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / FRAGMENT, fragment)
     write_json(folder / RESULT, _finite(planned.to_dict()))
     return planned, result
 
 
-def check(model: Any, recipe: Recipe) -> tuple[Budget, dict[int, dict[str, int]]]:
+def check(model: Any, recipe: Recipe, *, own: Path | None = None) -> tuple[Budget, dict[int, dict[str, int]]]:
     """The budget, and each layer's candidates with their costs; refused here, before anything is measured, where the
-    budget is none or below the smallest plan, or a length is beyond the teacher's context."""
+    budget is none or below the smallest plan, or a length is beyond the teacher's context. ``own``: the folder of this
+    plan, which keeps the scan that it was made from."""
     spec = recipe.plan
     if spec is None:
         raise RecipeError("plan: no budget; give one, such as plan.kv_share=6%")
@@ -95,16 +100,19 @@ def check(model: Any, recipe: Recipe) -> tuple[Budget, dict[int, dict[str, int]]
     budget = budget_of(model, recipe)
     costs = _costs(tried, scanned_layers(model, recipe), next(model.parameters()).dtype, budget, spec)
     if spec.scan is not None:
-        costs = _scanned(costs, taken(Path(spec.scan), model), tried)
+        costs = _scanned(costs, taken(Path(spec.scan), model, own=own), tried)
     _refuse_impossible(costs, budget)
     return budget, costs
 
 
-def taken(folder: Path, model: Any) -> ScanResult:
-    """The result of a scan made before, refused where it is another teacher's."""
-    result = read(folder)
+def taken(folder: Path, model: Any, *, own: Path | None = None) -> ScanResult:
+    """The result of a scan made before, or what ``own`` keeps of it; refused where it is another teacher's."""
+    gone = own is not None and (own / SCANNED).exists() and not (folder / SCANNED).exists()
+    result = read(own if own is not None and gone else folder)
     if result.settings.get("teacher") != model_digest(model):
-        raise RecipeError(f"plan.scan: {folder} is a scan of another teacher; leave it out to scan this one")
+        raise RecipeError(
+            f"plan.scan: {folder} is a scan of another teacher, or of this one in another dtype; leave it out to scan"
+        )
     return result
 
 
@@ -112,8 +120,13 @@ def _scanned(
     costs: Mapping[int, Mapping[str, int]], result: ScanResult, tried: Mapping[str, Candidate]
 ) -> dict[int, dict[str, int]]:
     """The costs of what a scan made before has measured in every layer, with the fields that the recipe gives it."""
-    same = {name for name, c in tried.items() if fields_of(c.method) == result.candidates.get(name)}
-    there = {(row.layer, row.candidate) for row in result.rows if row.head is None and row.candidate in same}
+    for name, candidate in tried.items():
+        known = result.candidates.get(name)
+        if known is not None and known != json.loads(json.dumps(fields_of(candidate.method))):
+            raise RecipeError(
+                f"plan.scan: {name} was scanned with other fields of the method; scan again with those of this recipe"
+            )
+    there = {(row.layer, row.candidate) for row in result.rows if row.head is None}
     found = {i: {name: cost for name, cost in by.items() if (i, name) in there} for i, by in costs.items()}
     for layer, by in found.items():
         if not by:
@@ -235,7 +248,7 @@ def _refuse_impossible(costs: Mapping[int, Mapping[str, int]], budget: Budget) -
         key = {"bytes": "kv_share or state_mb"}.get(budget.kind, budget.kind)
         raise RecipeError(
             f"plan.{key}: {budget.words} is {budget.told(max(0, budget.amount))}, and the smallest plan needs "
-            f"{budget.told(least)}; raise the budget, or add smaller scan.budgets, scan.chunks or scan.windows"
+            f"{budget.told(least)}; raise the budget, or scan smaller scan.budgets, scan.chunks or scan.windows"
         )
 
 
@@ -258,7 +271,7 @@ def _measured(
 
     teacher, student = bench.whole({i: tried[name] for i, name in rival.layers.items()}, hear)
     found = recalled(teacher, student)
-    loss = max(0.0, student.kl) + spec.recall_weight * found.answer_loss
+    loss = above_zero(student.kl) + (spec.recall_weight * found.answer_loss if spec.recall_weight else 0.0)
     return Figures(student.kl, found.answer_loss, found.lost, found.answered, loss)
 
 
@@ -272,6 +285,10 @@ def _best(verified: list[Planned], spec: Plan) -> Planned:
         return (0 if spec.min_recall is None else max(0.0, lost - bound), rival.measured.loss)
 
     return min(verified, key=order)
+
+
+def _digest(tree: Any) -> str:
+    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
 
 
 def _read(path: Path) -> PlanResult | None:

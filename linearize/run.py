@@ -102,7 +102,7 @@ def _go(recipe: Recipe, folder: Path, progress: Watch | None) -> RunResult:
         unconvert(converted(model, recipe))  # refused, if at all, before any data is made
         _refuse_long_sequences(model, recipe)
         if recipe.plan is not None:
-            check_plan(model, recipe)
+            check_plan(model, recipe, own=folder / "scan")
     with clock("data"), _claimed(folder, recipe):
         at = folder / "data"
         corpus = build(

@@ -1,8 +1,10 @@
 """Plans: the memory goes where the loss is, budgets hold to the byte, and a run plans for itself."""
 
+import dataclasses
 import functools
 import itertools
 import json
+import math
 import random
 from dataclasses import replace
 
@@ -18,12 +20,13 @@ from linearize.knapsack import Option, solve
 from linearize.methods import build_method
 from linearize.modeling.errors import EvaluationError, RecipeError
 from linearize.plan import budget_of, check, choose, resolved
+from linearize.plan import plan as plan_of
 from linearize.planned import curve_rows, fragment_of, layers_map, words
 from linearize.recipe import Recipe
 from linearize.run import run
 from linearize.scan.candidates import Candidate, candidates, fields_of, layer_bytes, name_of
 from linearize.scan.measure import Row, ScanResult, scanned_layers
-from linearize.teacher import BUNDLED
+from linearize.teacher import BUNDLED, load_teacher
 
 PLAN = "plan={kv_share: 20%, at: 4096}"
 
@@ -176,7 +179,7 @@ def test_a_run_plans_for_itself_and_says_what_it_did(tmp_path):
             "data.sources=[{kind: self, tokens: 4500}]", "transfer.tokens=384", "transfer.batch_size=2",
             "finetune.tokens=384", "finetune.batch_size=2", "control.enabled=true", "evaluate.seq_lens=[64]",
             "evaluate.sequences=2", "evaluate.recall_lens=[]", "evaluate.generate_tokens=0",
-            "evaluate.length_gate=true", "device=cpu", f"output={tmp_path / 'run'}",
+            "evaluate.gates=false", "evaluate.length_gate=true", "device=cpu", f"output={tmp_path / 'run'}",
         ],
     )  # fmt: skip
     made = run(recipe)
@@ -210,6 +213,7 @@ def test_a_run_plans_for_itself_and_says_what_it_did(tmp_path):
     assert other["plan"]["layers"] == layers and not (tmp_path / "again" / "scan" / "scan.jsonl").exists()
     for changed, told in (
         (["scan.budgets=[3]"], "plan.scan: it has nothing that layer 0 may get"),
+        (["method.score_dim=7"], "plan.scan: salient 16.2 was scanned with other fields of the method"),
         (["seed=1", f"teacher.name={tmp_path / 'other'}"], "is a scan of another teacher"),
     ):
         tiny("llama", seed=5, vocab_size=len(tokenizer), **special).save_pretrained(tmp_path / "other")
@@ -217,6 +221,36 @@ def test_a_run_plans_for_itself_and_says_what_it_did(tmp_path):
         with pytest.raises(RecipeError, match=told):
             run(again.override([*changed, f"output={tmp_path / 'refused'}"]))
         assert not (tmp_path / "refused").exists()
+    gone = again.override([f"plan.scan={tmp_path / 'gone'}"])
+    teacher = load_teacher(recipe.teacher)[0]
+    with pytest.raises(RecipeError, match=r"gone.scan\.json: cannot be read"):
+        check(teacher, gone)
+    assert check(teacher, gone, own=tmp_path / "again" / "scan") == check(teacher, again)
+
+
+def test_a_loss_that_is_no_number_is_never_chosen():
+    row = Row(**{f.name: 0 for f in dataclasses.fields(Row)} | {"kl": math.nan})
+    assert row.loss(0.1) == math.inf and replace(row, kl=-1e-9).loss(0.0) == 0.0
+
+
+def test_a_plan_is_made_again_when_the_scan_has_more_to_offer(tmp_path):
+    """The second call measures heads, and its figures are not those that the kept plan was made from."""
+    model, tokenizer = teacher_of(), AutoTokenizer.from_pretrained(BUNDLED["books-5m"])
+    recipe = recipe_of(PLAN, "plan.kv_share=8%")
+    made, tried = {}, {c.name: json.loads(json.dumps(fields_of(c.method))) for c in candidates(recipe)}
+    for name, carrier in (("first", 1), ("second", 2)):
+        rows = replace(scan_of(recipe, carrier), candidates=tried)
+        (tmp_path / "scan").mkdir(exist_ok=True)
+        (tmp_path / "scan" / "scan.json").write_text(json.dumps(rows.to_dict()))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(
+                "linearize.plan.model_digest", lambda model, rows=rows: rows.settings.get("teacher")
+            )
+            patch.setattr("linearize.plan.settings_of", lambda *_: {})
+            patch.setattr("linearize.plan.bench_of", lambda *_: None)
+            words = ["plan.verify=0", f"plan.scan={tmp_path / 'scan'}"]
+            made[name] = plan_of(model, tokenizer, None, recipe.override(words), folder=tmp_path / "plan")[0]
+    assert made["first"].layers != made["second"].layers
 
 
 def test_what_the_budget_leaves_is_never_enough_for_a_better_choice():

@@ -10,6 +10,7 @@ not reach are compiled when they are launched, as ever.
 """
 
 import contextlib
+import contextvars
 import functools
 import logging
 import os
@@ -81,14 +82,28 @@ def _kind(x: Any) -> Any:
 def _prepare(operation: Callable, args: Any, kwargs: Any) -> None:
     try:
         launches = rehearse(operation, args, kwargs)
-        with (
-            ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool,
-            triton.AsyncCompileMode(pool, ignore_errors=True),
-        ):
-            for kernel, given, named in launches:
-                kernel.warmup(*given, grid=(1,), **named)
+        # In a context of its own: a mode that could not be left would otherwise stay.
+        contextvars.copy_context().run(_compile, launches)
     except Exception as error:
         logger.info("%s: kernels are compiled one after the other: %r", operation.__name__, error)
+
+
+def _compile(launches: list[Written]) -> None:
+    with (
+        ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool,
+        triton.AsyncCompileMode(pool, ignore_errors=True),
+    ):
+        for kernel, given, named in launches:
+            kernel.warmup(*given, grid=(1,), **named)
+    for kernel in {id(kernel): kernel for kernel, *_ in launches}.values():
+        for cache, *_ in kernel.device_caches.values():
+            for key in [key for key, made in cache.items() if _failed(made)]:
+                del cache[key]  # its launch compiles it again, and tells what is wrong
+
+
+def _failed(made: Any) -> bool:
+    waited = isinstance(made, triton.FutureKernel) and made.kernel is None and made.future.done()
+    return waited and made.future.exception() is not None
 
 
 def rehearse(operation: Callable, args: Any, kwargs: Any) -> list[Written]:

@@ -1,6 +1,7 @@
 """Measures a teacher with some layers changed, against itself, on a scan's batches."""
 
 import contextlib
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -296,6 +297,11 @@ class Recalled:
     """``task length`` -> prompts, the teacher's answers, the student's."""
 
 
+def above_zero(loss: float) -> float:
+    """A loss that is no number is the worst there is, not the best."""
+    return math.inf if math.isnan(loss) else max(0.0, loss)
+
+
 def recalled(teacher: Tally, student: Tally) -> Recalled:
     """Cells that the teacher mostly fails say nothing of its students, and count for nothing."""
     answered = lost = 0
@@ -309,5 +315,5 @@ def recalled(teacher: Tally, student: Tally) -> Recalled:
         answered += sum(truth)
         lost += sum(t and not m for t, m in zip(truth, mine, strict=True))
         pairs = zip(teacher.likelihood[cell], student.likelihood[cell], strict=True)
-        losses += [max(0.0, t - m) for t, m in pairs]
+        losses += [above_zero(t - m) for t, m in pairs]
     return Recalled(answered, lost, sum(losses) / max(1, len(losses)), cells)

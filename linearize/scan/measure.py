@@ -19,7 +19,7 @@ from ..provenance import origin
 from ..recipe import Recipe
 from ..train.transfer import transfer
 from . import page, selectors
-from .bench import ANSWERED, Bench, Tally, recalled
+from .bench import ANSWERED, Bench, Tally, above_zero, recalled
 from .candidates import SOFTMAX, Candidate, candidates, fields_of
 from .material import batches, lengths
 from .oracle import Memo
@@ -50,7 +50,7 @@ class Row:
 
     def loss(self, recall_weight: float) -> float:
         """What a plan adds up: KL, and the nats lost per answer token times a weight."""
-        return max(0.0, self.kl) + recall_weight * self.answer_loss
+        return above_zero(self.kl) + (recall_weight * self.answer_loss if recall_weight else 0.0)
 
 
 @dataclass(frozen=True)
@@ -143,6 +143,10 @@ def scan(
         _append(folder / RECORD, teacher, rows)
         done |= {(row.layer, row.head, row.candidate): row for row in rows}
     rows = [done[layer, head, candidate.name] for layer, head, candidate in wanted]
+    # Heads that an earlier call has measured stay, though this one does not ask for them.
+    asked, names = {(row.layer, row.head, row.candidate) for row in rows}, {c.name for c in tried}
+    heads = [row for key, row in done.items() if row.head is not None and key not in asked]
+    rows += [row for row in heads if row.layer in found and row.candidate in names]
     rows += [_exact(layer, rows) for layer in found]
     scores = {}
     if recipe.scan.selectors and len(found) > 1:
@@ -179,7 +183,7 @@ def read(folder: Path) -> ScanResult:
     """The result in a scan's folder."""
     try:
         return ScanResult.from_dict(json.loads((folder / RESULT).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise RecipeError(
             f"{folder / RESULT}: cannot be read ({error}); run `linearize scan` again"
         ) from None

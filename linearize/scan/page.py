@@ -87,7 +87,12 @@ def _carrying_head(result: "ScanResult", layer: "Row") -> str:
 def _by_size(result: "ScanResult") -> list[str]:
     """Salient's candidates, the smallest budget first."""
     fields = {name: f for name, f in result.candidates.items() if f["name"] == "salient"}
-    return sorted(fields, key=lambda name: fields[name]["budget"] + 2 * fields[name]["chunk"])
+
+    def size(field: dict[str, Any]) -> int:
+        budget = field["budget"]
+        return (budget if isinstance(budget, int) else max(budget)) + 2 * field["chunk"]
+
+    return sorted(fields, key=lambda name: size(fields[name]))
 
 
 def html(result: "ScanResult") -> str:
