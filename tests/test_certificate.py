@@ -394,7 +394,7 @@ PLACES = [
 
 
 @given(place=st.sampled_from(PLACES), value=anything, absent=st.booleans())
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_a_malformed_certificate_is_refused_in_one_line(made, place, value, absent):
     """Whatever stands in it, and where a key is missing; never is it taken for one that matches."""
     path = made.checkpoint / "certificate.json"
