@@ -9,10 +9,11 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from .certificate import CERTIFICATE, verify
 from .checkpoint import CONFIG
 from .licence import Licence
 from .methods import build_method, method_names
-from .modeling.errors import RecipeError
+from .modeling.errors import CheckpointError, RecipeError
 from .modeling.window import SoftmaxConfig
 from .recipe import Recipe
 
@@ -45,7 +46,7 @@ class Source:
             recipe = Recipe.from_file(folder / "recipe.yaml")
         except RecipeError:
             recipe = None
-        certificate = _json(folder / "certificate.json") or _json(run / "certificate.json")
+        certificate = _json(folder / CERTIFICATE) or _json(run / CERTIFICATE)
         results = _mapping(certificate, "results") or _mapping(_json(run / "results.json"), "results")
         return cls(folder, run, name, recipe, certificate, results or _mapping(certificate, "measured"))
 
@@ -55,7 +56,14 @@ class Source:
         tree = _mapping(self.certificate, "measured") or self.certificate
         gates = _mapping(tree, "gates").get("gates")
         rows = [_mapping(gate) for gate in gates] if isinstance(gates, list) else []
-        return [str(row.get("name")) for row in rows if row.get("status") == "failed"]
+        found = [str(row.get("name")) for row in rows if row.get("status") == "failed"]
+        said = self.certificate is not None and self.certificate.get("status") == "failed"
+        return found or (["which ones cannot be read"] if said else [])
+
+    @property
+    def certificate_file(self) -> Path | None:
+        """Where its certificate is, readable or not; None where there is none."""
+        return next((at for at in (self.folder / CERTIFICATE, self.run / CERTIFICATE) if at.exists()), None)
 
     @property
     def teacher(self) -> str:
@@ -113,18 +121,32 @@ def card(
 
 
 def _status(source: Source) -> str:
-    """What the certificate says; first of all where something is missing."""
+    """What the certificate says; first of all where something is missing. ``complete`` only with hashes that match."""
+    if source.certificate_file is None:
+        return "> **No certificate: nothing was checked.**"
     if source.certificate is None:
-        return ""
+        return "> **Certificate: cannot be read.**"
     status = str(source.certificate.get("status", "unknown"))
     if status == "complete":
-        return "Certificate: complete; see `certificate.json`."
+        return _complete(source)
     missing = source.certificate.get("not_run")
     names = [str(_mapping(x).get("name", x)) for x in missing] if isinstance(missing, list) else []
     lines = [f"> **Certificate: {status}.**"]
     lines += [f"> Failed: {', '.join(source.failed_gates)}."] if source.failed_gates else []
     lines += [f"> Not run: {', '.join(names)}."] if names else []
     return "\n".join(lines)
+
+
+def _complete(source: Source) -> str:
+    try:
+        found = verify(source.folder)
+    except CheckpointError:
+        return "> **Certificate: says complete, and cannot be verified.**"
+    if found.mismatched:
+        return f"> **Certificate: says complete, and is of another student: {', '.join(found.mismatched)} differ.**"
+    left = [name for name in found.not_checked if not name.startswith("data.")]
+    told = f" {', '.join(left)} could not be checked when this card was written." if left else ""
+    return f"Certificate: complete; see `certificate.json`.{told}"
 
 
 def _usage(repo_id: str, revision: str | None, adapter: bool) -> str:

@@ -4,42 +4,47 @@
     training    tokens of each stage, seeds, parameters trained and frozen, device, seconds
     measured    the results, with intervals and counts; ``quoted`` is for figures of others, and empty
     not_run     what was not done
-    reasons     everything that stands against ``status: complete``
+    reasons     everything that stands against ``status: complete`` (:mod:`linearize.doubts`)
 
-It fails closed: one check not run, a control absent, a count under :data:`LEAST`, a number that is not finite, a hash
-that could not be made, and the status is ``incomplete``; with an integrity gate that failed it is ``failed``, and stays
-so until the gates are run again. No hash depends on the certificate, but its ``seal``, which is that of all the rest.
+It fails closed: one check not run, a control absent, a count under :data:`linearize.doubts.LEAST`, a number that is
+not finite, a hash that could not be made or has changed since, and the status is ``incomplete``; with an integrity gate
+that failed it is ``failed``, and stays so until a gate of that name passes. No hash depends on the certificate, but its
+``seal``, which is that of all the rest.
 """
 
 import hashlib
 import json
+import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import try_to_load_from_cache
+from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 
 from . import __version__
 from .checkpoint import CONFIG
-from .evaluate import Gates, Results
+from .doubts import CHANGED, NOT_FINITE, gates_after, not_finite, not_run_of, reasons_of, status_of
+from .evaluate import Gates, Results, SpeedResults
 from .files import sha256_of, sha256_of_files, write_json
 from .modeling.errors import CheckpointError, LinearizeError
 from .provenance import origin
 from .recipe import Recipe, Teacher
 from .teacher import teacher_path
 
+logger = logging.getLogger(__name__)
+
 CERTIFICATE = "certificate.json"
 FORMAT = 1
-LEAST = 50
-"""Fewest samples of a figure that may be reported."""
-SECTIONS = ("likelihood", "recall", "memory", "gates", "ablations", "suite", "lm_eval", "speed")
+OF_TEXT = ("likelihood", "recall", "ablations", "suite")
+"""Sections that rest on the text measured on."""
+OF_TEACHER = (*OF_TEXT, "memory", "lm_eval", "speed")
+"""Sections that stand beside a teacher; integrity gates are of the student alone."""
+WINDOWS = "data.held-out windows of "
 CONTROLS = ("window control", "matched_window control", "softmax control")
-FAILED = "failed: "
-"""Begins the reasons of integrity gates that failed."""
-COUNTS = ("samples", "sequences", "windows")
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 TOKENIZER = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "chat_template*", "*.model",
@@ -70,35 +75,35 @@ def certify(
 
     ``data`` are hashes of what the student was trained and measured on (:func:`data_hashes`), ``planned`` the budget,
     the plan and the scan that chose its layers. What an earlier certificate of the same weights has, and these results
-    have not, is kept.
+    have not, is kept, where it is beside the same teacher and of the same text.
     """
     folder = Path(folder)
     found = identity(folder, recipe.teacher) | dict(data or {})
     measured = results.to_dict()
-    trouble = list(_not_finite(asdict(results)))
+    trouble = not_finite(asdict(results))
     before = _earlier(folder, found)
     earlier = before.get("measured") or {}
-    for section in SECTIONS:
-        if not measured.get(section) and earlier.get(section):
-            measured[section] = earlier[section]
-    if not _any_ran(measured.get("gates")) and _any_ran(earlier.get("gates")):
-        measured["gates"] = earlier["gates"]  # leaving a failed gate out does not mend it
-    not_run = [section for section in SECTIONS if not measured.get(section)]
-    not_run += _entries_not_run(measured)
+    kept = [
+        name for name in _still_true(before, found, recipe) if not measured.get(name) and earlier.get(name)
+    ]
+    measured |= {section: earlier[section] for section in kept}
+    measured["gates"] = gates_after(earlier.get("gates"), measured.get("gates"))
+    stay = [*kept, *(["gates"] if measured["gates"] and measured["gates"] is earlier.get("gates") else [])]
+    trouble += [r for r in before.get("reasons", []) if _section_of(r) in stay and r not in trouble]
+    if {"likelihood", "ablations"} & set(kept):  # the text that they are of
+        found = {n: h for n, h in before["identity"].items() if n.startswith(WINDOWS)} | found
     trained = training(folder, recipe)
     controls = {name: "measured" if name in results.models else "not run" for name in CONTROLS}
     reasons = [
-        *(f"not run: {what}" for what in not_run),
-        *(f"failed: {gate}" for gate in _failed_gates(measured)),
+        *reasons_of(measured),
         *(f"control absent: {name}" for name, state in controls.items() if state != "measured"),
-        *_too_few(measured),
-        *(f"not finite: {place}" for place in trouble),
+        *trouble,
         *(f"not hashed: {name}" for name in _expected(found) if found.get(name) is None),
         *(f"not known: tokens of {stage}" for stage, n in trained["tokens"].items() if n is None),
     ]
     tree: dict[str, Any] = {
         "format": FORMAT,
-        "status": _status(reasons),
+        "status": status_of(reasons),
         "reasons": reasons,
         "origin": origin(),
         "teacher": {"name": recipe.teacher.name, "revision": recipe.teacher.revision},
@@ -109,7 +114,7 @@ def certify(
         "measured": measured,
         "quoted": {},
         "controls": controls,
-        "not_run": not_run,
+        "not_run": not_run_of(measured),
         "evaluation": recipe.to_dict(),
     }
     return _sealed(folder, tree)
@@ -118,28 +123,91 @@ def certify(
 def certify_gates(folder: str | Path, gates: Gates, recipe: Recipe) -> dict[str, Any] | None:
     """Put newly run integrity gates into a checkpoint's certificate; all else that was measured stays.
 
-    None where there is no certificate of these weights.
+    So does what failed before, until it passes. None where there is no certificate of these weights.
+    """
+    return _renewed(Path(folder), "gates", gates.to_dict(), recipe.teacher)
+
+
+def certify_speed(folder: str | Path, speed: SpeedResults, teacher: Teacher) -> dict[str, Any] | None:
+    """Put what was timed beside its ``teacher`` into a checkpoint's certificate; all else that was measured stays.
+
+    None, and a warning, where there is no certificate of these weights, or it cannot be written.
     """
     folder = Path(folder)
-    found = identity(folder, recipe.teacher)
+    try:
+        made = _renewed(folder, "speed", speed.to_dict(), teacher)
+    except OSError as error:
+        logger.warning("%s: its certificate cannot be written (%s)", folder, error.strerror or error)
+        return None
+    if made is None:
+        logger.warning("%s: no certificate of its weights, which the speed could go into", folder)
+    return made
+
+
+def _renewed(folder: Path, section: str, value: Mapping[str, Any], teacher: Teacher) -> dict[str, Any] | None:
+    """The certificate with one section measured anew.
+
+    The others rest on the hashes that it has: what is another now keeps its old hash, and says so.
+    """
+    found = identity(folder, teacher)
     tree = _earlier(folder, found)
     if not tree:
         return None
-    tree["measured"]["gates"] = gates.to_dict()
-    tree["identity"] |= found
+    measured = tree["measured"]
+    trouble = not_finite(value, section)
+    value = _plain(value)
+    measured[section] = gates_after(measured.get("gates"), value) if section == "gates" else value
+    now = {name: digest for name, digest in found.items() if digest is not None}
+    moved = [n for n in now if n != "package" and tree["identity"].get(n) not in (None, now[n])]
+    tree["identity"] |= {name: digest for name, digest in now.items() if name not in moved}
     tree["origin"] = origin()
-    others = [what for what in tree["not_run"] if what != "gates" and not what.startswith("gates.gates: ")]
-    entries = _entries_not_run({"gates": tree["measured"]["gates"]})
-    about = {f"not run: {what}" for what in tree["not_run"]}
-    tree["not_run"] = others + entries
+    others = [r for r in tree["reasons"] if not r.startswith(("not run: ", "failed: ", "too few: ", CHANGED))]
+    tree["not_run"] = not_run_of(measured)
     tree["reasons"] = [
-        *(f"not run: {what}" for what in tree["not_run"]),
-        *(f"failed: {gate}" for gate in _failed_gates(tree["measured"])),
-        *(r for r in tree["reasons"] if r not in about and not r.startswith(FAILED)),
+        *reasons_of(measured),
+        *(reason for reason in others if _section_of(reason) != section),
+        *trouble,
+        *(f"{CHANGED}{name}" for name in moved),
     ]
-    tree["status"] = _status(tree["reasons"])
+    tree["status"] = status_of(tree["reasons"])
     del tree["seal"]
     return _sealed(folder, tree)
+
+
+def _still_true(
+    before: Mapping[str, Any], found: Mapping[str, str | None], recipe: Recipe
+) -> tuple[str, ...]:
+    """Sections of an earlier certificate that may stand beside new ones."""
+    if not before:
+        return ()
+    was = before["identity"]
+    files = [name for name in {**was, **found} if name.startswith(("teacher.", "student.", "plan."))]
+    named = {"name": recipe.teacher.name, "revision": recipe.teacher.revision}
+    known = None not in (found.get(name) for name in files if name.startswith("teacher."))
+    if any(was.get(name) != found.get(name) for name in files) or not (known or before["teacher"] == named):
+        return ()
+    now, then = recipe.to_dict(), before["evaluation"]
+    evaluated = then.get("evaluate")
+    as_many = isinstance(evaluated, Mapping) and evaluated.get("sequences") == now["evaluate"]["sequences"]
+    windows = [name for name in was if name.startswith(WINDOWS) and name in found and as_many]
+    same = all(was[name] == found[name] for name in windows) and then.get("data") == now["data"]
+    same = same and was.get("data.fingerprint") == found.get("data.fingerprint")
+    return OF_TEACHER if same else tuple(name for name in OF_TEACHER if name not in OF_TEXT)
+
+
+def _section_of(reason: str) -> str | None:
+    """The section in which a number is not finite, of a reason that says so."""
+    place = reason.removeprefix(NOT_FINITE)
+    return place.replace("[", ".").partition(".")[0] if place != reason else None
+
+
+def _plain(value: Any) -> Any:
+    """As JSON has it: null for the numbers that it has no word for."""
+    if isinstance(value, Mapping):
+        return {key: _plain(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _sealed(folder: Path, tree: dict[str, Any]) -> dict[str, Any]:
@@ -157,13 +225,57 @@ def read(folder: str | Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{folder}: has no {CERTIFICATE}; `linearize eval {folder}` measures the student and writes one"
         ) from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: cannot be read ({error}); measure the student again") from None
     if not isinstance(tree, dict) or not isinstance(tree.get("identity"), dict):
         raise CheckpointError(f"{path}: is no certificate; measure the student again")
     if not isinstance(tree.get("format"), int) or tree["format"] > FORMAT:
         raise CheckpointError(f"{path}: format {tree.get('format')!r} is unknown; upgrade linearize")
+    if odd := _malformed(tree):
+        raise CheckpointError(f"{path}: {odd} is not as linearize writes it; measure the student again")
     return tree
+
+
+def _malformed(tree: Mapping[str, Any]) -> str | None:
+    """The first key whose value is of another kind than it must be."""
+    kinds = dict.fromkeys(("teacher", "origin", "measured", "evaluation", "training"), dict)
+    kinds |= {"reasons": list, "not_run": list, "status": str, "seal": str}
+    for key, kind in kinds.items():
+        if not isinstance(tree.get(key), kind):
+            return key
+    if not all(isinstance(reason, str) for key in ("reasons", "not_run") for reason in tree[key]):
+        return "reasons"
+    if not all(digest is None or isinstance(digest, str) for digest in tree["identity"].values()):
+        return "identity"
+    versions, gates = tree["origin"].get("versions"), tree["measured"].get("gates")
+    if not isinstance(versions, dict):
+        return "origin.versions"
+    try:
+        _teacher_of(tree)
+    except (KeyError, TypeError, ValidationError):
+        return "teacher"
+    try:
+        found = Gates.from_dict(gates).gates if gates else []
+    except (KeyError, TypeError):
+        return "measured.gates"
+    whole = all(isinstance(gate.name, str) and isinstance(gate.status, str) for gate in found)
+    return None if whole else "measured.gates"
+
+
+def _teacher_of(tree: Mapping[str, Any]) -> Teacher:
+    return Teacher(name=tree["teacher"]["name"], revision=tree["teacher"]["revision"])
+
+
+def failed_gates(folder: str | Path) -> Gates | None:
+    """The integrity gates of a checkpoint whose certificate says that one failed; None where it says no such thing.
+
+    Raises :class:`CheckpointError` for a certificate that cannot be read.
+    """
+    if not (Path(folder) / CERTIFICATE).exists():
+        return None
+    tree = read(folder)
+    gates = tree["measured"].get("gates")
+    return Gates.from_dict(gates) if tree["status"] == "failed" and gates else None
 
 
 def verify(folder: str | Path, *, data: Data | None = None) -> Verified:
@@ -174,12 +286,11 @@ def verify(folder: str | Path, *, data: Data | None = None) -> Verified:
     folder = Path(folder)
     tree = read(folder)
     recorded: dict[str, Any] = tree["identity"]
-    teacher = tree.get("teacher") or {}
-    now = identity(folder, Teacher(name=str(teacher.get("name")), revision=teacher.get("revision")))
+    now = identity(folder, _teacher_of(tree))
     absent: dict[str, str] = {}
     if any(now[name] is None for name in now if name.startswith("teacher.")):
         absent |= {n: "the teacher is not at hand" for n in recorded if n.startswith("teacher.")}
-    made = (tree.get("origin") or {}).get("versions", {}).get("linearize")
+    made = tree["origin"]["versions"].get("linearize")
     if made != __version__:
         absent["package"] = f"it was made by linearize {made}, this is {__version__}"
     sealed = tree.get("seal") == _hash_of({key: value for key, value in tree.items() if key != "seal"})
@@ -188,7 +299,9 @@ def verify(folder: str | Path, *, data: Data | None = None) -> Verified:
     )
     again, reason = data(tree, sealed and same) if data is not None else ({}, "")
     now |= again
-    reason = reason or "the data is not at hand"
+    reason = reason or (
+        "the data is not at hand" if data is None else "it is of an earlier measurement, with other terms"
+    )
     absent |= {n: reason for n in recorded if n.startswith("data.") and n not in now}
     absent |= {
         n: "it could not be made when the certificate was written" for n, h in recorded.items() if h is None
@@ -225,11 +338,11 @@ def teacher_folder(teacher: Teacher) -> Path | None:
     """Where a teacher's files are on this machine: its folder, or the Hub's cache; None where they are not."""
     try:
         source = teacher_path(teacher.name)
-    except LinearizeError:
-        return None
-    if isinstance(source, Path):
-        return source
-    found = try_to_load_from_cache(source, CONFIG, revision=teacher.revision)
+        if isinstance(source, Path):
+            return source
+        found = try_to_load_from_cache(source, CONFIG, revision=teacher.revision)
+    except (LinearizeError, OSError, RuntimeError, ValueError):
+        return None  # no folder or repository can have such a name
     return Path(found).parent if isinstance(found, str) else None
 
 
@@ -330,21 +443,9 @@ def _files(folder: Path, patterns: Iterable[str]) -> str | None:
 
 
 def _hash_of(tree: Any) -> str:
-    return hashlib.sha256(json.dumps(tree, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
-
-
-# What stands against it.
-
-
-def _status(reasons: Iterable[str]) -> str:
-    reasons = list(reasons)
-    if any(reason.startswith(FAILED) for reason in reasons):
-        return "failed"
-    return "incomplete" if reasons else "complete"
-
-
-def _any_ran(gates: Mapping[str, Any] | None) -> bool:
-    return any(gate["status"] != "not run" for gate in (gates or {}).get("gates", []))
+    return hashlib.sha256(
+        json.dumps(tree, sort_keys=True, ensure_ascii=False).encode(errors="surrogatepass")
+    ).hexdigest()
 
 
 def _expected(found: Mapping[str, str | None]) -> list[str]:
@@ -359,56 +460,3 @@ def _earlier(folder: Path, found: Mapping[str, str | None]) -> dict[str, Any]:
         return {}
     same = all(tree["identity"].get(n) == found[n] for n in ("student.weights", "student.config"))
     return tree if same else {}
-
-
-def _walk(tree: Any, place: str = "") -> Iterator[tuple[str, Any]]:
-    """Every mapping and every plain value below, with its dotted place."""
-    if isinstance(tree, Mapping):
-        yield place, tree
-        for key, value in tree.items():
-            yield from _walk(value, f"{place}.{key}" if place else str(key))
-    elif isinstance(tree, list | tuple):
-        for index, value in enumerate(tree):
-            yield from _walk(value, f"{place}[{index}]")
-    else:
-        yield place, tree
-
-
-def _not_finite(tree: Any) -> Iterator[str]:
-    return (place for place, value in _walk(tree) if isinstance(value, float) and not math.isfinite(value))
-
-
-def _entries_not_run(measured: Mapping[str, Any]) -> list[str]:
-    """Entries inside the sections that say that they were not run, and why."""
-    found = []
-    for place, entry in _walk(measured):
-        if not isinstance(entry, Mapping):
-            continue
-        reason = entry.get("not_run")
-        if reason is None and entry.get("status") == "not run":
-            reason = entry.get("note") or "no reason is given"
-        if reason:
-            name = entry.get("name") or entry.get("task") or entry.get("part") or place
-            found.append(f"{place.partition('[')[0]}: {name} ({reason})")
-    return list(dict.fromkeys(found))
-
-
-def _failed_gates(measured: Mapping[str, Any]) -> list[str]:
-    gates = (measured.get("gates") or {}).get("gates", [])
-    return [f"{g['name']}, {g['where'] or g['note']}" for g in gates if g["status"] == "failed"]
-
-
-def _too_few(measured: Mapping[str, Any]) -> list[str]:
-    """One line for each section and count under :data:`LEAST`."""
-    found: dict[tuple[str, int], int] = {}
-    for place, entry in _walk(measured):
-        if not isinstance(entry, Mapping) or entry.get("not_run"):
-            continue
-        for key in COUNTS:
-            count = entry.get(key)
-            if isinstance(count, int) and count < LEAST:
-                section = place.replace("[", ".").partition(".")[0]
-                found[section, count] = found.get((section, count), 0) + 1
-    return [
-        f"too few: {n} figures of {section} rest on {count} samples" for (section, count), n in found.items()
-    ]

@@ -16,13 +16,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from . import interrupt, report
+from . import certificate, interrupt, report
 from .evaluate import Results
 from .evaluate.ablations import verdict
 from .evaluate.bench import FILE, bench
 from .evaluate.beside import beside
 from .evaluate.speed import Planned, SpeedResults
-from .files import write_json, write_text
+from .files import sha256_of, write_json, write_text
 from .modeling.errors import EvaluationError, LinearizeError, RecipeError
 from .modeling.registry import METHODS
 from .progress import Progress, Watch
@@ -33,6 +33,8 @@ from .run import RunResult, run
 logger = logging.getLogger(__name__)
 
 CONTROL = "window"
+NOT_TIMED = "not-timed.json"
+"""In a run: why bench refused its student, so that the same command does not load both models again to hear it."""
 BENCH_SECONDS = 60.0
 """For timing one student beside the teacher; `linearize bench` takes as long as its grid needs."""
 
@@ -91,8 +93,9 @@ def compare(
     """Run the recipe with every method, or what is missing of it, and write one report.
 
     ``timed`` times one row of each student beside the teacher (:func:`linearize.evaluate.bench.bench`); what is
-    predicted to end after ``bench_seconds`` is left out and says so, the longest texts first. A run whose integrity
-    gates fail ends the comparison there.
+    predicted to end after ``bench_seconds`` is left out and says so, the longest texts first. A student that could not
+    be timed is not tried again with the same seconds and certificate. A run whose integrity gates fail ends the
+    comparison there; with ``evaluate.gates: false`` it goes on.
     """
     recipes = recipes_of(recipe, methods)
     folder = folder_of(recipe)
@@ -136,10 +139,30 @@ def _time(made: RunResult, name: str, seconds: float, progress: Watch | None) ->
     def told(planned: list[Planned]) -> None:
         logger.info("%s: bench, %s", name, report.estimate(planned))
 
+    file, certified = made.folder / NOT_TIMED, made.checkpoint / certificate.CERTIFICATE
+    terms = {"seconds": seconds, "certificate": sha256_of(certified) if certified.is_file() else None}
+    if (reason := _refused_before(file, terms)) is not None:
+        logger.warning("%s: not timed (%s), as before; remove %s to try again", made.folder, reason, file)
+        return
     try:
-        bench(made.checkpoint, batches=[1], seconds=seconds, told=told, progress=progress)
+        found = bench(made.checkpoint, batches=[1], seconds=seconds, told=told, progress=progress)
     except LinearizeError as error:
         logger.warning("%s: not timed (%s)", made.folder, error)
+        write_json(file, {"reason": str(error), **terms})
+        return
+    file.unlink(missing_ok=True)
+    certificate.certify_speed(
+        made.checkpoint, found.results, Recipe.from_file(made.folder / "recipe.yaml").teacher
+    )
+
+
+def _refused_before(file: Path, terms: Mapping[str, Any]) -> str | None:
+    """Why bench refused on the same terms; None where it did not, or that cannot be read."""
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+        return str(record["reason"]) if terms == {key: record[key] for key in terms} else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _finish(folder: Path, recipes: Mapping[str, Recipe], runs: dict[str, RunResult]) -> Comparison:

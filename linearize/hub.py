@@ -24,9 +24,10 @@ from huggingface_hub.utils import (
 
 from .adapter import ADAPTER_CONFIG, write_adapter
 from .card import ASSETS, LICENCE_UNKNOWN, Source, card
+from .certificate import CERTIFICATE, read
 from .checkpoint import CONFIG, is_checkpoint
 from .licence import licence_of
-from .modeling.errors import HubError
+from .modeling.errors import CheckpointError, HubError
 from .modeling.model import PREFIX
 from .progress import Progress, Watch
 from .report import Picture, available, pictures
@@ -63,8 +64,8 @@ def push(
     ``revision`` is a branch, made where there is none. ``adapter_only`` sends the adapters of stage 2 and the mixers
     in place of the whole weights; ``allow_licence`` goes on where the teacher's licence forbids derivatives,
     ``allow_failed`` where integrity gates of the student failed. A dry run touches no network. Raises
-    :class:`HubError`: a folder that is no student, failed gates, a licence that forbids it, a repository of something
-    else, and whatever the Hub refuses.
+    :class:`HubError`: a folder that is no student, a certificate that cannot be read, failed gates, a licence that
+    forbids it, a repository of something else, and whatever the Hub refuses.
     """
     folder = student_of(folder)
     try:
@@ -74,6 +75,11 @@ def push(
     if "/" not in repo_id:
         raise HubError(f"{repo_id}: whose repository? write owner/{repo_id}")
     source = Source.of(folder)
+    if source.certificate_file is not None:
+        try:
+            read(source.certificate_file.parent)
+        except CheckpointError as error:
+            raise HubError(f"{error}, or remove it: then the card says that nothing was checked") from None
     if source.failed_gates and not allow_failed:
         raise HubError(
             f"{folder}: integrity gates failed ({'; '.join(source.failed_gates)}), so it is not one function; "
@@ -129,9 +135,8 @@ def _contents(source: Source, adapter_only: bool) -> Iterator[dict[str, Path | b
         files: dict[str, Path | bytes] = {
             path.relative_to(root).as_posix(): path for path in root.rglob("*") if path.is_file()
         }
-        certificate = source.run / "certificate.json"
-        if certificate.is_file():
-            files.setdefault(certificate.name, certificate)
+        if source.certificate_file is not None:
+            files.setdefault(CERTIFICATE, source.certificate_file)
         yield files
 
 

@@ -25,10 +25,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from . import checkpoint, interrupt, report
+from . import certificate, checkpoint, interrupt, report
 from .convert import convert, describe, unconvert
 from .data import Corpus, build
-from .evaluate import Results, check, evaluate
+from .evaluate import GatesFailed, Results, check, evaluate
 from .evaluate.length_gate import context_of, gate_lengths, gated
 from .evaluate.vocabulary import refuse_other_vocabulary
 from .files import write_text
@@ -82,11 +82,14 @@ def run(recipe: Recipe, *, progress: Watch | None = None) -> RunResult:
 
     Ctrl-C ends the step, saves what there is and raises :class:`linearize.interrupt.Stopped`; again, it stops at once.
     A failed integrity gate ends it with :class:`linearize.evaluate.GatesFailed` once the student is saved: its
-    certificate says so, and nothing else is measured (``evaluate.gates: false`` goes on without gates).
+    certificate says so, and nothing else is measured. The same recipe with ``evaluate.gates: false`` goes on from there
+    without gates; the certificate still says that one failed, and so does a warning. A finished run whose certificate
+    says so by now ends the same way.
     """
     folder = folder_of(recipe)
     _refuse_other_run(folder, recipe)
     if (folder / "results.json").exists():
+        _tell_failed_gates(folder / "student", recipe)
         return _finished(folder)
     check_trackers(recipe.tracking)
     with tracked(recipe.tracking, folder, recipe.to_dict(), progress) as watch:
@@ -151,7 +154,9 @@ def _go(recipe: Recipe, folder: Path, progress: Watch | None) -> RunResult:
         for name, at in saved.items():
             own = results if name == "student" else replace(results, gates=None, ablations=None)
             certify(at, own, recipe, _chosen(asked, planned) if name == "student" else None)
-    return _finish(folder, asked, results, prompt, text, clock.seconds, planned)
+    made = _finish(folder, asked, results, prompt, text, clock.seconds, planned)
+    _tell_failed_gates(made.checkpoint, recipe)  # those of an earlier call, which could not be run again
+    return made
 
 
 def _chosen(recipe: Recipe, planned: "tuple[PlanResult, ScanResult] | None") -> dict[str, Any] | None:
@@ -333,12 +338,32 @@ def _refuse_other_run(folder: Path, recipe: Recipe) -> None:
             f"output: {link} is a link, and a run writes only below its own folder; remove the link, or choose another "
             "folder with output=..."
         )
-    if changed := Recipe.from_file(written).differences(recipe):
+    changed = Recipe.from_file(written).differences(recipe)
+    if not (folder / "results.json").exists() or not recipe.evaluate.gates:
+        # What was trained is the same; and a finished run with gates has all that is asked for without.
+        changed = [key for key in changed if key != "evaluate.gates"]
+    if changed:
         keys = ", ".join(changed[:5]) + (f" and {len(changed) - 5} more" if len(changed) > 5 else "")
         raise RecipeError(
             f"output: {folder} holds a run of another recipe ({keys} differ); "
             "choose another folder with output=..., or remove this one"
         )
+
+
+def _tell_failed_gates(student: Path, recipe: Recipe) -> None:
+    """A run whose student failed an integrity gate does not end as if it had not."""
+    gates = certificate.failed_gates(student)
+    if gates is None:
+        return
+    if recipe.evaluate.gates:
+        raise GatesFailed(
+            student,
+            gates,
+            f"so its certificate.json says; `linearize eval {student} --gates` runs them again, and with "
+            "evaluate.gates=false the run ends without them",
+        )
+    failed = "; ".join(gates.failures())
+    logger.warning("%s: integrity gate failed: %s; so its certificate.json says", student, failed)
 
 
 def _refuse_long_sequences(teacher: Any, recipe: Recipe) -> None:

@@ -46,14 +46,14 @@ def stages_of(
     model = adjust(converted(model, recipe), **(fields or {})).eval()
     yield Stage(UNTRAINED, model)
     home = student.resolve().parent / "transfer"
+    learnt = dict(TransferStage(model, recipe.transfer).named_parameters())
     reason = _not_at_hand(home)
     if reason is None:
         try:
-            learnt = dict(TransferStage(model, recipe.transfer).named_parameters())
             restore_weights(home / "weights.safetensors", learnt)
         except LinearizeError as error:
             reason = str(error)
-    yield Stage(TRANSFERRED, model if reason is None else None, reason)
+    yield Stage(TRANSFERRED, model if reason is None else None, reason, structural=not learnt)
 
 
 def _not_at_hand(home: Path) -> str | None:

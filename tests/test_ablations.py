@@ -116,7 +116,7 @@ def test_every_layer_and_all_of_them_have_a_row(rows):
     assert by_name["window off, layer 2"].not_run == "the window is all there is"
     assert by_name["state zeroed, all layers"].layers == [0, 2]
     for row in found:
-        assert (row.kl is None) == (row.not_run is not None) and row.length == 64
+        assert (row.kl is None) == (row.not_run is not None) == row.structural and row.length == 64
         if row.kl is not None:
             assert (
                 row.windows == 6

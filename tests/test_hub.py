@@ -133,6 +133,19 @@ def test_a_card_that_cannot_have_plots_says_why(student, monkeypatch, caplog):
     assert "which need matplotlib; pip install 'linearize[report]'" in caplog.text
 
 
+def test_a_student_of_which_nothing_is_certified_says_so_and_a_broken_certificate_does_not_go(student):
+    def first():
+        return card(student, "me/mine").text.strip().split("\n\n")[1]
+
+    assert first() == "> **No certificate: nothing was checked.**"
+    assert "certificate.json" not in push(student, "me/mine", dry_run=True).files
+    for broken in ("{", "[]", '{"format": 1, "identity": {}, "status": "complete"}'):
+        (student / "certificate.json").write_text(broken)
+        assert "complete; see" not in first() and first().startswith("> **Certificate: ")
+        with pytest.raises(HubError, match=r"certificate\.json: .*measure the student again, or remove it"):
+            push(student, "me/mine", dry_run=True, allow_failed=True)
+
+
 def test_an_incomplete_certificate_comes_first_and_its_results_are_in_the_hubs_format(student):
     """Read from a file of another version: what is unknown or broken there is left out."""
     measured = {"ppl": 12.5, "kl": 0.25, "top1": None, "sequences": 20, "intervals": {"ppl": [12, 13]}}
@@ -343,6 +356,7 @@ def test_adapters_alone_are_the_student_and_stay_off_other_models(finished, hub,
 
     made = push(finished, "me/adapters", adapter_only=True)
     assert "model.safetensors" not in made.files and "adapter_model.safetensors" in made.files
+    assert "certificate.json" in made.files
     there = hub.repositories["me/adapters"].files("main")[1]
     weights = (finished / "student" / "model.safetensors").stat().st_size
     assert sum(len(content) for content in there.values()) < weights / 5

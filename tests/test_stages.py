@@ -74,6 +74,9 @@ def test_a_stage_that_cannot_be_had_says_why(made, tmp_path):
     with (transfer / "weights.safetensors").open("ab") as file:
         file.write(b"0")
     first, second = stages_of(home / "student", recipe, "cpu")
+    assert not second.structural
+    bare = recipe.override(["method={name: window, window: 8}"])
+    assert list(stages_of(home / "student", bare, "cpu"))[1].structural  # it has nothing to learn
     assert first.model is not None and second.model is None and "not what the stage wrote" in second.not_run
     done = json.loads((transfer / "done.json").read_text())
     (transfer / "done.json").write_text(json.dumps(done | {"skipped": "tokens is 0"}))

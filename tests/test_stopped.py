@@ -1,6 +1,7 @@
 """A failed integrity gate stops what would follow it: a run, a measurement, a timing, a push; what was made is kept."""
 
 import json
+import shutil
 
 import pytest
 from test_run import WORDS, teacher  # noqa: F401  (a fixture)
@@ -57,6 +58,14 @@ def test_a_failed_gate_ends_a_run_and_all_that_would_rely_on_it(found, teacher, 
     first = card(student, "me/mine").text.strip().split("\n\n")[1]
     assert "failed" in first and "batch" in first
 
+    # The run goes on without gates, and its certificate still says so.
+    words_on = ["evaluate.gates=false", f"output={shutil.copytree(folder, tmp_path / 'on')}"]
+    for _ in range(2):
+        going = call(*words[:-1], *words_on)
+        assert going.exit_code == 0 and "integrity gate failed: batch" in going.stderr, going.output
+        assert (tmp_path / "on" / "results.json").is_file()
+        assert certificate.read(tmp_path / "on" / "student")["status"] == "failed"
+
     # Measured without gates, what they found stands.
     measured = call("eval", student, "evaluate.gates=false", "--json")
     assert json.loads(measured.stdout)["likelihood"]
@@ -78,6 +87,9 @@ def test_a_failed_gate_ends_a_run_and_all_that_would_rely_on_it(found, teacher, 
     found[0] = BROKEN
     assert call("eval", student, "--gates").exit_code == 2
     assert certificate.read(student)["status"] == "failed"
+    refused(call(*words), NAMED, "its certificate.json says")  # finished as it is
+    told = call(*words, "evaluate.gates=false")
+    assert told.exit_code == 0 and "integrity gate failed: batch" in told.stderr
 
     # With other fields it is another student than the one that the certificate is of.
     before = certificate.read(student)

@@ -129,7 +129,9 @@ def bench_(
     Prefill and decode over lengths and batch sizes, what both keep in memory, and the length from which the student
     stays ahead. What it will take is said first.
     """
+    from ..certificate import certify_speed
     from ..evaluate.bench import bench
+    from ..recipe import Recipe
     from ..report import estimate, speed_tables
 
     must_be_student(checkpoint)
@@ -148,6 +150,8 @@ def bench_(
             told=lambda planned: typer.echo(estimate(planned), err=True),
             progress=watch,
         )
+    if teacher is None:  # beside another one it is no figure of this student's conversion
+        certify_speed(checkpoint, made.results, Recipe.from_file(checkpoint / "recipe.yaml").teacher)
     if as_json:
         print_json(json.dumps(made.record))
         return

@@ -50,6 +50,8 @@ class Row:
     windows: int = 0
     not_run: str | None = None
     """Why there is no number."""
+    structural: bool = False
+    """The student has no such part, so that no number is missing."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,8 @@ class Stage:
     name: str
     model: nn.Module | None
     not_run: str | None = None
+    structural: bool = False
+    """There is no such state, whatever is at hand."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +114,7 @@ def ablate(
     rows = []
     for name, kind, layers, refused in planned:
         if refused is not None:
-            rows.append(Row(name, kind, layers, length, not_run=refused))
+            rows.append(Row(name, kind, layers, length, not_run=refused, structural=True))
             continue
         # Until its state was zeroed the student was intact: only what follows tells them apart.
         context = before if kind == STATE_ZEROED else None
@@ -134,7 +138,8 @@ def stage_rows(
     length, rows = windows.shape[1] - 1, []
     for stage in stages:
         if stage.model is None:
-            rows.append(Row(stage.name, STAGE, [], length, not_run=stage.not_run or "it cannot be had"))
+            reason = stage.not_run or "it cannot be had"
+            rows.append(Row(stage.name, STAGE, [], length, not_run=reason, structural=stage.structural))
             continue
         found = compare(
             teacher,
