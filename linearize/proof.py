@@ -205,26 +205,21 @@ def stop_where_failed(
     kept = "its certificate.json says so"
     if student is None:
         kept = "as it is set here it is no checkpoint's, so no certificate says so"
-    elif not _certified(student, gates, recipe):
-        count = recipe.evaluate.sequences
-        windows = {n: digest_of_windows(corpus.held_out(n, count)) for n in recipe.evaluate.seq_lens}
-        results = Results(corpus.label, [], recipe.seed, {}, [], {}, windows, gates=gates)
-        certify(student, results, recipe, planned)
+    else:
+        try:
+            if certificate.certify_gates(student, gates, recipe) is None:
+                count = recipe.evaluate.sequences
+                windows = {n: digest_of_windows(corpus.held_out(n, count)) for n in recipe.evaluate.seq_lens}
+                results = Results(corpus.label, [], recipe.seed, {}, [], {}, windows, gates=gates)
+                certify(student, results, recipe, planned)
+        except OSError as error:
+            kept = f"no certificate says so, for it could not be written ({error.strerror or error})"
     raise GatesFailed(
         name,
         gates,
         f"nothing else is measured, and {kept}; `linearize eval {name} --gates` has all gates, "
         f"`linearize eval {name} evaluate.gates=false` measures it all the same",
     )
-
-
-def _certified(student: Path, gates: Gates, recipe: Recipe) -> bool:
-    """Whether the student has a certificate, which says now what its gates did."""
-    try:
-        return certificate.certify_gates(student, gates, recipe) is not None
-    except OSError as error:
-        logger.warning("%s: its certificate cannot be written (%s)", student, error.strerror or error)
-        return False
 
 
 def certify(folder: Path, results: Results, recipe: Recipe, planned: Mapping[str, Any] | None = None) -> None:
