@@ -101,6 +101,10 @@ def load_adapter(folder: Path, device: str = "cpu") -> tuple[Any, Any]:
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         line = str(error).partition("\n")[0][:120]
         raise CheckpointError(f"{folder}: adapters cannot be read ({line}); download them again") from None
+    if asked := [key for key in ("trust_remote_code", "allow_pickle") if getattr(teacher, key)]:
+        raise CheckpointError(
+            f"{folder}: {ADAPTER_CONFIG}: teacher.{asked[0]}: nothing that is downloaded may ask for that; remove it"
+        )
     loaded, tokenizer = load_teacher(teacher)
     model: Any = loaded
     convert_(model, check_format(record.get("linearize")), METHODS)

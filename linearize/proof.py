@@ -22,6 +22,8 @@ from .teacher import load_teacher
 
 logger = logging.getLogger(__name__)
 
+TRUST, TASKS = "teacher.trust_remote_code=true", "evaluate.lm_eval.folder="
+
 
 def device_of(recipe: Recipe) -> str:
     """``cuda`` where there is one, unless the recipe says otherwise."""
@@ -33,14 +35,36 @@ def device_of(recipe: Recipe) -> str:
     return found if recipe.device == "auto" else recipe.device
 
 
+def refuse_its_code(given: str | Path, folder: Path, recipe: Recipe, overrides: Sequence[str] = ()) -> None:
+    """Raise :class:`RecipeError` where a fetched recipe asks for code to be run that ``overrides`` do not ask for.
+
+    ``given`` is what the student was called, ``folder`` where its files are: another place if they were fetched. Who
+    names a folder of this machine has its recipe at hand.
+    """
+    if folder == Path(given):
+        return
+    if recipe.teacher.trust_remote_code and TRUST not in overrides:
+        raise RecipeError(
+            f"teacher.trust_remote_code: the recipe of {given} asks to run code of {recipe.teacher.name}; "
+            f"read that code, then say {TRUST}"
+        )
+    tasks = recipe.evaluate.lm_eval.folder
+    if tasks and not any(word.startswith(TASKS) for word in overrides):
+        raise RecipeError(
+            f"evaluate.lm_eval.folder: the recipe of {given} asks for the tasks in {tasks}, which may hold code; "
+            f"read them, then say {TASKS}{tasks}, or {TASKS}null"
+        )
+
+
 def gates_of_checkpoint(
     folder: str | Path, overrides: Sequence[str] = (), *, progress: Watch | None = None
 ) -> Gates:
     """The integrity gates of a saved student, beside its teacher where that is at hand.
 
-    Raises :class:`EvaluationError` where the teacher's vocabulary is another.
+    A student on the Hub, named by its id, is fetched first. Raises :class:`EvaluationError` where the teacher's
+    vocabulary is another, and :class:`RecipeError` where a fetched recipe asks for its teacher's code to be run.
     """
-    folder = Path(folder)
+    given, folder = folder, checkpoint.fetch(folder)
     fields, overrides = method_words(overrides)
     student, own_tokenizer = checkpoint.load(folder)
     student = adjust(student, **fields)
@@ -48,20 +72,24 @@ def gates_of_checkpoint(
     recipe = Recipe.from_file(path, overrides=overrides) if path.is_file() else None
     if recipe is None:
         return integrity(student, folder=None if fields else folder, progress=progress)
+    refuse_its_code(given, folder, recipe, overrides)
     device, teacher, tokenizer = device_of(recipe), None, None
     with contextlib.suppress(TeacherError):
         teacher, tokenizer = load_teacher(recipe.teacher, device)
-        refuse_other_vocabulary(own_tokenizer, tokenizer, str(folder))
+        refuse_other_vocabulary(own_tokenizer, tokenizer, str(given))
     at = folder if not fields else None
     found = gates_of(student.to(device), teacher, tokenizer, at, recipe, progress, asked=True)
     if at is not None:
-        _certified(at, found, recipe)
+        try:
+            certificate.certify_gates(at, found, recipe)
+        except OSError as error:
+            logger.warning("%s: its certificate cannot be written (%s)", given, error.strerror or error)
     return found
 
 
 def verify_checkpoint(folder: str | Path) -> certificate.Verified:
     """Every hash of a student's certificate made again: its files, and teacher and data where they are at hand."""
-    folder = Path(folder)
+    given, folder = folder, checkpoint.fetch(folder)
 
     def data(tree: Mapping[str, Any], sound: bool) -> tuple[Mapping[str, str | None], str]:
         cache = data_folder(folder)
@@ -73,16 +101,19 @@ def verify_checkpoint(folder: str | Path) -> certificate.Verified:
         if not sound:  # what they name might have to be sampled first
             return found, "teacher, recipe or certificate have changed"
         try:
-            return {**found, **_data_again(folder, tree, cache)}, ""
+            return {**found, **_data_again(given, folder, tree, cache)}, ""
         except (LinearizeError, OSError) as error:
             return found, str(error)
 
     return certificate.verify(folder, data=data)
 
 
-def _data_again(folder: Path, tree: Mapping[str, Any], cache: Path) -> Mapping[str, str | None]:
+def _data_again(
+    given: str | Path, folder: Path, tree: Mapping[str, Any], cache: Path
+) -> Mapping[str, str | None]:
     """Hashes of the training data and of the windows measured on, from kept tokens; nothing is written beside them."""
     trained, measured = Recipe.from_file(folder / "recipe.yaml"), Recipe.from_dict(tree["evaluation"])
+    refuse_its_code(given, folder, measured)
     teacher, tokenizer = load_teacher(measured.teacher, device_of(measured))
     with tempfile.TemporaryDirectory() as temporary:
         for path in cache.resolve().iterdir():
@@ -174,26 +205,21 @@ def stop_where_failed(
     kept = "its certificate.json says so"
     if student is None:
         kept = "as it is set here it is no checkpoint's, so no certificate says so"
-    elif not _certified(student, gates, recipe):
-        count = recipe.evaluate.sequences
-        windows = {n: digest_of_windows(corpus.held_out(n, count)) for n in recipe.evaluate.seq_lens}
-        results = Results(corpus.label, [], recipe.seed, {}, [], {}, windows, gates=gates)
-        certify(student, results, recipe, planned)
+    else:
+        try:
+            if certificate.certify_gates(student, gates, recipe) is None:
+                count = recipe.evaluate.sequences
+                windows = {n: digest_of_windows(corpus.held_out(n, count)) for n in recipe.evaluate.seq_lens}
+                results = Results(corpus.label, [], recipe.seed, {}, [], {}, windows, gates=gates)
+                certify(student, results, recipe, planned)
+        except OSError as error:
+            kept = f"no certificate says so, for it could not be written ({error.strerror or error})"
     raise GatesFailed(
         name,
         gates,
         f"nothing else is measured, and {kept}; `linearize eval {name} --gates` has all gates, "
         f"`linearize eval {name} evaluate.gates=false` measures it all the same",
     )
-
-
-def _certified(student: Path, gates: Gates, recipe: Recipe) -> bool:
-    """Whether the student has a certificate, which says now what its gates did."""
-    try:
-        return certificate.certify_gates(student, gates, recipe) is not None
-    except OSError as error:
-        logger.warning("%s: its certificate cannot be written (%s)", student, error.strerror or error)
-        return False
 
 
 def certify(folder: Path, results: Results, recipe: Recipe, planned: Mapping[str, Any] | None = None) -> None:

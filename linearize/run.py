@@ -40,7 +40,15 @@ from .modeling.mixer import MethodConfig
 from .plan import PlanResult, plan, resolved
 from .plan import check as check_plan
 from .progress import Progress, Watch
-from .proof import certify, controls_of, device_of, gates_of, stop_where_failed, text_of
+from .proof import (
+    certify,
+    controls_of,
+    device_of,
+    gates_of,
+    refuse_its_code,
+    stop_where_failed,
+    text_of,
+)
 from .provenance import origin
 from .recipe import Evaluate, Recipe
 from .scan import ScanResult
@@ -61,7 +69,6 @@ MEASURES = (  # what may change once the student exists
     "device",
     "tracking",
 )
-TRUST = "teacher.trust_remote_code=true"
 
 
 @dataclass(frozen=True)
@@ -249,11 +256,7 @@ def evaluate_checkpoint(
         )
     saved = Recipe.from_file(folder / "recipe.yaml")
     recipe = Recipe.from_file(folder / "recipe.yaml", overrides=overrides)
-    if recipe.teacher.trust_remote_code and folder != Path(given) and TRUST not in overrides:
-        raise RecipeError(
-            f"teacher.trust_remote_code: the recipe of {given} asks to run code of {recipe.teacher.name}; "
-            f"read that code, then say {TRUST}"
-        )
+    refuse_its_code(given, folder, recipe, overrides)
     if fixed := saved.differences(recipe, ignore=MEASURES):
         raise RecipeError(
             f"{fixed[0]}: was settled when the student was made; what can be changed is {', '.join(MEASURES)}"
@@ -266,7 +269,7 @@ def evaluate_checkpoint(
         )
     device = device_of(recipe)
     teacher, tokenizer = load_teacher(recipe.teacher, device)
-    refuse_other_vocabulary(own_tokenizer, tokenizer, str(folder))
+    refuse_other_vocabulary(own_tokenizer, tokenizer, str(given))
     corpus = text_of(folder, recipe, saved.seed, teacher, tokenizer, progress)
     _refuse_other_data(folder.parent, corpus, recipe)
     students = {"student": student.to(device)}
@@ -275,7 +278,7 @@ def evaluate_checkpoint(
     at = folder if not fields else None  # with other fields it is another student than the folder's
     watch = interrupt.stopping(progress, f"evaluate: {folder} is as it was; nothing of a measurement is kept")
     gates = gates_of(students["student"], teacher, tokenizer, at, recipe, watch)
-    stop_where_failed(gates, at, folder, recipe, corpus)
+    stop_where_failed(gates, at, Path(given), recipe, corpus)
     # The length gate needs the control beside the student.
     config = recipe.evaluate.model_copy(update={"length_gate": False})
     made = saved.model_copy(update={"teacher": recipe.teacher})

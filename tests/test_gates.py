@@ -1,6 +1,10 @@
 """Integrity gates: they pass what is sound, and see each way in which a mixer can be broken, in the layer that is."""
 
+import itertools
 import json
+import shutil
+import subprocess
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +15,7 @@ from linearize import checkpoint
 from linearize.cli import app
 from linearize.convert import convert
 from linearize.evaluate import gates, long_way, one_function, persistence
-from linearize.evaluate.gates import Gates, integrity
+from linearize.evaluate.gates import Gate, Gates, integrity
 from linearize.evaluate.subject import TOLERANCES, Comparison, Seen, Subject
 from linearize.modeling.errors import EvaluationError
 from linearize.modeling.lolcats import LolcatsConfig
@@ -146,6 +150,48 @@ def test_another_folder_than_the_students_is_seen_and_foreign_code_is_not_run(sa
     assert "its own" in gate.note and "must not run" not in gate.note
 
 
+def test_code_is_ours_where_every_file_is_in_its_place_and_no_other_is_named(saved, tmp_path):
+    model, _ = checkpoint.load(saved)
+    stub, foreign = "modeling_linearize.py", "raise SystemExit\n"
+
+    def spoilt(spoil):
+        folder = Path(shutil.copytree(saved, tmp_path / spoil.__name__))
+        spoil(folder)
+        return not persistence.code_is_ours(model, folder)
+
+    def hidden(folder):
+        """The genuine file where nothing looks for it."""
+        (folder / "sub").mkdir()
+        (folder / "sub" / stub).write_bytes((folder / stub).read_bytes())
+        (folder / stub).write_text(foreign)
+
+    def below(folder):
+        """transformers runs such a file as it loads."""
+        (folder / "custom_generate").mkdir()
+        (folder / "custom_generate" / "generate.py").write_text(foreign)
+
+    def linked(folder):
+        (tmp_path / "outside").mkdir()
+        (tmp_path / "outside" / "generate.py").write_text(foreign)
+        (folder / "custom_generate").symlink_to(tmp_path / "outside")
+
+    def elsewhere(folder):
+        config = json.loads((folder / "config.json").read_text())
+        own = config["auto_map"]["AutoModelForCausalLM"]
+        config["auto_map"]["AutoModelForCausalLM"] = f"owner/name--{own}"
+        (folder / "config.json").write_text(json.dumps(config))
+
+    def as_the_hub_keeps_it(folder):
+        """Files that are links to others."""
+        for path in list(folder.glob("*.py")):
+            path.rename(path.with_suffix(".blob"))
+            path.symlink_to(path.with_suffix(".blob"))
+
+    for spoil in (hidden, below, linked, elsewhere):
+        assert spoilt(spoil), spoil
+    assert not spoilt(as_the_hub_keeps_it)
+
+
 def test_what_cannot_be_run_says_why(subject):
     assert persistence.reload(subject, None).status == "not run"
     finite = long_way.long_way(subject, None)[1]
@@ -159,13 +205,53 @@ def test_what_cannot_be_run_says_why(subject):
         integrity(tiny("llama"))
 
 
-def test_a_student_that_raises_has_failed(subject):
+@pytest.mark.parametrize(
+    ("error", "status", "note"),
+    [
+        (RuntimeError("no such kernel"), "failed", "RuntimeError: no such kernel"),
+        (KeyError("layer 7"), "failed", "KeyError: 'layer 7'"),
+        (AssertionError("x"), "failed", "AssertionError: x"),
+        (MemoryError(), "not run", "out of memory (MemoryError: )"),
+        (torch.OutOfMemoryError("CUDA out of memory."), "not run", "out of memory (OutOfMemoryError: "),
+        (None, "not run", "out of memory (RuntimeError: "),  # what torch itself raises on a CPU
+        (OSError(28, "No space left on device"), "not run", "OSError: [Errno 28] No space left"),
+    ],
+)
+def test_a_student_that_raises_has_failed_and_a_machine_that_is_too_small_has_not(
+    subject, error, status, note
+):
     def raising(forward, x, state):
-        raise RuntimeError("no such kernel")
+        if error is None:
+            torch.empty(2**60, dtype=torch.int8)
+        raise error
 
     breaks(subject, raising)
     (gate,) = gates._guarded("batch", lambda: [one_function.batch(subject)])
-    assert gate.status == "failed" and gate.note == "RuntimeError: no such kernel"
+    assert gate.status == status and gate.note.startswith(note), gate
+
+
+@pytest.mark.parametrize(
+    ("code", "said", "status"),
+    [
+        (
+            1,
+            "RuntimeError: DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes",
+            "not run",
+        ),
+        (-9, "", "not run"),
+        (1, "KeyError: 'layers'", "failed"),
+    ],
+)
+def test_a_reload_that_runs_out_of_memory_is_not_run(subject, saved, monkeypatch, code, said, status):
+    ended = subprocess.CompletedProcess([], code, "", said)
+    monkeypatch.setattr(persistence.subprocess, "run", lambda *_, **__: ended)
+    gate = persistence.reload(subject, saved)
+    assert gate.status == status and said[:90] in gate.note
+
+
+def test_a_difference_without_bound_is_written_as_json():
+    found = Gates("failed", [Gate("batch", "failed", "layer 1, length 9", torch.inf, 0.1)])
+    assert json.loads(json.dumps(found.to_dict(), allow_nan=False))["gates"][0]["difference"] is None
 
 
 def test_a_state_that_grows_is_held_to_what_its_method_declares():
@@ -190,8 +276,26 @@ def test_half_precision_has_its_own_bound_and_asks_for_the_same_choices():
     check = Comparison(subject, "x")
     check.add(Seen(other, {0: other}), Seen(logits, {0: logits}), 300)
     assert check.failed and check.worst == 0 and "97.0 % of" in check.note
+    cases = {"same": logits, "near": logits * 1.01, "other": other}
+    for order in itertools.permutations(cases):
+        check = Comparison(subject, "x")
+        for length, case in enumerate(order):
+            check.add(Seen(cases[case], {0: cases[case]}), Seen(logits, {0: logits}), length)
+        assert check.failed and check.where.endswith(f"length {order.index('other')}"), order
+    check = Comparison(subject, "x")
+    for length, case in enumerate(("same", "near", "same")):
+        check.add(Seen(cases[case], {0: cases[case]}), Seen(logits, {0: logits}), length)
+    assert not check.failed and check.worst > 0 and check.where == "length 1"
 
 
 def test_the_gates_are_a_verb(saved):
-    result = CliRunner().invoke(app, ["eval", str(saved), "--gates", "--ablations"])
-    assert result.exit_code == 2 and "give one of them" in result.stderr
+    for words in (
+        ["--gates", "--ablations"],
+        ["--gates", "--suite", "smoke"],
+        ["--verify", "--suite-folder", "x"],
+        ["--gates", "--lm-eval", "piqa"],
+        ["--gates", "--lm-eval-tasks", "x"],
+    ):
+        result = CliRunner().invoke(app, ["eval", str(saved), *words])
+        assert result.exit_code == 2 and "give one of them" in result.stderr, result.output
+        assert all(word in result.stderr for word in words if word.startswith("--"))

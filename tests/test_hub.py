@@ -20,13 +20,15 @@ from typer.testing import CliRunner
 
 from linearize import checkpoint
 from linearize.card import card
+from linearize.certificate import certify
 from linearize.cli import app
 from linearize.convert import convert
+from linearize.evaluate import Gates, Results
 from linearize.hub import push
 from linearize.licence import Licence, licence_of
 from linearize.loading import load
 from linearize.methods import adjust
-from linearize.modeling.errors import CheckpointError, HubError, RecipeError
+from linearize.modeling.errors import CheckpointError, HubError, RecipeError, TeacherError
 from linearize.modeling.lolcats import LolcatsConfig
 from linearize.modeling.window import WindowConfig
 from linearize.recipe import Recipe, Teacher
@@ -377,6 +379,11 @@ def test_adapters_alone_are_the_student_and_stay_off_other_models(finished, hub,
     (folder / "linearize_adapter.json").write_text(json.dumps(record | {"base": "0"}))
     with pytest.raises(CheckpointError, match="belong to other weights than books-5m"):
         load(folder)
+    for key in ("trust_remote_code", "allow_pickle"):
+        asked = record | {"teacher": record["teacher"] | {key: True}}
+        (folder / "linearize_adapter.json").write_text(json.dumps(asked))
+        with pytest.raises(CheckpointError, match=f"teacher.{key}: nothing that is downloaded may ask"):
+            load(folder)
     (folder / "mixers.safetensors").write_bytes(b"none")
     with pytest.raises(CheckpointError, match="cannot be read"):
         load(folder)
@@ -387,11 +394,45 @@ def test_adapters_that_no_run_kept_are_not_pushed(student):
         push(student, "me/mine", adapter_only=True, dry_run=True)
 
 
-def test_a_recipe_from_the_hub_cannot_run_its_teachers_code(student, hub):
-    recipe = Recipe.from_file(student / "recipe.yaml").override(["teacher.trust_remote_code=true"])
+TRUST = "teacher.trust_remote_code=true"
+
+
+def test_a_recipe_from_the_hub_cannot_run_its_teachers_code(student, hub, tmp_path, monkeypatch):
+    """By no verb, and not again where its certificate is verified; who evaluates it may ask for it."""
+    recipe = Recipe.from_file(student / "recipe.yaml").override([TRUST])
     (student / "recipe.yaml").write_text(recipe.to_yaml())
+    certify(student, Results("books", [], 0, {}, [], {}), recipe, data={"data.fingerprint": "0" * 64})
     push(student, "me/mine")
-    with pytest.raises(RecipeError, match=r"the recipe of me/mine asks to run code of owner/teacher"):
+    trusted, refusal = [], "the recipe of me/mine asks to run code of owner/teacher"
+
+    def load_teacher(spec, *_):
+        trusted.append(spec.trust_remote_code)
+        raise TeacherError("was asked for")
+
+    for module in ("proof", "run"):
+        monkeypatch.setattr(sys.modules[f"linearize.{module}"], "load_teacher", load_teacher)
+    monkeypatch.setattr("linearize.proof.integrity", lambda *_, **__: Gates("passed", []))
+    with pytest.raises(RecipeError, match=refusal):
         evaluate_checkpoint("me/mine")
+    for words in ([], ["--gates"], ["--ablations"], ["--suite", "smoke"]):
+        said = CliRunner().invoke(app, ["eval", "me/mine", *words])
+        assert said.exit_code == 2 and refusal in said.stderr and TRUST in said.stderr, said.output
+    (tmp_path / "data").mkdir()
+    monkeypatch.setattr("linearize.proof.data_folder", lambda _: tmp_path / "data")
+    said = json.loads(CliRunner().invoke(app, ["eval", "me/mine", "--verify", "--json"]).stdout)
+    assert refusal in said["not_checked"]["data.fingerprint"] and not trusted
+    for words in ([], ["--gates"]):
+        CliRunner().invoke(app, ["eval", "me/mine", TRUST, *words])
+    assert trusted == [True, True]
+
+    tasks = ["teacher.trust_remote_code=false", "evaluate.lm_eval={tasks: [x], folder: /somewhere}"]
+    (student / "recipe.yaml").write_text(recipe.override(tasks).to_yaml())
+    push(student, "me/tasks")
+    with pytest.raises(
+        RecipeError, match=r"recipe of me/tasks asks for the tasks in /somewhere, which may hold"
+    ):
+        evaluate_checkpoint("me/tasks")
+    with pytest.raises(TeacherError):
+        evaluate_checkpoint("me/tasks", ["evaluate.lm_eval.folder=null"])
     with pytest.raises(CheckpointError, match="me/nothing: no such folder, and the Hub does not give it"):
         evaluate_checkpoint("me/nothing")

@@ -1,6 +1,8 @@
 """A failed integrity gate stops what would follow it: a run, a measurement, a timing, a push; what was made is kept."""
 
+import errno
 import json
+import os
 import shutil
 
 import pytest
@@ -40,7 +42,7 @@ def found(monkeypatch):
     return given
 
 
-def test_a_failed_gate_ends_a_run_and_all_that_would_rely_on_it(found, teacher, tmp_path):  # noqa: F811
+def test_a_failed_gate_ends_a_run_and_all_that_would_rely_on_it(found, teacher, tmp_path, monkeypatch):  # noqa: F811
     words = ["run", teacher, "--method", "lolcats", *WORDS, *SHORT, f"output={tmp_path / 'run'}"]
     folder, student = tmp_path / "run", tmp_path / "run" / "student"
     for _ in range(2):  # a second call takes up what is there, and ends there too
@@ -96,3 +98,13 @@ def test_a_failed_gate_ends_a_run_and_all_that_would_rely_on_it(found, teacher, 
     with pytest.raises(GatesFailed, match="no certificate says so") as caught:
         evaluate_checkpoint(student, ["method.sparse_cache=4"])
     assert caught.value.gates == BROKEN and certificate.read(student) == before
+
+    # A folder that nothing can be written in, with a certificate and without one.
+    def read_only(path, tree):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+
+    monkeypatch.setattr(certificate, "write_json", read_only)
+    for _ in range(2):
+        refused(call("eval", student), NAMED, "it could not be written (Read-only file system)")
+        refused(call("eval", student, "--gates"), "batch: layer 1, length 9, differs by 1")
+        (student / "certificate.json").unlink(missing_ok=True)

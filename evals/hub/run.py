@@ -35,6 +35,10 @@ SMALL = (
     *("evaluate.recall_samples=4", "evaluate.generate_tokens=8", "control.enabled=false"),
 )
 NAME = "me/my-student"
+HUB = "https://hub.example"
+"""Stands for the server's address, whose port is another one every time."""
+LIBRARY = ("/api/agent-harnesses",)
+"""What huggingface_hub asks for itself, by the environment that it runs in."""
 PLAIN = """
 import sys
 {snippet}
@@ -111,12 +115,12 @@ class Way:
         assert done.returncode == code, (title, done.returncode, done.stderr)
         said = (done.stderr if code else done.stdout).strip().splitlines()
         assert not any(secret in done.stdout + done.stderr for secret in (TOKEN, READER, "signature"))
-        asked = self.hub.log[first:]
+        asked = [exchange for exchange in self.hub.log[first:] if exchange.path not in LIBRARY]
         typed = shown or f"linearize {' '.join(words)}".replace(
             words[1], "RUN" if words[0] == "push" else NAME, 1
         )
         self.lines += [f"## {title}\n", f"`{typed}`, exit code {code}.", ""]
-        shown_last = said[-1].replace(str(self.scratch), "") if said else ""
+        shown_last = said[-1].replace(str(self.scratch), "").replace(self.hub.url, HUB) if said else ""
         self.lines += [f"> {shown_last}\n"] if shown_last else []
         if asked:
             self.lines += [
@@ -139,7 +143,8 @@ class Way:
             "# A student's way to a Hub and back\n",
             "Written by `python evals/hub/run.py`: the clients of huggingface_hub and transformers, against a server "
             "on this machine that speaks the Hub's protocol (`tests/hub_server.py`) and checks hashes, sizes, tokens "
-            f"and the card's metadata. huggingface_hub {huggingface_hub.__version__}, transformers "
+            f"and the card's metadata. {HUB} stands for its address; what huggingface_hub asks for itself "
+            f"({', '.join(LIBRARY)}) is left out. huggingface_hub {huggingface_hub.__version__}, transformers "
             f"{versions['transformers']}, {origin()['date'][:10]}.\n",
             "| what | requests | bytes sent | bytes answered |",
             "| --- | --- | --- | --- |",

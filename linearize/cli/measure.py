@@ -63,18 +63,25 @@ def eval_(
     """
     from ..checkpoint import fetch
 
-    folder = fetch(checkpoint)
-    must_be_student(folder)
+    must_be_student(
+        fetch(checkpoint)
+    )  # below, too, it goes by its name: a fetched recipe is trusted with less
     words = list(overrides or [])
     if sum((gates, ablations, verify)) > 1:
         fail("--gates, --ablations, --verify: give one of them")
+    beside = {"--suite": suite, "--suite-folder": suite_folder, "--lm-eval": lm_eval}
+    beside |= {"--lm-eval-tasks": lm_eval_tasks}
+    if gates or verify:
+        alone = "--gates" if gates else "--verify"
+        for option in (option for option, given in beside.items() if given is not None):
+            fail(f"{alone}, {option}: nothing else is done with {alone}; give one of them")
     if verify:
         if words:
             fail(f"{words[0]}: nothing is measured with --verify; leave it out")
-        _verify(folder, as_json)
+        _verify(checkpoint, as_json)
         return
     if gates:
-        _gates(folder, words, as_json)
+        _gates(checkpoint, words, as_json)
         return
     if ablations:
         words.append("evaluate.ablations.enabled=true")
@@ -88,7 +95,7 @@ def eval_(
     if lm_eval_tasks is not None:
         words.append(f"evaluate.lm_eval.folder={json.dumps(str(lm_eval_tasks))}")
     with watching() as watch:
-        results = evaluate_checkpoint(folder, words, progress=watch, suite_folder=suite_folder)
+        results = evaluate_checkpoint(checkpoint, words, progress=watch, suite_folder=suite_folder)
     if as_json:
         print_json(json.dumps(results.to_dict()))
     else:
@@ -195,7 +202,7 @@ def _numbers(option: str, text: str | None) -> list[int] | None:
         fail(f"{option}: {text!r} is not a list of whole numbers, such as 1024,4096")
 
 
-def _gates(checkpoint: Checkpoint, words: list[str], as_json: bool) -> None:
+def _gates(checkpoint: str, words: list[str], as_json: bool) -> None:
     from ..proof import gates_of_checkpoint
 
     with watching() as watch:
@@ -209,7 +216,7 @@ def _gates(checkpoint: Checkpoint, words: list[str], as_json: bool) -> None:
         fail(f"{checkpoint}: {'; '.join(failures)}")
 
 
-def _verify(checkpoint: Checkpoint, as_json: bool) -> None:
+def _verify(checkpoint: str, as_json: bool) -> None:
     from ..proof import verify_checkpoint
 
     found = verify_checkpoint(checkpoint)

@@ -1,11 +1,18 @@
 """What an integrity gate found: passed, failed or not run, where, and by how much."""
 
+import math
+import re
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from ..modeling.errors import EvaluationError
 
 PASSED, FAILED, NOT_RUN = "passed", "failed", "not run"
+NO_MEMORY = re.compile(
+    r"MemoryError|out of memory|OutOfMemory|(can.?t|cannot|could not|failed to) allocate|not enough memory",
+    re.I,
+)
+"""How torch says it: on a CPU in a plain RuntimeError."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +45,11 @@ class Gates:
     gates: list[Gate]
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        tree = asdict(self)
+        for gate in tree["gates"]:  # JSON has no word for infinity
+            if gate["difference"] is not None and not math.isfinite(gate["difference"]):
+                gate["difference"] = None
+        return tree
 
     @classmethod
     def from_dict(cls, tree: dict[str, Any]) -> "Gates":
@@ -58,3 +69,8 @@ class GatesFailed(EvaluationError):
         more = f", and {len(others)} more" if others else ""
         super().__init__(f"{place}: integrity gate failed: {first}{more}; {remedy}")
         self.gates = gates
+
+
+def lacks_memory(text: str) -> bool:
+    """Whether an error's words are of a machine that is too small."""
+    return NO_MEMORY.search(text) is not None

@@ -19,9 +19,9 @@ from typing import Any
 
 import torch
 
-from ..modeling.errors import EvaluationError, LinearizeError
+from ..modeling.errors import EvaluationError
 from ..progress import Progress, Watch
-from .gate import FAILED, NOT_RUN, PASSED, Gate, Gates, GatesFailed
+from .gate import FAILED, NOT_RUN, PASSED, Gate, Gates, GatesFailed, lacks_memory
 from .long_way import long_way
 from .one_function import batch, causality, generate, one_function, padding
 from .persistence import reload, start
@@ -85,11 +85,10 @@ def _guarded(name: str, check: Callable[[], list[Gate]]) -> list[Gate]:
     """A student that cannot be run in one of the ways it must has failed; a machine that is too small has not."""
     try:
         return check()
-    except torch.OutOfMemoryError:
-        return [Gate(name, NOT_RUN, note="out of memory")]
-    except (LinearizeError, RuntimeError, ValueError, IndexError, TypeError, AttributeError) as error:
-        return [
-            Gate(
-                name, FAILED, note=f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
-            )
-        ]
+    except Exception as error:  # whatever a forward raises
+        line = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
+        if isinstance(error, MemoryError | torch.OutOfMemoryError) or lacks_memory(str(error)):
+            return [Gate(name, NOT_RUN, note=f"out of memory ({line})")]
+        if isinstance(error, OSError):  # a full disk, no process to be had
+            return [Gate(name, NOT_RUN, note=line)]
+        return [Gate(name, FAILED, note=line)]

@@ -1,8 +1,10 @@
 """The gates on where a student comes from and goes: its folder in a clean process, and the plain model inside it."""
 
 import copy
+import json
 import math
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -13,10 +15,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from ..checkpoint import CONFIG
 from ..convert import unconvert
 from ..modeling.attention import attention_mode
 from ..modeling.model import write_code
-from .gate import FAILED, NOT_RUN, PASSED, Gate
+from .gate import FAILED, NOT_RUN, PASSED, Gate, lacks_memory
 from .one_function import room
 from .subject import Subject
 
@@ -62,6 +65,12 @@ def reload(subject: Subject, folder: str | Path | None) -> Gate:
         )
         if ended.returncode or not made.is_file():
             last = (ended.stderr.strip().splitlines() or ["no message"])[-1][:200]
+            if lacks_memory(last):
+                return Gate(name, NOT_RUN, note=f"out of memory in a clean process ({last})")
+            if ended.returncode == -signal.SIGKILL:
+                return Gate(
+                    name, NOT_RUN, note="its process was killed, as systems do that run out of memory"
+                )
             return Gate(name, FAILED, note=f"the folder does not load in a clean process ({last})")
         logits = load_file(made)["logits"]
     here = subject.model(input_ids=ids, use_cache=False).logits.cpu()
@@ -77,12 +86,25 @@ def reload(subject: Subject, folder: str | Path | None) -> Gate:
 
 
 def code_is_ours(model: Any, folder: Path) -> bool:
-    """Whether the folder holds exactly the code that this package writes, and so may be run unasked."""
+    """Whether the folder holds exactly the code that this package writes, and so may be run unasked.
+
+    Every file by its place, links to other folders none, and ``auto_map`` names nothing else: it may name another
+    repository (``owner/name--module.Class``).
+    """
     with tempfile.TemporaryDirectory() as temporary:
         fresh = Path(temporary)
-        write_code(type(model), model.config, fresh)
-        written = {path.name: path.read_bytes() for path in fresh.glob("*.py")}
-    return written == {path.name: path.read_bytes() for path in folder.rglob("*.py")}
+        classes = write_code(type(model), model.config, fresh)
+        written = _code(fresh)
+    try:
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        linked = any(path.is_symlink() and path.is_dir() for path in folder.rglob("*"))
+        return not linked and config.get("auto_map") == classes and _code(folder) == written
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def _code(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*.py")}
 
 
 def start(subject: Subject, teacher: Any) -> Gate:

@@ -129,7 +129,8 @@ class Comparison:
                     True,
                     f"{100 * agreement:.1f} % of the tokens chosen alike, {100 * AGREEMENT:.0f} % needed",
                 )
-        if (failed, difference) < (self.failed, self.worst) or (self.where and difference == self.worst):
+        # A failure outweighs every difference: the median token of a failed case may not differ at all.
+        if self.where and (failed, difference) <= (self.failed, self.worst):
             return
         self.failed, self.worst, self.note = failed, difference, note
         self.where = f"length {length}"
