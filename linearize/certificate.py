@@ -125,7 +125,7 @@ def certify_gates(folder: str | Path, gates: Gates, recipe: Recipe) -> dict[str,
 
     So does what failed before, until it passes. None where there is no certificate of these weights.
     """
-    return _renewed(Path(folder), "gates", gates.to_dict(), recipe.teacher)
+    return _renewed(Path(folder), "gates", gates, recipe.teacher)
 
 
 def certify_speed(folder: str | Path, speed: SpeedResults, teacher: Teacher) -> dict[str, Any] | None:
@@ -135,7 +135,7 @@ def certify_speed(folder: str | Path, speed: SpeedResults, teacher: Teacher) -> 
     """
     folder = Path(folder)
     try:
-        made = _renewed(folder, "speed", speed.to_dict(), teacher)
+        made = _renewed(folder, "speed", speed, teacher)
     except OSError as error:
         logger.warning("%s: its certificate cannot be written (%s)", folder, error.strerror or error)
         return None
@@ -144,7 +144,9 @@ def certify_speed(folder: str | Path, speed: SpeedResults, teacher: Teacher) -> 
     return made
 
 
-def _renewed(folder: Path, section: str, value: Mapping[str, Any], teacher: Teacher) -> dict[str, Any] | None:
+def _renewed(
+    folder: Path, section: str, made: Gates | SpeedResults, teacher: Teacher
+) -> dict[str, Any] | None:
     """The certificate with one section measured anew.
 
     The others rest on the hashes that it has: what is another now keeps its old hash, and says so.
@@ -154,8 +156,8 @@ def _renewed(folder: Path, section: str, value: Mapping[str, Any], teacher: Teac
     if not tree:
         return None
     measured = tree["measured"]
-    trouble = not_finite(value, section)
-    value = _plain(value)
+    trouble = not_finite(asdict(made), section)
+    value = _plain(made.to_dict())
     measured[section] = gates_after(measured.get("gates"), value) if section == "gates" else value
     now = {name: digest for name, digest in found.items() if digest is not None}
     moved = [n for n in now if n != "package" and tree["identity"].get(n) not in (None, now[n])]
