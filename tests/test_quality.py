@@ -174,6 +174,19 @@ def test_planned_students_keep_to_their_tokens_and_hand_made_ones_are_scanned(qu
     assert plan.markdown({}, {"targets": [], "ranking": []}) == ""
 
 
+def test_a_planned_student_that_goes_on_plans_from_the_scan_that_it_began_with(quality, tmp_path):
+    plan = beside(quality, "plan")
+    options = plan.arguments(["--teacher=x", "--data=x", "--out=x", f"--work={tmp_path}"])
+    tree, given = plan.read_yaml(options.students), (f"plan.scan={tmp_path / 'share-6.3' / 'scan'}",)
+    for name in ("share-6.3", "share-10"):
+        assert plan.scan_before("share-6.3", options, tree) == ()
+        assert plan.scan_before("share-10", options, tree) == (() if name == "share-6.3" else given)
+        (tmp_path / name / "scan").mkdir(parents=True)
+        (tmp_path / name / "scan" / "scan.json").write_text("{}")
+    assert plan.scan_before("share-10", options, tree) == given
+    assert plan.scan_before("share-3", options, tree) == given
+
+
 def test_objectives_have_equal_tokens_and_bytes_and_one_table(quality, tmp_path):
     """Nothing runs: the recipes of objectives.py, a transfer handed on, and the table of two lines."""
     script = beside(quality, "objectives")

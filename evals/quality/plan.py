@@ -127,30 +127,23 @@ def remember(line: dict[str, Any], done: dict[str, dict[str, Any]], out: Path) -
     append(out, line)
 
 
-def recipe_of(
-    name: str, options: argparse.Namespace, tree: dict[str, Any], folders: tuple[str, ...] = ()
-) -> Recipe:
+def recipe_of(name: str, options: argparse.Namespace, tree: dict[str, Any]) -> Recipe:
     changes = {**tree["students"], **tree["ranking"]}[name]
     cheap = RANKING if name in tree["ranking"] else []
     recipe = Recipe.from_dict(merged(tree["protocol"], changes), place=f"{options.students}: {name}")
-    return recipe.override([*cheap, *options.overrides, *folders])
+    return recipe.override([*cheap, *options.overrides])
 
 
 def measure(name: str, options: argparse.Namespace, tree: dict[str, Any]) -> dict[str, Any]:
     torch.backends.cuda.matmul.allow_tf32 = options.tf32
     folder = options.work / name
-    planned = recipe_of(name, options, tree).plan
-    before = () if folder.exists() or planned is None or planned.scan else scan_before(options, tree)
-    recipe = recipe_of(
-        name,
-        options,
-        tree,
-        (*quality.folders(name, options), *before),
-    )
+    plain = recipe_of(name, options, tree)  # without the folders of one machine
+    planned = plain.plan
+    before = () if planned is None or planned.scan else scan_before(name, options, tree)
+    recipe = plain.override([*quality.folders(name, options), *before])
     done = quality.run(recipe, progress=quality.Reporter(name))
     quality.check_windows(done.results, recipe, options.data / quality.EVAL)
     record = json.loads((folder / "results.json").read_text())
-    plain = recipe_of(name, options, tree)  # without the folders of one machine
     return {
         "student": name,
         "recipe": plain.to_yaml(),
@@ -166,9 +159,13 @@ def measure(name: str, options: argparse.Namespace, tree: dict[str, Any]) -> dic
     }
 
 
-def scan_before(options: argparse.Namespace, tree: dict[str, Any]) -> tuple[str, ...]:
-    """The word that plans from the scan of another student, where one is there: they all ask the same of it."""
-    folders = [options.work / other / "scan" for other in tree["students"]]
+def scan_before(name: str, options: argparse.Namespace, tree: dict[str, Any]) -> tuple[str, ...]:
+    """The word that plans from the scan of a student earlier in the file, where one is there: all ask the same of it.
+
+    Only earlier ones, so that a run that goes on has the word that it began with.
+    """
+    names = list(tree["students"])
+    folders = [options.work / other / "scan" for other in names[: names.index(name)]]
     return tuple(f"plan.scan={folder}" for folder in folders if (folder / "scan.json").exists())[:1]
 
 
