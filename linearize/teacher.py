@@ -217,7 +217,8 @@ def _config(place: str, *, trust: bool, hub: dict[str, str]) -> PretrainedConfig
     if kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False):
         raise TeacherError(f"{place}: {kind} is an encoder; {ONLY}")
     remote = "AutoModelForCausalLM" in raw.get("auto_map", {}) and trust
-    names = raw.get("architectures") or []
+    names = raw.get("architectures")
+    names = [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
     causal = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
     if not remote and (kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or (names and causal.isdisjoint(names))):
         raise TeacherError(f"{place}: {', '.join(names) or kind} is not a causal language model; {ONLY}")

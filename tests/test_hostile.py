@@ -229,11 +229,11 @@ def spoilt(tree, steps, value):
     """The tree with one entry, reached by numbers that choose at each level, replaced or removed."""
     tree = copy.deepcopy(tree)
     node = tree
-    for step in steps:
+    for number, step in enumerate(steps):
         keys = list(node) if isinstance(node, dict) else list(range(len(node)))
         key = keys[step % len(keys)]
         inner = node[key]
-        if not isinstance(inner, dict | list) or not inner or step % 3 == 0:
+        if not isinstance(inner, dict | list) or not inner or step % 3 == 0 or number + 1 == len(steps):
             break
         node = inner
     if value is ...:

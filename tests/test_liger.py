@@ -10,7 +10,7 @@ from tolerances import assert_near
 from torch import Tensor
 
 from linearize.convert import convert, describe
-from linearize.modeling.attention import attention_mode
+from linearize.modeling.attention import attention_mode, base_attention
 from linearize.modeling.errors import ConversionError
 from linearize.modeling.gated import gated_chunked
 from linearize.modeling.liger import LigerConfig, LigerMixer
@@ -274,7 +274,9 @@ def assert_pieces_are_the_whole(family: str, config) -> None:
         output = model(x[:, start:stop], past_key_values=cache, use_cache=True)
         cache, start = output.past_key_values, stop
         outputs.append(output.logits)
-    assert_near(torch.cat(outputs, 1), expected, "logits")
+    # Eager softmax, which transformers 5.24 takes for Gemma 2, is computed in fp32 in the layers that keep theirs.
+    rounded = base_attention(model.config) == "eager"
+    assert_near(torch.cat(outputs, 1), expected, "logits", torch.float32 if rounded else None)
 
 
 @pytest.mark.parametrize("variant", ["gla", "hgrn2", "gsa"])

@@ -75,7 +75,9 @@ linearize.Recipe.resolve = lambda *a, overrides=(), **k: resolve(*a, overrides=[
     )
     assert made.returncode == 0, made.stderr
     assert made.stdout.strip()
-    assert "Warning" not in made.stderr
+    # peft 0.21 reads a property that transformers 5.24 has renamed.
+    told = [line for line in made.stderr.splitlines() if "is_gradient_checkpointing" not in line]
+    assert not any("Warning" in line for line in told), made.stderr
 
 
 @pytest.mark.parametrize("block", PYTHON)
