@@ -153,8 +153,8 @@ def _make_mask(**request: Any) -> LinearMask:
     for name in ("q_offset", "kv_offset"):  # live counters of static caches would change under a lazy mask
         if isinstance(request.get(name), Tensor):
             request[name] = request[name].clone()
-            # Static caches have unfilled places behind the newest token. transformers 5.24 drops masks of ones alone, and
-            # keeps the rest of the mask only for caches that it would compile, which states are not.
+            # A static cache has unfilled places. transformers 5.24 drops a mask of ones, and then hides those places
+            # only in caches that it would compile, which states are not.
             request["allow_is_causal_skip"] = request["allow_is_causal_skip"] and request["q_length"] > 1
     return LinearMask(MODE.get(), base_attention(request["config"]), request)
 
