@@ -1,12 +1,16 @@
 """Steps that write into their state equal steps that return a new one, for every method and at every token."""
 
+import copy
+
 import pytest
 import torch
 from tiny import ids, student, variants
 from tolerances import assert_near
 from transformers import DynamicCache, StaticCache
 
+from linearize.modeling.backend import ran, reference_only
 from linearize.modeling.cache import StateLayer
+from linearize.modeling.registry import METHODS
 
 METHOD_VARIANTS = variants()
 each_method = pytest.mark.parametrize("config", METHOD_VARIANTS.values(), ids=METHOD_VARIANTS.keys())
@@ -80,3 +84,30 @@ def test_beams_reorder_a_state_in_place(config, in_place):
         swapped = torch.cat([mask.flip(0), torch.ones(2, 10, dtype=torch.long)], 1)
         ends.append(steps(model, cache, tokens[:, 9:10], swapped, tokens[:, 10:]))
     assert_near(ends[1], ends[0], "logits")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is for machines without a GPU")
+@pytest.mark.parametrize("name", ["window", "lolcats", "salient"])
+def test_kernels_write_into_the_states_of_any_cache(name, monkeypatch):
+    """The default cache too; a copy of it goes its own way."""
+    pytest.importorskip("triton")
+    model = student("llama", METHODS[name].config(), num_hidden_layers=1, dtype=torch.float32)
+    (x, mask), tokens = prompt((7, 5), 7), ids(2, 8, seed=7)
+
+    def go_on(cache, start):
+        shown = torch.cat([mask, torch.ones(2, start + 1, dtype=torch.long)], 1)
+        return steps(model, cache, tokens[:, start : start + 1], shown, tokens[:, start + 1 :])
+
+    caches = [DynamicCache(config=model.config) for _ in range(2)]
+    with reference_only():
+        expected = steps(model, caches[0], x, mask, tokens[:, :3]), go_on(caches[0], 3)
+    monkeypatch.setenv("LINEARIZE_INTERPRET", "1")
+    assert_near(steps(model, caches[1], x, mask, tokens[:, :3]), expected[0], "logits")
+    assert ran()[{"lolcats": "joint"}.get(name, name) + "_step"] == "triton"
+    layer = caches[1].layers[0]
+    before = [t.data_ptr() for t in layer.state]
+    other = DynamicCache()
+    other.layers = [copy.copy(layer)]
+    assert_near(go_on(other, 3), expected[1], "logits")
+    assert_near(go_on(caches[1], 3), expected[1], "logits")
+    assert [t.data_ptr() for t in layer.state] != before and layer._owned

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from .backend import interpreted
+from .backend import interpreted, refusal
 from .errors import LinearizeError
 
 CACHE = next(
@@ -53,12 +53,13 @@ class StateLayer(CacheLayerMixin):
     def in_place(self) -> bool:
         """Whether decode steps write into the state's tensors, which then stay where they are.
 
-        So it is in a static cache on a GPU, after the first tokens; elsewhere a step returns a new state.
+        So it is on a GPU after the first tokens: in a static cache always, in others where kernels run, because plain
+        torch is faster when it may return a new state.
         """
-        static = isinstance(getattr(self.template, "cumulative_length", None), Tensor)
-        if not static or self.record_past or self.state is None:
+        if self.record_past or self.state is None or not (self.state.seen.is_cuda or interpreted()):
             return False
-        return self.state.seen.is_cuda or interpreted()
+        static = isinstance(getattr(self.template, "cumulative_length", None), Tensor)
+        return static or refusal(*(t for t in self.state if t.is_floating_point())) is None
 
     def own(self, with_room: Callable[[Any], Any]) -> None:
         """Have a state made by ``with_room`` in tensors of this layer alone; nothing to do once it does."""
@@ -66,6 +67,13 @@ class StateLayer(CacheLayerMixin):
             state = with_room(self.state)
             self.state = type(state)(*(t.clone(memory_format=torch.contiguous_format) for t in state))
             self._owned = True
+
+    def __copy__(self) -> "StateLayer":
+        """A layer with the same state, which from now on belongs to neither: each takes its own before it writes."""
+        self._owned = False
+        made = type(self).__new__(type(self))
+        made.__dict__.update(self.__dict__)
+        return made
 
     def advance(self) -> None:
         """Count the column of a step that ran without this code, as the replay of a graph does."""
