@@ -1,6 +1,6 @@
 """Faults at random moments of a tiny run, each followed by a restart, and the end compared with an undisturbed run.
 
-    OMP_NUM_THREADS=1 python evals/faults/run.py --chains 8 --seed 0
+    OMP_NUM_THREADS=1 python evals/faults/run.py --chains 12 --jobs 2 --seed 0
 
 A chain is one run that is disturbed again and again, then left to finish: by kill -9, by a full disk and by Ctrl-C, at
 random operations below each of its folders and at random times; and by a file system that really has no more than so
@@ -8,13 +8,17 @@ many bytes left (a tmpfs, so this needs root). Writes ``results.json`` beside th
 """
 
 import argparse
+import functools
+import itertools
 import json
+import multiprocessing
 import random
 import shutil
 import subprocess
 import sys
 import tempfile
 from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -35,7 +39,8 @@ from linearize.teacher import BUNDLED  # noqa: E402
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--chains", type=int, default=8)
+    parser.add_argument("--chains", type=int, default=12)
+    parser.add_argument("--jobs", type=int, default=1, help="chains at once, a process each")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=HERE / "results.json")
     args = parser.parse_args()
@@ -47,35 +52,9 @@ def main() -> None:
     first = attempt([*words, f"output={whole}"], whole, None, scratch)
     assert first.code == 0, first
     seen = json.loads((scratch / "seen.json").read_text())
-    size = sum(path.stat().st_size for path in whole.rglob("*") if path.is_file())
-    rng, records = random.Random(args.seed), []
-    for chain in range(args.chains):
-        disk = small_disk(scratch / f"disk-{chain}")
-        run = disk / "run"
-        for where in FOLDERS:
-            for kind in (*KINDS, "later", "disk"):
-                fault = Fault(
-                    kind, where, rng.randint(1, max(1, seen[where] // (4 if kind == "full" else 2)))
-                )
-                if kind == "later":
-                    fault = Fault(rng.choice(("kill", "press")), later=round(rng.uniform(0.3, 4), 2))
-                if kind == "disk":
-                    fault = Fault(kind, at=rng.randrange(size))
-                outcome = attempt([*words, f"output={run}"], run, fault, scratch)
-                record = {"chain": chain, **fault._asdict(), **outcome._asdict()}
-                record["said"] = outcome.said.replace(str(scratch), "")
-                record["as it should"] = expected(fault, outcome)
-                record["half-written"] = broken(run)
-                if outcome.code == 0:  # it is finished: the next fault needs a run of its own
-                    record["differences"] = differences(run, whole)
-                    shutil.rmtree(run)
-                records.append(record)
-                print(json.dumps(record), flush=True)
-        last = attempt([*words, f"output={run}"], run, None, scratch)
-        wrong = differences(run, whole) if last.code == 0 else [last.said]
-        records.append({"chain": chain, "kind": "none", "code": last.code, "differences": wrong})
-        print(json.dumps(records[-1]), flush=True)
-        subprocess.run(["umount", disk], check=True)
+    one = functools.partial(chain, words=words, whole=whole, seen=seen, seed=args.seed)
+    with ProcessPoolExecutor(args.jobs, multiprocessing.get_context("fork")) as pool:
+        records = [record for records in pool.map(one, range(args.chains)) for record in records]
     disturbed = [r for r in records if r.get("injected")]
     summary = {
         "origin": origin(),
@@ -97,6 +76,38 @@ def main() -> None:
     args.output.write_text(f'{head},\n "records": [\n  {lines}\n ]\n}}\n')
     print(json.dumps(summary))
     shutil.rmtree(scratch)
+
+
+def chain(number: int, words: list[str], whole: Path, seen: dict[str, int], seed: int) -> list[dict]:
+    """One run, disturbed at each of its restarts and then left to finish; a record of every start."""
+    scratch = whole.with_name(f"chain-{number}")
+    scratch.mkdir()
+    disk = small_disk(scratch / "disk")
+    run, records, rng = disk / "run", [], random.Random(f"{seed} {number}")
+    size = sum(path.stat().st_size for path in whole.rglob("*") if path.is_file())
+    for where, kind in itertools.product(FOLDERS, (*KINDS, "later", "disk")):
+        if kind == "later":
+            fault = Fault(rng.choice(("kill", "press")), later=round(rng.uniform(0.3, 4), 2))
+        elif kind == "disk":
+            fault = Fault(kind, at=rng.randrange(size))
+        else:
+            fault = Fault(kind, where, rng.randint(1, max(1, seen[where] // (4 if kind == "full" else 2))))
+        outcome = attempt([*words, f"output={run}"], run, fault, scratch)
+        record = {"chain": number, **fault._asdict(), **outcome._asdict()}
+        record["said"] = outcome.said.replace(str(whole.parent), "")
+        record["as it should"] = expected(fault, outcome)
+        record["half-written"] = broken(run)
+        if outcome.code == 0:  # it is finished: the next fault needs a run of its own
+            record["differences"] = differences(run, whole)
+            shutil.rmtree(run)
+        records.append(record)
+        print(json.dumps(record), flush=True)
+    last = attempt([*words, f"output={run}"], run, None, scratch)
+    wrong = differences(run, whole) if last.code == 0 else [last.said]
+    records.append({"chain": number, "kind": "none", "code": last.code, "differences": wrong})
+    print(json.dumps(records[-1]), flush=True)
+    subprocess.run(["umount", disk], check=True)
+    return records
 
 
 def small_disk(at: Path) -> Path:
