@@ -56,7 +56,7 @@ class Hub(ThreadingHTTPServer):
         """sha256 of every large file whose upload was finished."""
         self.drop = None
         """sha256 of a large file whose upload breaks off half-way."""
-        self.conflict = False
+        self.conflict = 0  # the status that refuses commits; none
         """Whether every commit meets another one."""
 
     @property
@@ -268,7 +268,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def commit(self, repo_id, repository, revision, sent):
         if self.server.conflict:
-            return self.refuse(412, "", "A commit has happened since. Please refresh and try again.")
+            return self.refuse(self.server.conflict, "", "A commit has happened since. Please try again.")
         parent, files = repository.files(revision)
         files = dict(files)
         for line in sent.decode().splitlines():
