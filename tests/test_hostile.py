@@ -1,111 +1,26 @@
-"""Input that means harm, or is merely broken: only our own errors come out, and no code of it runs.
-
-``LINEARIZE_FUZZ=20`` tries twenty times as many inputs; ``LINEARIZE_FUZZ_LOG=FILE`` writes what came out of them.
-"""
+"""Recipes and folders that mean harm, or are merely broken: only our own errors come out, and no code of them runs."""
 
 import copy
-import gzip
 import json
-import lzma
 import os
 import struct
-from collections import Counter, defaultdict
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from hypothesis import HealthCheck, given, settings
+from hostile import CAME_OUT, KEYS, SPECIAL, VALUES, WORDS, examples, log, only_ours  # noqa: F401
+from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import save_file
 from test_run import teacher  # noqa: F401  a fixture
-from tiny import tiny
-from transformers import AutoTokenizer
 
 import linearize
 from linearize import checkpoint
-from linearize.data import build, sources
-from linearize.modeling.errors import CheckpointError, DataError, LinearizeError, RecipeError, TeacherError
-from linearize.overrides import flatten, read_yaml
-from linearize.recipe import Data, Recipe, Teacher
+from linearize.modeling.errors import CheckpointError, LinearizeError, RecipeError, TeacherError
+from linearize.overrides import read_yaml
+from linearize.recipe import Recipe, Teacher
 from linearize.run import run
-from linearize.teacher import BUNDLED, load_teacher
-
-MORE = int(os.environ.get("LINEARIZE_FUZZ", "1"))
-CAME_OUT: dict[str, Counter[str]] = defaultdict(Counter)
-SPECIAL = [
-    *(
-        -1,
-        0,
-        1,
-        2**31,
-        2**63,
-        10**12,
-        10**400,
-        1e308,
-        float("nan"),
-        float("inf"),
-        "",
-        "\0",
-        "\ud800",
-        "a\nb",
-        "../x",
-    ),
-    *(
-        "9" * 5000,
-        "1e999",
-        "{}",
-        "[1,",
-        "no",
-        "0x",
-        "some/kernel",
-        [],
-        {},
-        [[]],
-        [None],
-        {"": None},
-        {"name": []},
-    ),
-]
-WORDS = st.one_of(
-    st.text(max_size=12), st.sampled_from([*"[]{}:,&*!|>%@`'\"#?-\t\n", "<<: *a", "&a [*a]", "!!int", "1e5"])
-)
-VALUES = st.recursive(
-    st.one_of(
-        st.sampled_from(SPECIAL), st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=8)
-    ),
-    lambda inner: st.one_of(
-        st.lists(inner, max_size=3), st.dictionaries(st.text(max_size=6), inner, max_size=3)
-    ),
-    max_leaves=6,
-)
-KEYS = st.sampled_from(sorted(flatten(Recipe.resolve().to_dict())))
-
-
-def examples(count):
-    return settings(
-        max_examples=count * MORE,
-        deadline=None,
-        database=None,
-        suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-    )
-
-
-def only_ours(name, call):
-    """Anything but our own errors is the test's failure."""
-    try:
-        call()
-    except LinearizeError as error:
-        CAME_OUT[name][type(error).__name__] += 1
-    else:
-        CAME_OUT[name]["accepted"] += 1
-
-
-@pytest.fixture(scope="module", autouse=True)
-def log():
-    yield
-    if path := os.environ.get("LINEARIZE_FUZZ_LOG"):
-        Path(path).write_text(json.dumps(CAME_OUT, indent=1, sort_keys=True) + "\n")
+from linearize.teacher import load_teacher
 
 
 @pytest.fixture(scope="module")
@@ -430,100 +345,3 @@ def test_a_configuration_cannot_fetch_code_or_take_all_memory(teacher, student, 
         replace(here / "config.json", json.dumps(config | fields))
         with pytest.raises(LinearizeError, match=words):
             load(here)
-
-
-# Text
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return AutoTokenizer.from_pretrained(BUNDLED["books-5m"])
-
-
-@examples(25)
-@given(
-    st.one_of(
-        st.binary(max_size=60),
-        st.lists(st.one_of(VALUES.map(repr), VALUES.map(str)), max_size=4).map("\n".join),
-    ),
-    st.sampled_from([".txt", ".jsonl", ".parquet", ".txt.gz", ".jsonl.xz"]),
-    st.sampled_from(["raw", "packed", "cut"]),
-)
-def test_any_bytes_as_text(tmp_path, tokenizer, content, suffix, how):
-    content = content if isinstance(content, bytes) else content.encode("utf-8", "surrogatepass")
-    packer = {".gz": gzip.compress, ".xz": lzma.compress}.get(Path(suffix).suffix)
-    if packer and how != "raw":
-        content = packer(content)[: -4 if how == "cut" else None]
-    path = tmp_path / f"my{suffix}"
-    path.write_bytes(content)
-    spec = Data(seq_len=4, sources=[{"kind": "text", "path": str(path)}])
-    only_ours("text files", lambda: build(spec, tokenizer))
-
-
-@pytest.mark.parametrize("packer", [gzip, lzma])
-@pytest.mark.parametrize("form", ["txt", "jsonl"])
-def test_a_small_file_that_unpacks_to_very_much_is_not_unpacked(tmp_path, monkeypatch, packer, form):
-    monkeypatch.setattr(sources, "UNPACKED", 2**20)
-    suffix = {"gzip": "gz", "lzma": "xz"}[packer.__name__]
-    path = tmp_path / f"bomb.{form}.{suffix}"
-    with packer.open(path, "wb") as file:
-        for _ in range(40):
-            file.write(b" " * 2**20)
-    with pytest.raises(DataError, match=r"unpacks to more than .* times its size"):
-        list(sources.texts(str(path), "text", None))
-
-
-def test_a_small_parquet_file_that_unpacks_to_very_much_is_not_unpacked(tmp_path, monkeypatch):
-    import pyarrow
-    from pyarrow import parquet
-
-    def said(expected, **columns):
-        path = tmp_path / "bomb.parquet"
-        parquet.write_table(pyarrow.table(columns), path, compression="zstd", write_statistics=False)
-        monkeypatch.setattr(sources, "UNPACKED", 2**20)
-        assert path.stat().st_size * sources.TIMES < 2**20
-        with pytest.raises(DataError, match=expected) as caught:
-            list(sources.texts(str(path), "text", None))
-        assert "\n" not in str(caught.value)
-
-    much = r"unpacks to more than .* times its size"
-    said(much, text=["a" * 2**22])  # one page that says how large it is
-    said(much, text=pyarrow.array(["a" * 2000] * 9999).dictionary_encode())  # one text, said again and again
-    said("is not text but list", text=[[0, 1]])
-
-
-def test_archives_of_files_are_not_opened(tmp_path):
-    for name in ("a.zip", "a.tar", "a.tar.gz", "a.tgz", "a.txt.zst", "a.jsonl.bz2", "a.parquet.gz", "a.7z"):
-        (tmp_path / name).write_bytes(b"PK")
-        with pytest.raises(DataError, match="not a text file that can be read"):
-            list(sources.texts(str(tmp_path / name), "text", None))
-    with pytest.raises(DataError, match="the folder has no"):
-        list(sources.texts(str(tmp_path), "text", None))
-
-
-def test_a_chat_template_that_fails_is_one_line(tmp_path, tokenizer):
-    path = tmp_path / "my.jsonl"
-    path.write_text('{"instruction": "a", "output": "b"}\n')
-    hostile = copy.deepcopy(tokenizer)
-    for template in (
-        "{{ ''.__class__.__mro__[1].__subclasses__() }}",
-        "{{ raise_exception('no') }}",
-        "{% for %}",
-    ):
-        hostile.chat_template = template
-        with pytest.raises(DataError, match="the chat template"):
-            build(Data(seq_len=4, sources=[{"kind": "chat", "path": str(path)}]), hostile)
-
-
-def test_a_damaged_pool_is_made_anew(tmp_path, tokenizer):
-    path = tmp_path / "my.txt"
-    path.write_text("The old man and the sea. " * 40)
-    spec = Data(seq_len=8, sources=[{"kind": "text", "path": str(path)}])
-    first = build(spec, tokenizer, cache_dir=tmp_path / "cache")
-    (cached,) = (tmp_path / "cache").glob("*.safetensors")
-    for content in (b"", b"\xff" * 40, cached.read_bytes()[:-8]):
-        cached.write_bytes(content)
-        assert build(spec, tokenizer, cache_dir=tmp_path / "cache").fingerprint == first.fingerprint
-    save_file({"tokens": torch.zeros(3)}, cached)
-    assert build(spec, tokenizer, cache_dir=tmp_path / "cache").fingerprint == first.fingerprint
-    assert tiny is not None
