@@ -87,12 +87,12 @@ def test_beams_reorder_a_state_in_place(config, in_place):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is for machines without a GPU")
-@pytest.mark.parametrize("name", ["window", "lolcats", "salient"])
+@pytest.mark.parametrize("name", ["window", "lolcats"])
 def test_kernels_write_into_the_states_of_any_cache(name, monkeypatch):
     """The default cache too; a copy of it goes its own way."""
     pytest.importorskip("triton")
     model = student("llama", METHODS[name].config(), num_hidden_layers=1, dtype=torch.float32)
-    (x, mask), tokens = prompt((7, 5), 7), ids(2, 8, seed=7)
+    (x, mask), tokens = prompt((7, 5), 7), ids(2, 3, seed=7)
 
     def go_on(cache, start):
         shown = torch.cat([mask, torch.ones(2, start + 1, dtype=torch.long)], 1)
@@ -100,14 +100,19 @@ def test_kernels_write_into_the_states_of_any_cache(name, monkeypatch):
 
     caches = [DynamicCache(config=model.config) for _ in range(2)]
     with reference_only():
-        expected = steps(model, caches[0], x, mask, tokens[:, :3]), go_on(caches[0], 3)
+        expected = steps(model, caches[0], x, mask, tokens[:, :1]), go_on(caches[0], 1)
     monkeypatch.setenv("LINEARIZE_INTERPRET", "1")
-    assert_near(steps(model, caches[1], x, mask, tokens[:, :3]), expected[0], "logits")
+    assert_near(steps(model, caches[1], x, mask, tokens[:, :1]), expected[0], "logits")
     assert ran()[{"lolcats": "joint"}.get(name, name) + "_step"] == "triton"
     layer = caches[1].layers[0]
+    with torch.inference_mode():
+        copies = [copy.deepcopy(caches[1]), DynamicCache()]
+        copies[1].layers = [copy.copy(copies[0].layers[0])]
+        go_on(copies[0], 1)
+    assert_near(go_on(copies[1], 1), expected[1], "logits")  # a state that inference mode made
     before = [t.data_ptr() for t in layer.state]
     other = DynamicCache()
     other.layers = [copy.copy(layer)]
-    assert_near(go_on(other, 3), expected[1], "logits")
-    assert_near(go_on(caches[1], 3), expected[1], "logits")
+    assert_near(go_on(other, 1), expected[1], "logits")
+    assert_near(go_on(caches[1], 1), expected[1], "logits")
     assert [t.data_ptr() for t in layer.state] != before and layer._owned

@@ -63,7 +63,8 @@ class StateLayer(CacheLayerMixin):
 
     def own(self, with_room: Callable[[Any], Any]) -> None:
         """Have a state made by ``with_room`` in tensors of this layer alone; nothing to do once it does."""
-        if not self._owned:
+        frozen = self.state.seen.is_inference() and not torch.is_inference_mode_enabled()
+        if frozen or not self._owned:  # tensors of inference mode can be written nowhere else
             state = with_room(self.state)
             self.state = type(state)(*(t.clone(memory_format=torch.contiguous_format) for t in state))
             self._owned = True
