@@ -245,8 +245,8 @@ def forecast(
 
 
 @torch.no_grad()
-def state_bytes(mixer: Any, dtype: torch.dtype) -> int:
-    """Bytes of one row's state after its first token, by making one."""
+def state_bytes(mixer: Any, dtype: torch.dtype, room: bool = False) -> int:
+    """Bytes of one row's state after its first token, by making one; with ``room`` as steps in place hold it."""
     shape: Geometry = mixer.geometry
     device = next(mixer.parameters(), torch.empty(0)).device
     heads = {
@@ -257,4 +257,5 @@ def state_bytes(mixer: Any, dtype: torch.dtype) -> int:
     q, k, v = (torch.zeros(1, 1, *size, dtype=dtype, device=device) for size in heads.values())
     hidden = torch.zeros(1, 1, shape.hidden, dtype=dtype, device=device)
     x = MixerInput(hidden, q, k, v, scale=1.0, q_plain=q, k_plain=k, use_cache=True)
-    return sum(t.numel() * t.element_size() for t in mixer(x)[1])
+    state = mixer(x)[1]
+    return sum(t.numel() * t.element_size() for t in (mixer.with_room(state) if room else state))

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..convert import describe
+from ..convert import describe, state_bytes
 from ..modeling.cache import CACHE
 from .gate import FAILED, NOT_RUN, PASSED, Gate
 from .one_function import NEW_TOKENS, room
@@ -50,16 +50,25 @@ def layer_bytes(layer: Any) -> int:
 
 
 def _constant_state(subject: Subject, weighed: dict[int, list[int]]) -> Gate:
-    """Every state against its size after the first token, and what its method says that a token adds."""
+    """Every state against its size after the first token, and what its method says that a token adds.
+
+    Steps in place may have room for a few tokens more, which is of one size too.
+    """
     name, notes, growing, worst = "constant state", [], [], (0.0, "", 0.0, 0.0)
     converted = [report for report in describe(subject.model) if report.method != "softmax"]
     if not converted:
         return Gate(name, NOT_RUN, note="no layer is converted")
+    mixers, dtype = subject.model.mixers(), next(subject.model.parameters()).dtype
     for report in converted:
+        room = state_bytes(mixers[report.index], dtype, room=True) - report.state_bytes
         for length, sizes in weighed.items():
             allowed = report.state_bytes + math.ceil(report.growth * length)
             size = sizes[report.index]
-            excess = size - allowed if report.growth else abs(size - allowed)
+            excess = (
+                size - allowed - room
+                if report.growth
+                else min(abs(size - allowed), abs(size - allowed - room))
+            )
             if excess > worst[0]:
                 worst = (excess, f"layer {report.index}, length {length}", size, allowed)
         if report.growth:
