@@ -20,9 +20,10 @@ def ablations(runs: Sequence[Run], series: dict[str, int | None]) -> Section:
                 blocks.append(missing(f"ablations of {run.name}"))
             continue
         shown = [row for row in found["rows"] if row.get("kl") is not None]
-        verdict = found.get("verdict") or "no verdict"
-        verdict = f"{verdict[:1].upper()}{verdict[1:].removesuffix('.')}."
-        blocks.append(Words(of(run, runs, verdict)))
+        if not words.is_window(run):
+            verdict = words.linear_branch(words.with_control(run)) or found.get("verdict") or "no verdict"
+            verdict = f"{verdict[:1].upper()}{verdict[1:].removesuffix('.')}."
+            blocks.append(Words(of(run, runs, verdict)))
         for length in sorted({row["length"] for row in shown}):
             dots = [
                 Dot(

@@ -36,12 +36,12 @@ def summary(run: Run) -> list[str]:
     lines += [*speed(run), *gates(run)]
     if used:
         lines.insert(0 if used.startswith("No evidence") else len(lines), used)
-    if (ablations := run.section("ablations")) and not used and not _is_window(run):
+    if (ablations := run.section("ablations")) and not used and not is_window(run):
         lines.append(f"Ablations: {ablations.get('verdict') or 'no verdict'}")
     return [*lines, not_run(beside)]
 
 
-def _is_window(run: Run) -> bool:
+def is_window(run: Run) -> bool:
     return (run.recipe.get("method") or {}).get("name") == "window"
 
 
@@ -226,7 +226,7 @@ def linear_branch(run: Run) -> str | None:
     """Whether the student recalls more than a window alone could: the paired difference to the window control in cells
     that the teacher masters and that are longer than four windows, at 95 % over all of them together."""
     span = exact_span(run)
-    if WINDOW not in run.results.models or not run.students or _is_window(run):
+    if WINDOW not in run.results.models or not run.students or is_window(run):
         return None
     name, cells = run.students[0], []
     for by in _cells(run):
