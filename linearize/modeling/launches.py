@@ -115,7 +115,8 @@ CANDIDATES["selected_saliency"] = [
     Launch({"heads": 2}, 8, 1),
     Launch({"heads": 2}, 4, 1),
 ]
-CANDIDATES["selected_states"] = [Launch({}, 8, 2), Launch({}, 8, 1), Launch({}, 4, 1), Launch({}, 8, 3)]
+CANDIDATES["selected_states"] = [Launch({}, 4, 2), Launch({}, 4, 1), Launch({}, 4, 3)]
+CANDIDATES["selected_reverse"] = [Launch({}, 4, 1), Launch({}, 4, 2)]
 CANDIDATES["selected_linear"] = [Launch({}, 4, 2), Launch({}, 4, 1), Launch({}, 8, 2), Launch({}, 4, 3)]
 CANDIDATES["selected_outputs"] = [
     Launch({"heads": 1, "keys": 64}, 4, 2),
@@ -123,7 +124,6 @@ CANDIDATES["selected_outputs"] = [
     Launch({"heads": 1, "keys": 128}, 4, 2),
     Launch({"heads": 1, "keys": 32}, 4, 3),
 ]
-CANDIDATES["selected_reverse"] = [Launch({}, 8, 2), Launch({}, 8, 1)]
 CANDIDATES["selected_features"] = [Launch({}, 8, 2), Launch({}, 8, 1), Launch({}, 8, 3)]
 CANDIDATES["selected_values"] = [Launch({}, 4, 2), Launch({}, 4, 1)]
 for name, settings in CANDIDATES.items():

@@ -360,7 +360,7 @@ class StillMixer(Mixer):
             state.kept, k, v, score, leaving, chunk=config.chunk, picks=config.salient_per_chunk, size=slots
         )
         if sums is not None:
-            return Older(kept, *sums)
+            return Older(kept, *(x.contiguous() for x in sums))
         sums = fold(state.kv, state.z, self.map_k(k), per_head(v, self.select_heads), loose)
         return Older(kept, *fold(*sums, self.map_k(left.k), left.v, left.score > -torch.inf))
 

@@ -351,10 +351,9 @@ def kept_backward(
             time, n, count, span, segments, sets.segment, scale * LOG2E, scale, **strides,
             **shape, **chosen,
         )  # fmt: skip
-    kinds = (torch.float32, torch.float32) if select > groups else (k.dtype, v.dtype)
     dk, dv = (
-        torch.empty(batch, time, select, shape[x], dtype=kind, device=device)
-        for x, kind in zip("KV", kinds, strict=True)
+        torch.empty(batch, time, select, shape[x], dtype=like.dtype, device=device)
+        for x, like in (("K", k), ("V", v))
     )
     chosen = options("selected_local_dkv")
     chosen |= dict(tokens=min(chosen["tokens"], chunk), STEPS=max(1, n.bit_length()))  # all of one chunk
@@ -365,7 +364,7 @@ def kept_backward(
         **strides, **strides_of(s=score), **shape, **chosen,
     )  # fmt: skip
     if select > groups:
-        dk, dv = (x.unflatten(2, (groups, -1)).sum(3).to(y.dtype) for x, y in ((dk, k), (dv, v)))
+        dk, dv = (x.unflatten(2, (groups, -1)).sum(3, dtype=torch.float32).to(x.dtype) for x in (dk, dv))
     return dq, dk, dv, delta
 
 

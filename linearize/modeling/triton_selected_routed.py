@@ -4,19 +4,15 @@
 
 Selection says of every token with which chunk it turns linear (``triton_selected``): most with the second chunk after
 their own, and those that were kept until then with a later one; there are no more of these than the chunk has tokens
-that are kept now, so that they take their places in its tile. Four kernels:
+that are kept now, so that they take their places in its tile. Three steps:
 
-1. states    a program walks a run of chunks and leaves S and z of each, counted from the run's beginning
-2. bases     the sums of all runs before each, in fp32
-3. linear    g phi_q S and phi_q z of a chunk's queries, from both
-4. outputs   softmax over the kept and the local keys, and the quotient
+1. sums      S and z of every chunk (``triton_selected_states``)
+2. linear    phi_q S and phi_q z of a chunk's queries
+3. outputs   softmax over the kept and the local keys, the gate and the quotient
 
-The last two are apart because their registers do not fit together; what passes between them is in v's dtype. States are
-bf16 for 16-bit inputs, fp16's included, whose range a long sum would leave. A state for every chunk is much (32 KiB a
-token and layer at Llama-3-8B's widths): a long sequence goes piece by piece.
+The last two are apart because their registers do not fit together; what passes between them is in v's dtype.
 """
 
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -38,139 +34,18 @@ from .triton_selected_kept import (
     shape_of,
     strides_of,
 )
+from .triton_selected_states import load_map, pieces, softmax_rows, turns_of
 from .triton_together import compiled_together
-
-PROGRAMS = 512
-"""About as many programs walk runs of chunks: some for each multiprocessor of a large GPU."""
-PIECE_BYTES = 1 << 30
-"""Most bytes of states at a time."""
-
-
-@triton.jit
-def project_rows(x, w, NORM: tl.constexpr):
-    """a [tokens, f] of x [tokens, K] by w [K, f]; NORM: as long as x is."""
-    a = tl.dot(x, w, input_precision="ieee")
-    if NORM:
-        x = x.to(tl.float32)
-        length = tl.maximum(tl.sqrt(tl.sum(a * a, 1)), 1e-12)
-        a *= (tl.sqrt(tl.sum(x * x, 1)) / length)[:, None]
-    return a
-
-
-@triton.jit
-def softmax_rows(a):
-    weights = tl.exp2((a - tl.max(a, 1)[:, None]) * 1.4426950408889634)
-    return weights / tl.sum(weights, 1)[:, None]
-
-
-@triton.jit
-def project_columns(x, w, NORM: tl.constexpr):
-    """a^T [f, tokens], formed transposed."""
-    a = tl.dot(tl.trans(w), tl.trans(x), input_precision="ieee")
-    if NORM:
-        x = x.to(tl.float32)
-        length = tl.maximum(tl.sqrt(tl.sum(a * a, 0)), 1e-12)
-        a *= (tl.sqrt(tl.sum(x * x, 1)) / length)[None, :]
-    return a
-
-
-@triton.jit
-def softmax_columns(a):
-    weights = tl.exp2((a - tl.max(a, 0)[None, :]) * 1.4426950408889634)
-    return weights / tl.sum(weights, 0)[None, :]
-
-
-@triton.jit
-def load_map(w, K: tl.constexpr, BK: tl.constexpr, F: tl.constexpr):
-    """[BK, f] of a matrix [K, f]."""
-    d, f = tl.arange(0, BK), tl.arange(0, F)
-    if K == BK:
-        return tl.load(w + d[:, None] * F + f[None, :])
-    return tl.load(w + d[:, None] * F + f[None, :], mask=(d < K)[:, None], other=0.0)
-
-
-@triton.jit
-def turning(leave, left, e, C: tl.constexpr, P: tl.constexpr, FEW: tl.constexpr):
-    """Positions [C] of the tokens that turn linear with chunk e, -1 for none: those of chunk e - 2, where one is kept
-    instead another that was kept until now, and P of these at most are listed in ``left``."""
-    t = (e - 2) * C + tl.arange(0, C)
-    since = tl.load(leave + t, mask=t >= 0, other=0)
-    stays = (since > e).to(tl.int32)
-    if P > 0:
-        j = tl.arange(0, FEW)
-        late = tl.load(left + e * P + j, mask=j < P, other=-1)
-        listed = (late >= 0).to(tl.int32)
-        place, order = tl.cumsum(stays, 0) - stays, tl.cumsum(listed, 0) - listed
-        taken = (order[None, :] == place[:, None]) & (late >= 0)[None, :]
-        other = tl.sum(tl.where(taken, late[None, :] + 1, 0), 1) - 1
-        t = tl.where(stays > 0, other, t)
-    return tl.maximum(t, -1)
-
-
-@triton.jit(do_not_specialize=["time", "count", "start", "chunks", "run"])
-def states_kernel(
-    k, v, w, leave, left, last, states, sums, totals, total_sums, time, count, start, chunks, run,
-    k_b, k_t, k_h, v_b, v_t, v_h,
-    HS: tl.constexpr, GS: tl.constexpr, G: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
-    BK: tl.constexpr, BV: tl.constexpr, F: tl.constexpr, C: tl.constexpr, P: tl.constexpr,
-    FEW: tl.constexpr, NORM: tl.constexpr,
-):  # fmt: skip
-    """states [B, Hs, N, 2, f, V] and sums [B, Hs, N, 2, f] of ``chunks`` chunks from ``start`` on, each from the
-    beginning of its run, and whole runs in totals [B, Hs, runs, 2, f, V] and total_sums fp32; grid (2 Hs, runs, B), a
-    program for each half of the features. Nothing turns linear after chunk ``last`` [B] of a row."""
-    half, h = tl.program_id(0) % 2, tl.program_id(0) // 2
-    r, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
-    runs, routes = tl.num_programs(1), b * GS + h // (HS // GS)
-    leave += routes * time
-    left += routes * count * P
-    k += b * k_b + h // (HS // G) * k_h
-    v += b * v_b + h // (HS // G) * v_h
-    last = tl.load(last + b).to(tl.int32)
-    f, e = tl.arange(0, F), tl.arange(0, BV)
-    w = load_map(w + h * K * F, K, BK, F)
-    state = tl.zeros([F, BV], tl.float32)
-    z = tl.zeros([F], tl.float32)
-    inside = f[:, None] * V + e[None, :]
-    for c in range(r * run, tl.minimum((r + 1) * run, chunks)):
-        at = turning(leave, left, start + c, C, P, FEW)
-        at = tl.where(start + c <= last, at, -1)
-        there = at >= 0
-        values = rows_at(v, at, v_t, there, V, BV)
-        a = project_columns(rows_at(k, at, k_t, there, K, BK), w, NORM)
-        phi = tl.where(there[None, :], softmax_columns(tl.where(half == 0, a, -a)), 0.0)
-        state = tl.dot(phi.to(values.dtype), values, state, input_precision="ieee")
-        z += tl.sum(phi, 1)
-        place = (((b * HS + h) * chunks + c) * 2 + half) * F
-        tl.store(states + place * V + inside, state.to(states.dtype.element_ty), mask=(e < V)[None, :])
-        tl.store(sums + place + f, z)
-    place = (((b * HS + h) * runs + r) * 2 + half) * F
-    tl.store(totals + place * V + inside, state, mask=(e < V)[None, :])
-    tl.store(total_sums + place + f, z)
-
-
-@triton.jit(do_not_specialize=["runs", "size"])
-def bases_kernel(x, base, carry, runs, size, REVERSE: tl.constexpr, block: tl.constexpr):
-    """base [heads, runs, size] = carry [heads, size] and the sums x of all runs before (REVERSE: after) each; carry
-    then has them all; grid (tiles, heads)."""
-    i = tl.program_id(0) * block + tl.arange(0, block)
-    head = tl.program_id(1).to(tl.int64)
-    total = tl.load(carry + head * size + i, mask=i < size, other=0.0)
-    for step in range(0, runs):
-        r = runs - 1 - step if REVERSE else step
-        at = (head * runs + r) * size + i
-        tl.store(base + at, total.to(base.dtype.element_ty), mask=i < size)
-        total += tl.load(x + at, mask=i < size, other=0.0)
-    tl.store(carry + head * size + i, total, mask=i < size)
 
 
 @triton.jit(do_not_specialize=["time", "start", "chunks", "run", "runs"])
 def linear_kernel(
-    q, w, gate, states, sums, bases, base_sums, y, mass, time, start, chunks, run, runs, q_b, q_t, q_h,
+    q, w, states, bases, sums, y, mass, time, start, chunks, run, runs, q_b, q_t, q_h,
     HS: tl.constexpr, G: tl.constexpr, R: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr,
-    BV: tl.constexpr, F: tl.constexpr, C: tl.constexpr, GATE: tl.constexpr, NORM: tl.constexpr,
+    BV: tl.constexpr, F: tl.constexpr, C: tl.constexpr, NORM: tl.constexpr,
 ):  # fmt: skip
-    """y [B, T, H, V] the gated linear numerator, mass [B, H, T] its denominator, of ``chunks`` chunks from ``start``
-    on; grid (H, chunks, B). GATE: width of the gate, 0 for none."""
+    """y [B, T, H, V] the linear numerator, mass [B, H, T] its denominator, of ``chunks`` chunks from ``start`` on; grid
+    (H, chunks, B)."""
     H: tl.constexpr = G * R
     h, c, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     t = (start + c) * C + tl.arange(0, C)
@@ -183,35 +58,33 @@ def linear_kernel(
     total = tl.zeros([C], tl.float32)
     # Half by half in a loop that makes the features anew: both halves, or two states, do not fit in registers.
     for half in range(2):
-        phi = softmax_rows((1.0 - 2.0 * half) * project_rows(queries, w, NORM))
-        z = tl.load(sums + own + half * F + f) + tl.load(base_sums + before + half * F + f)
-        total += tl.sum(phi * z[None, :], 1)
+        x = queries.to(tl.float32)
+        a = (1.0 - 2.0 * half) * tl.dot(queries, w, input_precision="ieee")
+        phi = softmax_rows(a, tl.sqrt(tl.sum(x * x, 1)), NORM)
+        total += tl.sum(phi * tl.load(sums + own + half * F + f)[None, :], 1)
         narrow = phi.to(states.dtype.element_ty)
-        for part in range(2):
-            place = tl.where(part == 0, own, before) + half * F
-            state = (states if part == 0 else bases) + place * V + f[:, None] * V + e[None, :]
-            acc = tl.dot(
-                narrow, tl.load(state, mask=(e < V)[None, :], other=0.0), acc, input_precision="ieee"
-            )
+        # Nothing is before the first run.
+        for part in range(tl.where(start + c < run, 1, 2)):
+            state = (states if part == 0 else bases) + tl.where(part == 0, own, before) * V + half * F
+            state += e[:, None] * (2 * F) + f[None, :]
+            state = tl.load(state, mask=None if V == BV else (e < V)[:, None])
+            acc = tl.dot(narrow, tl.trans(state), acc, input_precision="ieee")
     row = (b * time + t) * H + h
     wide = (t < time)[:, None] & (e < V)[None, :]
-    if GATE > 0:
-        at_gate = gate + row[:, None] * GATE + (e[None, :] if GATE > 1 else 0)
-        acc *= tl.load(at_gate, mask=wide, other=0.0).to(tl.float32)
     tl.store(y + row[:, None] * V + e[None, :], acc.to(y.dtype.element_ty), mask=wide)
     tl.store(mass + (b * H + h) * time + t, total, mask=t < time)
 
 
 @triton.jit(do_not_specialize=["time", "n", "odd", "count"])
 def outputs_kernel(
-    q, k, v, index, linear, mass, y, top, den, time, n, odd, count, scale, eps,
+    q, k, v, index, gate, linear, mass, y, top, den, time, n, odd, count, scale, eps,
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h,
     GS: tl.constexpr, G: tl.constexpr, R: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, P: tl.constexpr, TAIL: tl.constexpr,
-    heads: tl.constexpr, keys: tl.constexpr,
+    GATE: tl.constexpr, heads: tl.constexpr, keys: tl.constexpr,
 ):  # fmt: skip
     """y [B, T, H, V], the row maximum (in powers of two) and the denominator [B, H, T]; grid (Gs x head blocks, N, B),
-    as heads that select together share a program."""
+    as heads that select together share a program. GATE: width of the gate, 0 for none."""
     H: tl.constexpr = G * R
     PER: tl.constexpr = H // GS
     parts: tl.constexpr = (PER + heads - 1) // heads
@@ -248,7 +121,11 @@ def outputs_kernel(
     total += eps
     if c >= 2:
         total += tl.load(mass + place, mask=live, other=0.0)
-        acc += tl.load(linear + row, mask=mask, other=0.0).to(tl.float32)
+        more = tl.load(linear + row, mask=mask, other=0.0).to(tl.float32)
+        if GATE > 0:
+            at_gate = ((b * time + t) * H + head)[:, None] * GATE + (e[None, :] if GATE > 1 else 0)
+            more *= tl.load(gate + at_gate, mask=mask, other=0.0).to(tl.float32)
+        acc += more
     tl.store(y + row, (acc / total[:, None]).to(y.dtype.element_ty), mask=mask)
     tl.store(top + place, m, mask=live)
     tl.store(den + place, total, mask=live)
@@ -258,6 +135,8 @@ class Routed(NamedTuple):
     """The forward pass, and what a backward pass reads of it."""
 
     y: Tensor
+    linear: Tensor
+    """[B, T, H, V] the linear numerator without its gate."""
     top: Tensor
     """[B, H, T] the row maximum over the exact keys, of scores in powers of two."""
     den: Tensor
@@ -266,55 +145,6 @@ class Routed(NamedTuple):
     """[B, Hs, 2 f, V] fp32, the sum of phi_k v^T over all that has turned linear with the last chunk of each row."""
     z: Tensor
     """[B, Hs, 2 f] fp32, the sum of their phi_k."""
-
-
-class Piece(NamedTuple):
-    """The linear states of some chunks: of each from its run's beginning, and of all before each run."""
-
-    start: int
-    chunks: int
-    run: int
-    states: Tensor
-    sums: Tensor
-    bases: Tensor
-    base_sums: Tensor
-
-    @property
-    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return self.states, self.sums, self.bases, self.base_sums
-
-
-def pieces(
-    k: Tensor, v: Tensor, w_k: Tensor, sets: Sets, last: Tensor, carry: tuple[Tensor, Tensor],
-    *, norm: bool, shape: dict[str, Any], options: dict[str, Any],
-) -> Iterator[Piece]:  # fmt: skip
-    """Piece after piece of a sequence; ``carry`` (S, z) goes along and ends as the state behind the last chunk."""
-    (batch, time), device, heads = k.shape[:2], k.device, len(w_k)
-    count, picks, features = sets.index.shape[2], shape["P"], w_k.shape[2]
-    kind = torch.float32 if k.dtype == torch.float32 else torch.bfloat16
-    size = 2 * features * shape["V"]
-    run = max(1, -(-count * batch * heads // PROGRAMS))
-    most = max(1, PIECE_BYTES // (batch * heads * size * kind.itemsize * run)) * run
-    constants = {name: shape[name] for name in ("GS", "G", "K", "V", "BK", "BV", "C", "P")} | options
-    constants |= dict(HS=heads, F=features, NORM=norm, FEW=max(2, triton.next_power_of_2(picks)))
-    scanning: dict[str, Any] = dict(REVERSE=False, block=1024)
-    for start in range(0, count, most):
-        chunks = min(most, count - start)
-        runs = -(-chunks // run)
-        exact: dict[str, Any] = dict(dtype=torch.float32, device=device)
-        states = torch.empty(batch, heads, chunks, size, dtype=kind, device=device)
-        sums = torch.empty(batch, heads, chunks, 2 * features, **exact)
-        totals = torch.empty(batch, heads, runs, size, **exact)
-        total_sums = torch.empty(batch, heads, runs, 2 * features, **exact)
-        states_kernel[(2 * heads, runs, batch)](
-            k, v, w_k, sets.leave, sets.left, last, states, sums, totals, total_sums,
-            time, count, start, chunks, run, **strides_of(k=k, v=v), **constants,
-        )  # fmt: skip
-        bases, base_sums = torch.empty_like(totals, dtype=kind), torch.empty_like(total_sums)
-        for x, base, along in ((totals, bases, carry[0]), (total_sums, base_sums, carry[1])):
-            grid = (triton.cdiv(x.shape[3], 1024), batch * heads)
-            bases_kernel[grid](x, base, along, runs, x.shape[3], **scanning)
-        yield Piece(start, chunks, run, states, sums, bases, base_sums)
 
 
 def routed_forward(
@@ -343,28 +173,30 @@ def routed_forward(
     y = torch.empty(batch, time, heads, shape["V"], dtype=v.dtype, device=device)
     linear = torch.empty_like(y)
     mass, top, den = (torch.empty(batch, heads, time, dtype=torch.float32, device=device) for _ in range(3))
-    kv = torch.zeros(batch, len(w_k), 2 * features, shape["V"], dtype=torch.float32, device=device)
+    kv = torch.zeros(batch, len(w_k), shape["V"], 2 * features, dtype=torch.float32, device=device)
     z = torch.zeros(batch, len(w_k), 2 * features, dtype=torch.float32, device=device)
     last = torch.full((batch,), count, device=device) if lengths is None else (lengths - 1) // chunk
     constants = {name: shape[name] for name in ("G", "R", "K", "V", "BK", "BV", "C")} | options(
         "selected_linear"
     )
-    constants |= dict(HS=len(w_k), F=features, NORM=norm, GATE=0 if gate is None else gate.shape[3])
+    constants |= dict(HS=len(w_k), F=features, NORM=norm)
     for piece in pieces(
-        k, v, w_k, sets, last, (kv, z), norm=norm, shape=shape, options=options("selected_states")
-    ):
+        k, w_k, v, (kv, z), count=count, chunk=chunk, norm=norm, turns=turns_of(sets, chunk, last),
+        setting=(settings or {}).get("selected_states"),
+    ):  # fmt: skip
         linear_kernel[(heads, piece.chunks, batch)](
-            q, w_q, q if gate is None else gate, *piece.tensors, linear, mass,
+            q, w_q, *piece.tensors, linear, mass,
             time, piece.start, piece.chunks, piece.run, piece.bases.shape[2], **strides_of(q=q), **constants,
         )  # fmt: skip
     chosen = options("selected_outputs", heads // select)
     odd, chosen["TAIL"] = odd_slots(n, chosen["keys"])
+    chosen["GATE"] = 0 if gate is None else gate.shape[3]
     grid = (select * triton.cdiv(heads // select, chosen["heads"]), count, batch)
     outputs_kernel[grid](
-        q, k, v, sets.index, linear, mass, y, top, den, time, n, odd, count, scale * LOG2E, eps,
-        **strides, **shape, **chosen,
+        q, k, v, sets.index, q if gate is None else gate, linear, mass, y, top, den,
+        time, n, odd, count, scale * LOG2E, eps, **strides, **shape, **chosen,
     )  # fmt: skip
-    return Routed(y, top, den, kv, z)
+    return Routed(y, linear, top, den, kv.mT, z)
 
 
 @compiled_together
