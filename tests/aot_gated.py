@@ -14,6 +14,7 @@ from linearize.modeling import triton_gated_lawcat as lawcat
 from linearize.modeling import triton_gated_lawcat_backward as lawcat_back
 from linearize.modeling import triton_gated_liger as liger
 from linearize.modeling import triton_gated_liger_backward as back
+from linearize.modeling import triton_gated_mapped as mapped
 from linearize.modeling import triton_gated_taps as taps
 from linearize.modeling import triton_gated_window as window
 from linearize.modeling.launches import CANDIDATES, Launch
@@ -23,11 +24,8 @@ FP32 = {"eps", "factor", "scale", "bias", "inverse", "sharpness", "mix_window", 
 SPILLS = {
     "gated_liger_keys 128": 16,
     "gated_liger_values 128": 128,
-    "gated_lawcat_outputs 128": 64,
-    "gated_lawcat_outputs_strong 128": 64,
-    "gated_lawcat_keys": 16,
-    "gated_lawcat_values": 344,
-    "gated_lawcat_queries_strong 128": 16,
+    "gated_lawcat_keys": 72,
+    "gated_lawcat_states 128 {'MODE': 'fine', 'STARTS'": 24,
 }
 STRIDES = ("_b", "_t", "_h")
 STATES = {
@@ -49,9 +47,12 @@ STATES = {
     "den",
     "logits",
     "taps",
-    "taps_q",
-    "taps_k",
+    "running",
+    "norms",
+    "norms_q",
+    "norms_k",
 }
+HALF = {"a", "a_q", "a_k"}
 
 
 def arguments(kernel, constants, pointers: dict[str, str]) -> dict[str, str]:
@@ -109,13 +110,22 @@ def liger_constants(width: int, per_group: int = 4, hgrn2: bool = False) -> dict
 
 
 def lawcat_constants(width: int, per_group: int = 4) -> dict:
-    sizes = {"f": width // 2, "FP": max(64, width // 2), "TAPS": 4, "TAPS_Q": 4, "TAPS_K": 4, "SAVE": False}
+    sizes = {
+        "f": width // 2,
+        "FP": max(64, width // 2),
+        "TAPS": 4,
+        "FB": 32,
+        "HEADS": 1,
+        "STARTS": False,
+        "STOPS": False,
+        "SAVE": False,
+    }
     return liger_constants(width, per_group) | sizes
 
 
 def typed(kernel, float_names=()) -> dict[str, str]:
     """Pointers: fp32 what is summed, the inputs' dtype everything else."""
-    scalars = FP32 | {"time", "segments"}
+    scalars = FP32 | {"time", "segments", "per", "rows"}
     pointers = {}
     for name in kernel.arg_names:
         if name in scalars or name.isupper() or name[-2:] in STRIDES:
@@ -127,6 +137,8 @@ def typed(kernel, float_names=()) -> dict[str, str]:
             if name == "strong"
             else "*fp32"
             if name in STATES
+            else "*fp16"
+            if name in HALF
             else "*bf16"
         )
     return pointers
@@ -154,9 +166,12 @@ def cases(candidates: bool = False, every: bool = os.environ.get("LINEARIZE_AOT"
         fixed = dict(SIZE=16384, V=128, F=128, HAS_START=False, REVERSED=False, SHARE=1)
         yield case("gated_scan", shared.scan_kernel, typed(shared.scan_kernel), fixed, row, matrix=False)
 
+    kernel, row = lawcat_back.shares_kernel, Launch({}, 4, 3)
+    fixed = dict(V=128, VP=128, BT=64)
+    yield case("gated_lawcat_shares", kernel, typed(kernel), fixed, row, matrix=False)
     row = Launch({"BT": taps.LAUNCH["BT"]}, taps.LAUNCH["num_warps"], 3)
     for kernel in (taps.taps_forward_kernel, taps.taps_backward_kernel):
-        fixed = dict(H=32, R=4, K=128, KP=128, TAPS=4)
+        fixed = dict(H=32, R=4, K=128, BK=taps.CHANNELS, TAPS=4)
         pointers = typed(kernel) | ({"dtaps": "*fp32"} if "dtaps" in kernel.arg_names else {})
         yield case("gated_taps", kernel, pointers, fixed, row, matrix=False)
 
@@ -172,7 +187,14 @@ KERNELS = [
     ("gated_liger_keys", back.keys_kernel, liger_constants, ({},)),
     ("gated_liger_values", back.values_kernel, liger_constants, ({},)),
     ("gated_liger_gates", back.gates_kernel, liger_constants, ({}, {"HGRN2": True})),
-    ("gated_lawcat_states", lawcat.states_kernel, lawcat_constants, (*WALKS, {"MODE": "last"})),
+    ("gated_lawcat_maps", mapped.maps_kernel, lawcat_constants, ({},)),
+    ("gated_lawcat_gates", mapped.gates_kernel, lawcat_constants, ({},)),
+    (
+        "gated_lawcat_states",
+        lawcat.states_kernel,
+        lawcat_constants,
+        (*WALKS, {"MODE": "fine", "STARTS": True, "STOPS": True}, {"MODE": "last"}),
+    ),
     ("gated_lawcat_outputs", lawcat.outputs_kernel, lawcat_constants, ({}, {"SAVE": True})),
     ("gated_lawcat_back_states", lawcat_back.back_states_kernel, lawcat_constants, WALKS),
     ("gated_lawcat_queries", lawcat_back.queries_kernel, lawcat_constants, ({},)),

@@ -7,6 +7,7 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
+from linearize.modeling import triton_gated_lawcat, triton_gated_taps
 from linearize.modeling.averaged import Averaged, averaged_composed
 from linearize.modeling.convolved import convolved_composed
 from linearize.modeling.launches import TABLE
@@ -20,7 +21,7 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="kernels run o
 
 @pytest.fixture(autouse=True)
 def poisoned(monkeypatch):
-    """Memory that is not written holds NaN, and tiles are small."""
+    """Memory that is not written holds NaN, and tiles and blocks are small."""
     empty, new_empty = torch.empty, Tensor.new_empty
 
     def fill(x: Tensor) -> Tensor:
@@ -31,6 +32,11 @@ def poisoned(monkeypatch):
     for name in ("gated_liger_states", "gated_lawcat_states"):
         row = TABLE[name][0]
         monkeypatch.setitem(TABLE, name, [row._replace(blocks={**row.blocks, "C": 32, "CS": 64})])
+    for name in ("gated_lawcat_maps", "gated_lawcat_outputs"):
+        row = TABLE[name][0]
+        blocks = {key: 16 if key in ("BK", "FB") else size for key, size in row.blocks.items()}
+        monkeypatch.setitem(TABLE, name, [row._replace(blocks=blocks)])
+    monkeypatch.setattr(triton_gated_taps, "CHANNELS", 16)
 
 
 def draw(batch, length, heads, groups, key_dim, value_dim, spread=1.0) -> list[Tensor]:
@@ -113,6 +119,7 @@ LAWCAT = {
     "two segments": (1, 67, 1, 1, 16, 16, 16, 1.0),
     "groups of two, narrow features, wide values": (1, 34, 4, 2, 16, 24, 8, 1.0),
     "no groups, odd widths": (1, 37, 2, 2, 24, 16, 12, 1.0),
+    "two blocks of channels": (1, 33, 2, 1, 32, 16, 32, 1.0),
     "one token": (1, 1, 3, 1, 16, 16, 16, 1.0),
     "a tile": (1, 32, 2, 1, 16, 16, 16, 1.0),
     "a segment": (1, 64, 1, 1, 16, 16, 16, 1.0),
@@ -162,8 +169,12 @@ def test_lawcat_convolves_what_has_taps(taps):
     check_lawcat(draw_lawcat(1, 33, 2, 1, 16, 16, 16, taps=taps))
 
 
-@pytest.mark.parametrize("stop", [[0, 67], [1, 32], [64, 63]])
-def test_lawcat_state_holds_the_tokens_before_stop(stop):
+@pytest.mark.parametrize(
+    ("stop", "programs"), [([0, 67], 256), ([1, 32], 256), ([64, 63], 256), ([64, 67], 1)]
+)
+def test_lawcat_state_holds_the_tokens_before_stop(stop, programs, monkeypatch):
+    """Of a row cut into two, and of a whole one."""
+    monkeypatch.setattr(triton_gated_lawcat, "PROGRAMS", programs)
     inputs, stop = draw_lawcat(2, 67, 2, 1, 16, 16, 16), torch.tensor(stop)
     _, expected = convolved_composed(*inputs, steps=16.0, eps=1e-10, stop=stop)
     _, state = convolved_kernel(*rounded(inputs), steps=16.0, eps=1e-10, stop=stop)

@@ -200,27 +200,38 @@ def sweep_lawcat(kernel: str) -> Callable[[Launch, int, int], Callable[[], Any]]
     def make(setting: Launch, batch: int, length: int) -> Callable[[], Any]:
         from linearize.modeling import triton_gated_convolved as back
         from linearize.modeling import triton_gated_lawcat as made
+        from linearize.modeling import triton_gated_mapped as inputs
 
-        layer, steps = made.layer_of(*lawcat_inputs(batch, length)), LAWCAT["steps"]
-        if kernel == "states":
-            return lambda: made.before_tiles(layer, steps, setting)
+        layer, steps = inputs.layer_of(*lawcat_inputs(batch, length)), LAWCAT["steps"]
+        if kernel == "maps":
+            return lambda: inputs.half_logits(layer.q, layer.taps_q, layer.map_q, setting)
+        if kernel == "gates":
+            return lambda: inputs.gates(layer.logits, layer.v, steps, setting)
+        mapped = inputs.mapped(layer, steps)
+        if kernel == "states":  # both walks
+
+            def states_of() -> Any:
+                states, _ = made.before_segments(mapped, setting)
+                return made.tile_states(mapped, states, chosen=setting)
+
+            return states_of
         done, _ = made.forward(layer, **LAWCAT, save=True)
         assert done.den is not None
-        before = made.tile_states(layer, done.states, done.states_z, steps)
+        before = made.tile_states(mapped, (done.states, done.states_z))[:2]
         if kernel == "outputs":
-            return lambda: made.outputs(layer, *before, **LAWCAT, chosen=setting)
+            return lambda: made.outputs(mapped, *before, eps=LAWCAT["eps"], chosen=setting)
         dy = torch.randn_like(done.y)
-        e = (dy.float() * done.y).sum(dim=-1) / done.den
-        given, strong = (dy, done.den, e), before[2]
+        e = back.shares(dy, done.y, done.den)
+        given = (dy, done.den, e)
         if kernel == "back_states":
-            return lambda: back.back_tile_states(layer, *given, done.totals, steps, setting)
+            return lambda: back.back_tile_states(mapped, *given, done.totals, setting)
         if kernel == "queries":
-            return lambda: back.queries(layer, *given, *before, steps, setting)
-        behind = back.back_tile_states(layer, *given, done.totals, steps)
+            return lambda: back.queries(mapped, *given, *before, setting)
+        behind = back.back_tile_states(mapped, *given, done.totals)
         if kernel == "values":
-            return lambda: back.values(layer, dy, done.den, behind[0], strong, steps, setting)
-        _, change = back.queries(layer, *given, *before, steps)
-        return lambda: back.keys(layer, *given, *behind, *before, change, steps, setting)
+            return lambda: back.values(mapped, dy, done.den, behind[0], setting)
+        _, change = back.queries(mapped, *given, *before)
+        return lambda: back.keys(mapped, *given, *behind, *before, change, setting)
 
     return make
 
@@ -235,6 +246,6 @@ SWEEPS = {
     "gated_window_keys": sweep_liger("window_keys"),
     **{
         f"gated_lawcat_{kernel}": sweep_lawcat(kernel)
-        for kernel in ("states", "outputs", "back_states", "queries", "keys", "values")
+        for kernel in ("maps", "gates", "states", "outputs", "back_states", "queries", "keys", "values")
     },
 }

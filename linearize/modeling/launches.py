@@ -253,12 +253,14 @@ CANDIDATES |= {
         for strong in ("", "_strong")
     },
     "gated_liger_gates": [Launch({}, 8, 1)],
-    "gated_lawcat_states": [Launch({"C": 64, "CS": size}, 8, 1) for size in (256, 128, 512)],
-    "gated_lawcat_outputs": [Launch({}, 4, 1), Launch({}, 8, 1)],
-    "gated_lawcat_outputs_strong": [Launch({}, 8, 1)],
-    "gated_lawcat_back_states": [Launch({}, 8, 1)],
+    "gated_lawcat_maps": [Launch({"BT": 64, "BK": 64}, 4, 2), Launch({"BT": 64, "BK": 32}, 4, 3)],
+    "gated_lawcat_gates": [Launch({}, 4, 1)],
+    "gated_lawcat_states": [Launch({"C": 64, "CS": 256}, 4, stages) for stages in (3, 2, 1)],
+    "gated_lawcat_outputs": [Launch({"FB": 32}, 4, 1), Launch({"FB": 32}, 4, 2), Launch({"FB": 64}, 4, 1)],
+    "gated_lawcat_outputs_strong": [Launch({"FB": 64}, 8, 1)],
+    "gated_lawcat_back_states": [Launch({}, 4, stages) for stages in (2, 1, 3)],
     **{
-        f"gated_lawcat_{kernel}{strong}": [Launch({}, 8, 1)]
+        f"gated_lawcat_{kernel}{strong}": [Launch({}, 8 if strong else 4, 1)]
         for kernel in ("queries", "keys")
         for strong in ("", "_strong")
     },

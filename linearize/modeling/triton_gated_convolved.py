@@ -11,124 +11,114 @@ import triton
 from torch import Tensor
 
 from .launches import Launch
-from .triton_gated import blocks, gated_dtype, scan, steps_of
-from .triton_gated_lawcat import Layer, States, forward, layer_of, taps_of, tile_states
-from .triton_gated_lawcat_backward import back_states_kernel, keys_kernel, queries_kernel, values_kernel
+from .triton_gated import blocks, gated_dtype, padded, scan, steps_of
+from .triton_gated_lawcat import States, forward, segments_of, tile_states
+from .triton_gated_lawcat_backward import (
+    back_states_kernel,
+    keys_kernel,
+    queries_kernel,
+    shares_kernel,
+    values_kernel,
+)
+from .triton_gated_mapped import Layer, Mapped, layer_of, mapped
 from .triton_gated_taps import before_a
 from .triton_together import compiled_together
 
+SHARES = 64  # tokens and heads of a program
+
 
 def backward(
-    layer: Layer, made: States, dy: Tensor, *, steps: float
+    layer: Layer, done: States, dy: Tensor, *, steps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of a of q and of k [B, T, H, f], of v, and of the gate's logits."""
     dy = dy.contiguous()
-    assert made.den is not None
-    e = (dy.float() * made.y).sum(dim=-1) / made.den
-    before, before_z, strong = tile_states(layer, made.states, made.states_z, steps)
-    behind, behind_z = back_tile_states(layer, dy, made.den, e, made.totals, steps)
-    shared = (dy, made.den, e)
-    da_q, change = queries(layer, *shared, before, before_z, strong, steps)
-    da_k, of_gate = keys(layer, *shared, behind, behind_z, before, before_z, strong, change, steps)
-    dv = values(layer, dy, made.den, behind, strong, steps)
+    assert done.den is not None
+    made = mapped(layer, steps)
+    shared = (dy, done.den, shares(dy, done.y, done.den))
+    before, before_z, _ = tile_states(made, (done.states, done.states_z))
+    behind, behind_z = back_tile_states(made, *shared, done.totals)
+    da_q, change = queries(made, *shared, before, before_z)
+    da_k, of_gate = keys(made, *shared, behind, behind_z, before, before_z, change)
+    dv = values(made, dy, done.den, behind)
     of_gate = of_gate.unflatten(2, (layer.k.shape[2], -1)).sum(dim=3, dtype=torch.float32)
     return da_q, da_k, dv, of_gate * torch.sigmoid(-layer.logits.float()) / steps
 
 
+def shares(dy: Tensor, y: Tensor, den: Tensor) -> Tensor:
+    """e [B, T, H] fp32 = dy . y / den."""
+    e, size = torch.empty_like(den), padded(y.shape[3])
+    shares_kernel[(triton.cdiv(den.numel(), SHARES),)](
+        dy, y, den, e, den.numel(), V=y.shape[3], VP=size, BT=SHARES
+    )
+    return e
+
+
 def back_tile_states(
-    layer: Layer,
-    dy: Tensor,
-    den: Tensor,
-    e: Tensor,
-    totals: Tensor,
-    steps: float,
-    chosen: Launch | None = None,
+    made: Mapped, dy: Tensor, den: Tensor, e: Tensor, totals: Tensor, chosen: Launch | None = None
 ) -> tuple[Tensor, Tensor]:
     """(R [B, H, tiles, F, V], r [B, H, tiles, F] fp32) behind every tile."""
-    batch, time, heads = layer.q.shape[:3]
-    segments, width, value_dim = totals.shape[2], totals.shape[3], layer.v.shape[3]
-    tiles, sizes = triton.cdiv(time, layer.sizes["C"]), layer.sizes
-    sums = totals.new_empty(batch, heads, segments, width, value_dim)
-    sums_z = totals.new_empty(batch, heads, segments, width, 1)
-    stored = gated_dtype(layer.v.dtype)[1]
-    fine = torch.empty(batch, heads, tiles, width, value_dim, dtype=stored, device=dy.device)
-    fine_z = totals.new_empty(batch, heads, tiles, width)
+    (batch, time, heads), width, value_dim = made.shape, made.running.shape[3], made.v.shape[3]
+    (count, size), exact = segments_of(made), made.running
+    fine = dy.new_empty(batch, heads, made.tiles, width, value_dim, dtype=gated_dtype(made.v.dtype)[1])
+    fine_z = exact.new_empty(batch, heads, made.tiles, width)
+    sums = exact.new_empty(batch, heads, count, width, value_dim) if count > 1 else exact
+    sums_z = exact.new_empty(batch, heads, count, width, 1) if count > 1 else exact
     states = (sums, sums_z)
     _, options = blocks("gated_lawcat_back_states", dy, chosen)
-    for mode in ("sums", "fine"):
-        back_states_kernel[(segments, heads, batch)](
-            layer.q, layer.logits, layer.taps_q, layer.map_q, dy, den, e, sums, sums_z, *states, fine, fine_z,
-            *steps_of(layer.q), *steps_of(layer.logits), time, segments, 1.0 / steps,
-            **sizes, TAPS_Q=taps_of(layer.taps_q), CS=blocks("gated_lawcat_states", dy)[0]["CS"], MODE=mode,
-            **options,
+    for mode in ("sums", "fine") if count > 1 else ("fine",):
+        back_states_kernel[(2 * heads, count, batch)](
+            made.a_q, made.norms_q, made.running, dy, den, e, sums, sums_z, *states, fine, fine_z, time, count, size,
+            **made.sizes, MODE=mode, STARTS=count > 1, **options,
         )  # fmt: skip
         if mode == "sums":
             states = (scan(sums, totals, reverse=True), scan(sums_z, totals, reverse=True))
     return fine, fine_z
 
 
-def _launch(
-    name: str, kernel: Any, layer: Layer, tensors: tuple[Tensor, ...], outputs: tuple[Tensor, ...], strong: Tensor,
-    steps: float, chosen: Launch | None,
-) -> None:  # fmt: skip
+def _launch(name: str, kernel: Any, made: Mapped, tensors: tuple[Tensor, ...], chosen: Launch | None) -> None:
     """Both kernels of a tile and head."""
-    batch, time, heads = layer.q.shape[:3]
-    strides = (x for x in (layer.q, layer.k, layer.v, layer.logits) for x in steps_of(x))
-    numbers = (*strides, time, 1.0 / steps)
-    constants = {**layer.sizes, "TAPS_Q": taps_of(layer.taps_q), "TAPS_K": taps_of(layer.taps_k)}
+    batch, time, heads = made.shape
     for is_strong in (False, True):
-        _, options = blocks(name + "_strong" * is_strong, layer.v, None if is_strong else chosen)
-        kernel[(strong.shape[2], heads, batch)](
-            *layer, *tensors, strong, *outputs, *numbers, **constants, STRONG=is_strong, **options
+        _, options = blocks(name + "_strong" * is_strong, made.v, None if is_strong else chosen)
+        kernel[(heads, made.tiles, batch)](
+            *made, *tensors, *steps_of(made.v), time, **made.sizes, STRONG=is_strong, **options
         )
 
 
 def queries(
-    layer: Layer, dy: Tensor, den: Tensor, e: Tensor, before: Tensor, before_z: Tensor, strong: Tensor, steps: float,
-    chosen: Launch | None = None,
+    made: Mapped, dy: Tensor, den: Tensor, e: Tensor, before: Tensor, before_z: Tensor, chosen: Launch | None = None
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(gradient of a of q, phi_q dphi_q [B, T, H, F])."""
-    shape = layer.q.shape[:3]
-    da = torch.empty(*shape, layer.map_q.shape[2], dtype=before.dtype, device=dy.device)
-    change = torch.empty(*shape, layer.logits.shape[3], dtype=before.dtype, device=dy.device)
-    tensors = (dy, den, e, before, before_z)
-    _launch("gated_lawcat_queries", queries_kernel, layer, tensors, (da, change), strong, steps, chosen)
+    shape = made.shape
+    da = torch.empty(*shape, made.a_q.shape[3], dtype=before.dtype, device=dy.device)
+    change = torch.empty(*shape, made.running.shape[3], dtype=before.dtype, device=dy.device)
+    tensors = (dy, den, e, before, before_z, da, change)
+    _launch("gated_lawcat_queries", queries_kernel, made, tensors, chosen)
     return da, change
 
 
 def keys(
-    layer: Layer, dy: Tensor, den: Tensor, e: Tensor, behind: Tensor, behind_z: Tensor, before: Tensor,
-    before_z: Tensor, strong: Tensor, change: Tensor, steps: float, chosen: Launch | None = None,
+    made: Mapped, dy: Tensor, den: Tensor, e: Tensor, behind: Tensor, behind_z: Tensor, before: Tensor,
+    before_z: Tensor, change: Tensor, chosen: Launch | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(gradient of a of k, dlog a [B, T, H, F] of every head)."""
-    da = torch.empty(*layer.q.shape[:3], layer.map_k.shape[2], dtype=behind.dtype, device=dy.device)
+    da = torch.empty(*made.shape, made.a_k.shape[3], dtype=behind.dtype, device=dy.device)
     of_gate = torch.empty_like(change)
-    tensors = (dy, den, e, behind, behind_z, before, before_z)
-    outputs = (change, da, of_gate)
-    _launch("gated_lawcat_keys", keys_kernel, layer, tensors, outputs, strong, steps, chosen)
+    tensors = (dy, den, e, behind, behind_z, before, before_z, change, da, of_gate)
+    _launch("gated_lawcat_keys", keys_kernel, made, tensors, chosen)
     return da, of_gate
 
 
-def values(
-    layer: Layer,
-    dy: Tensor,
-    den: Tensor,
-    behind: Tensor,
-    strong: Tensor,
-    steps: float,
-    chosen: Launch | None = None,
-) -> Tensor:
-    batch, time, heads = layer.q.shape[:3]
-    dv = torch.empty(batch, time, heads, layer.v.shape[3], dtype=behind.dtype, device=dy.device)
+def values(made: Mapped, dy: Tensor, den: Tensor, behind: Tensor, chosen: Launch | None = None) -> Tensor:
+    batch, time, heads = made.shape
+    dv = torch.empty(batch, time, heads, made.v.shape[3], dtype=behind.dtype, device=dy.device)
     for is_strong in (False, True):
         _, options = blocks("gated_lawcat_values" + "_strong" * is_strong, dy, None if is_strong else chosen)
-        values_kernel[(strong.shape[2], heads, batch)](
-            layer.q, layer.k, *layer[3:], dy, den, behind, strong, dv,
-            *steps_of(layer.q), *steps_of(layer.k), *steps_of(layer.logits), time, 1.0 / steps,
-            **layer.sizes, TAPS_Q=taps_of(layer.taps_q), TAPS_K=taps_of(layer.taps_k), STRONG=is_strong, **options,
-        )  # fmt: skip
-    per_head = dv.unflatten(2, (layer.k.shape[2], -1))
-    return per_head.sum(dim=3, dtype=torch.float32).to(layer.v.dtype)
+        values_kernel[(heads, made.tiles, batch)](
+            *made[:-1], dy, den, behind, dv, time, **made.sizes, STRONG=is_strong, **options
+        )
+    per_head = dv.unflatten(2, (made.v.shape[2], -1))
+    return per_head.sum(dim=3, dtype=torch.float32).to(made.v.dtype)
 
 
 class _Convolved(torch.autograd.Function):

@@ -1,12 +1,14 @@
-"""LAWCAT's layer without a window as kernels: convolution, Hedgehog map, gates and the divided sum in registers.
+"""LAWCAT's layer without a window as kernels: states of Hedgehog's features with gates, and the division, in registers.
 
-``lawcat.py`` has the equations, ``convolved.py`` the reference, ``triton_gated.py`` the road. Taps, maps and states
-belong to a query head, gates to a key/value head. Everything stands in two halves of f channels, softmax(a) and
-softmax(-a), and a tile is formed in the direction that its product wants, by rows (tokens first) or by columns, never
-transposed later.
+``lawcat.py`` has the equations, ``convolved.py`` the reference, ``triton_gated.py`` the road, and
+``triton_gated_mapped.py`` makes what is read here. States belong to a query head, gates to a key/value head.
 
-    states      sums and log decays of segments, then states before tiles     grid (segment, head, row)
-    outputs     a tile of C queries of one head                               grid (tile, head, row)
+    states      the state before every tile                 grid (head and half of the features, segment, row)
+    outputs     a tile of C queries of one head             grid (head, tile, row)
+
+Half of the features are one program's, because their state is what the registers of four warps hold. A row is one
+segment where rows and heads fill a GPU, and is walked through once; where they do not, it is cut into several, whose
+sums are made first.
 
 A normaliser is carried beside the state: z [F], the same sums with v = 1. Tiles with a strong gate meet pair by pair.
 
@@ -22,186 +24,143 @@ from torch import Tensor
 
 from .launches import Launch
 from .triton_common import load_matrix, load_rows, store_rows
-from .triton_gated import (
-    REACH,
-    blocks,
-    gated_dtype,
-    padded,
-    precision,
-    scan,
-    since_columns,
-    since_rows,
-    steps_of,
-    until_columns,
-)
+from .triton_gated import LOG2E, blocks, earlier, gated_dtype, scan, steps_of, store_matrix
+from .triton_gated_mapped import Layer, Mapped, mapped
 from .triton_gated_maps import (
-    all_features_by_columns,
-    all_gates_by_columns,
-    both,
     channels,
-    features_by_columns,
-    features_by_rows,
-    gates_by_columns,
-    gates_by_rows,
-    load_both,
+    log_features,
     pairwise_scores,
-    store_both,
+    running_gates,
+    strong_tile,
+    whole_tile,
 )
 
+PROGRAMS = 256  # of the states, about as many as a large GPU holds at once
 
-@triton.jit(do_not_specialize=["time", "segments"])
+
+@triton.jit(do_not_specialize=["time", "segments", "per"])
 def states_kernel(
-    k, v, logits, taps, map, sums, sums_z, totals, states, states_z, fine, fine_z, strong, last, last_z, stop,
-    k_b, k_t, k_h, v_b, v_t, v_h, g_b, g_t, g_h,
-    time, segments, inverse,
-    H: tl.constexpr, R: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, V: tl.constexpr,
-    VP: tl.constexpr, f: tl.constexpr, FP: tl.constexpr, TAPS: tl.constexpr, C: tl.constexpr, CS: tl.constexpr,
-    MODE: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+    a, norms, running, v, sums, sums_z, totals, states, states_z, fine, fine_z, last, last_z, stop,
+    v_b, v_t, v_h, time, segments, per,
+    H: tl.constexpr, R: tl.constexpr, V: tl.constexpr, VP: tl.constexpr, f: tl.constexpr, FP: tl.constexpr,
+    C: tl.constexpr, MODE: tl.constexpr, STARTS: tl.constexpr, STOPS: tl.constexpr, DTYPE: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """``triton_gated_liger.states_kernel`` for a query head and its map."""
-    BT: tl.constexpr = C // 2
+    """A walk through one segment of ``per`` tokens by tiles, with one half of the features. MODE "sums": from nothing,
+    writes ``sums`` and ``totals``. "fine": from ``states`` if it ``STARTS`` from one, writes the state before every
+    tile, and into ``last`` the one before the tile of ``stop`` [B] if it ``STOPS``. "last": goes on from there to
+    ``stop``."""
     F: tl.constexpr = 2 * f
-    n, h, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    half, h = tl.program_id(0) % 2, tl.program_id(0) // 2
+    n, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
     g = h // R
-    k += b * k_b + g * k_h
-    v += b * v_b + g * v_h
-    logits += b * g_b + g * g_h
-    taps += h * K * TAPS
-    map += h * K * f
     row, gate_row = b * H + h, b * (H // R) + g
-    at, there = both(f, FP)
-    ends = time
+    channel = half * f + tl.arange(0, FP)
+    there = tl.arange(0, FP) < f
+    tiles = tl.cdiv(time, C)
+    a += row * time * f
+    norms += row * 2 * time
+    running += gate_row * time * F + half * f
+    v += b * v_b + g * v_h
+    first = n * per
+    ends = tl.minimum(first + per, time)
+    if MODE == "last" or STOPS:
+        until = tl.load(stop + b).to(tl.int32)
+        last += (row * F + half * f) * V
+        last_z += row * F
+    state = tl.zeros([FP, VP], tl.float32)
+    z = tl.zeros([FP], tl.float32)
+    if MODE == "fine" and STARTS:
+        at = row * (segments + 1) + n
+        state = load_matrix(states + (at * F + half * f) * V, f, V, FP, VP)
+        z = tl.load(states_z + at * F + channel, mask=there, other=0.0)
     if MODE == "last":
-        ends = tl.load(stop + b).to(tl.int32)
-        n = ends // CS
-    if MODE == "sums":
-        state = tl.zeros([2 * FP, VP], tl.float32)
-        z = tl.zeros([2 * FP], tl.float32)
-    else:
-        state = load_both(states + (row * (segments + 1) + n) * F * V, f, FP, V, VP)
-        z = tl.load(states_z + (row * (segments + 1) + n) * F + at, mask=there, other=0.0)
-    total = tl.zeros([2 * FP], tl.float32)
-    of_tile = tl.zeros([2 * FP], tl.float32)
-    first = n * CS
-    for t in range(first, tl.minimum(first + CS, ends), BT):
-        if MODE == "fine":  # noqa: SIM102
-            if t % C == 0:
-                tile = row * tl.cdiv(time, C) + t // C
-                store_both(fine + tile * F * V, state, f, FP, V, VP)
-                tl.store(fine_z + tile * F + at, z, mask=there)
-                of_tile = tl.zeros([2 * FP], tl.float32)
-        late = all_features_by_columns(k, taps, map, t, k_t, ends, K, KP, f, FP, TAPS, BT, PRECISION)
-        log_decay = all_gates_by_columns(logits, t, g_t, ends, inverse, f, FP, BT)
-        whole = tl.sum(log_decay, 1)
+        first = until // C * C
+        ends = until
+        state = load_matrix(last, f, V, FP, VP)
+        z = tl.load(last_z + channel, mask=there, other=0.0)
+    total = tl.zeros([FP], tl.float32)
+    for t in range(first, ends, C):
+        if MODE == "fine":
+            at = row * tiles + t // C
+            store_matrix(fine + (at * F + half * f) * V, state, f, V, FP, VP)
+            tl.store(fine_z + at * F + channel, z, mask=there)
+            if STOPS:  # noqa: SIM102
+                if until // C == t // C:
+                    store_matrix(last, state, f, V, FP, VP)
+                    tl.store(last_z + channel, z, mask=there)
+        whole = whole_tile(running, t, ends, f, FP, C)
         total += whole
-        of_tile += whole
-        late *= tl.exp(until_columns(log_decay, BT, DTYPE))
-        values = load_rows(v, t, v_t, ends, V, VP, BT).to(DTYPE)
-        z = z * tl.exp(whole) + tl.sum(late, 1)
-        state = tl.dot(late.to(DTYPE), values, state * tl.exp(whole)[:, None], input_precision=PRECISION)
-        if MODE == "fine":  # noqa: SIM102
-            if h % R == 0:
-                above = tl.min(of_tile, 0) < -REACH
-                tl.store(strong + gate_row * tl.cdiv(time, C) + t // C, above.to(tl.int8))
+        kept = tl.exp2(whole * LOG2E)
+        late = (whole[None, :] - running_gates(running, t, ends, f, FP, C)) * LOG2E
+        late = tl.exp2(log_features(a, norms, half, t, time, ends, f, f, FP, C) + late)
+        values = load_rows(v, t, v_t, ends, V, VP, C).to(DTYPE)
+        z = z * kept + tl.sum(late, 0)
+        state = tl.dot(tl.trans(late.to(DTYPE)), values, state * kept[:, None], input_precision=PRECISION)
     if MODE == "sums":
-        store_both(sums + (row * segments + n) * F * V, state, f, FP, V, VP)
-        tl.store(sums_z + (row * segments + n) * F + at, z, mask=there)
+        at = row * segments + n
+        store_matrix(sums + (at * F + half * f) * V, state, f, V, FP, VP)
+        tl.store(sums_z + at * F + channel, z, mask=there)
         if h % R == 0:
-            tl.store(totals + (gate_row * segments + n) * F + at, total, mask=there)
-    if MODE == "last":
-        store_both(last + row * F * V, state, f, FP, V, VP)
-        tl.store(last_z + row * F + at, z, mask=there)
+            tl.store(totals + (gate_row * segments + n) * F + channel, total, mask=there)
+    if MODE == "last" or STOPS:  # noqa: SIM102
+        if MODE == "last" or ((ends == time) & (until // C == tiles)):
+            store_matrix(last, state, f, V, FP, VP)
+            tl.store(last_z + channel, z, mask=there)
 
 
 @triton.jit(do_not_specialize=["time"])
 def outputs_kernel(
-    q, k, v, logits, taps_q, taps_k, map_q, map_k, fine, fine_z, strong, y, den,
-    q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, g_b, g_t, g_h,
-    time, inverse, eps,
-    H: tl.constexpr, R: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, V: tl.constexpr, VP: tl.constexpr,
-    f: tl.constexpr, FP: tl.constexpr, TAPS_Q: tl.constexpr, TAPS_K: tl.constexpr, C: tl.constexpr,
-    DTYPE: tl.constexpr, PRECISION: tl.constexpr, STRONG: tl.constexpr, SAVE: tl.constexpr,
+    a_q, norms_q, a_k, norms_k, running, strong, v, fine, fine_z, y, den, v_b, v_t, v_h, time, eps,
+    H: tl.constexpr, R: tl.constexpr, V: tl.constexpr, VP: tl.constexpr, f: tl.constexpr, FP: tl.constexpr,
+    C: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr, STRONG: tl.constexpr, SAVE: tl.constexpr,
+    HEADS: tl.constexpr, FB: tl.constexpr,
 ):  # fmt: skip
-    n, h, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    g = h // R
+    n, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
     F: tl.constexpr = 2 * f
-    tiles = tl.cdiv(time, C)
-    if (tl.load(strong + (b * (H // R) + g) * tiles + n) > 0) != STRONG:
+    W: tl.constexpr = min(f, FB)
+    PARTS: tl.constexpr = f // W
+    first, tiles, t = tl.program_id(0) * HEADS, tl.num_programs(1), n * C
+    g = first // R
+    gate_row = b * (H // R) + g
+    if strong_tile(strong, gate_row * tiles + n) != STRONG:
         return
-    t = n * C
-    k += b * k_b + g * k_h
-    logits += b * g_b + g * g_h
-    taps_k += h * K * TAPS_K
-    map_k += h * K * f
-    q += b * q_b + h * q_h
-    taps_q += h * K * TAPS_Q
-    map_q += h * K * f
-    token = tl.arange(0, C)
-    if not STRONG:
-        early_plus, early_minus = features_by_columns(
-            k, taps_k, map_k, t, k_t, time, K, KP, f, FP, TAPS_K, C, PRECISION
-        )
-        reach = tl.exp(since_columns(gates_by_columns(logits, t, g_t, time, inverse, f, FP, C), C, DTYPE))
-        early_plus = (early_plus / reach).to(DTYPE)
-        reach = tl.exp(since_columns(gates_by_columns(logits + f, t, g_t, time, inverse, f, FP, C), C, DTYPE))
-        early_minus = (early_minus / reach).to(DTYPE)
-    plus, minus = features_by_rows(q, taps_q, map_q, t, q_t, time, K, KP, f, FP, TAPS_Q, C, PRECISION)
-    tile = (b * H + h) * tiles + n
-    running = since_rows(gates_by_rows(logits, t, g_t, time, inverse, f, FP, C), C, DTYPE)
-    if STRONG:
-        key_plus, key_minus = features_by_rows(
-            k, taps_k, map_k, t, k_t, time, K, KP, f, FP, TAPS_K, C, PRECISION
-        )
-        scores = pairwise_scores(tl.zeros([C, C], tl.float32), plus, key_plus, running, C, False)
-    plus = plus * tl.exp(running)
-    weight = tl.sum(plus * channels(fine_z + tile * F, f, FP)[None, :], 1)
-    plus = plus.to(DTYPE)
-    running = since_rows(gates_by_rows(logits + f, t, g_t, time, inverse, f, FP, C), C, DTYPE)
-    if STRONG:
-        scores = pairwise_scores(scores, minus, key_minus, running, C, False)
-    minus = minus * tl.exp(running)
-    weight += tl.sum(minus * channels(fine_z + tile * F + f, f, FP)[None, :], 1)
-    minus = minus.to(DTYPE)
-    if not STRONG:
-        scores = tl.dot(plus, early_plus, input_precision=PRECISION)
-        scores = tl.dot(minus, early_minus, scores, input_precision=PRECISION)
-        scores = tl.where(token[:, None] >= token[None, :], scores, 0.0)
-    weight += tl.sum(scores, 1) + eps
-    rows = tl.dot(plus, load_matrix(fine + tile * F * V, f, V, FP, VP), input_precision=PRECISION)
-    rows = tl.dot(
-        minus, load_matrix(fine + tile * F * V + f * V, f, V, FP, VP), rows, input_precision=PRECISION
-    )
-    values = load_rows(v + b * v_b + g * v_h, t, v_t, time, V, VP, C).to(DTYPE)
-    rows = tl.dot(scores.to(DTYPE), values, rows, input_precision=PRECISION) / weight[:, None]
-    store_rows(y + b * time * (H * V) + h * V, rows, t, H * V, time, V, VP, C)
-    if SAVE:
-        at = den + b * time * H + h + (t + token).to(tl.int64) * H
-        tl.store(at, weight, mask=t + token < time)
-
-
-class Layer(NamedTuple):
-    """Inputs of a layer. Maps are W [H, K, f] and taps [H, K, c]; an empty tensor is no convolution."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    logits: Tensor
-    """[B, T, G, F] of the gate."""
-    taps_q: Tensor
-    taps_k: Tensor
-    map_q: Tensor
-    map_k: Tensor
-
-    @property
-    def sizes(self) -> dict[str, int]:
-        """Constants of a launch."""
-        key_dim, value_dim, f = self.q.shape[3], self.v.shape[3], self.map_k.shape[2]
-        return {
-            "H": self.q.shape[2], "R": self.q.shape[2] // self.k.shape[2],
-            "K": key_dim, "KP": padded(key_dim), "V": value_dim, "VP": padded(value_dim),
-            "f": f, "FP": half_width(f, self.v.dtype), "C": blocks("gated_lawcat_states", self.v)[0]["C"],
-            "PRECISION": precision(self.v.dtype), "DTYPE": gated_dtype(self.v.dtype)[0],
-        }  # fmt: skip
+    running += gate_row * time * F
+    v += b * v_b + g * v_h
+    for h in range(first, first + HEADS):
+        row = b * H + h
+        along = row * time
+        of_q, norms_of_q = a_q + along * f, norms_q + along * 2
+        of_k, norms_of_k = a_k + along * f, norms_k + along * 2
+        scores = tl.zeros([C, C], tl.float32)
+        for part in tl.range(2 * PARTS):
+            half, of = part // PARTS, part % PARTS * W
+            gates = load_rows(running + part * W, t, F, time, W, FB, C)
+            phi_q = log_features(of_q + of, norms_of_q, half, t, time, time, f, W, FB, C)
+            phi_k = log_features(of_k + of, norms_of_k, half, t, time, time, f, W, FB, C)
+            if STRONG:
+                scores = pairwise_scores(scores, tl.exp2(phi_q), tl.exp2(phi_k), gates, C, False)
+            else:
+                reading = tl.exp2(phi_q + gates * LOG2E).to(DTYPE)
+                early = tl.trans(tl.exp2(phi_k - gates * LOG2E).to(DTYPE))
+                scores = tl.dot(reading, early, scores, input_precision=PRECISION)
+        if not STRONG:
+            scores = tl.where(earlier(C, False), scores, 0.0)
+        weight = tl.sum(scores, 1) + eps
+        values = load_rows(v, t, v_t, time, V, VP, C).to(DTYPE)
+        rows = tl.dot(scores.to(DTYPE), values, input_precision=PRECISION)
+        tile = row * tiles + n
+        for part in tl.range(2 * PARTS):
+            half, of = part // PARTS, part % PARTS * W
+            reading = log_features(of_q + of, norms_of_q, half, t, time, time, f, W, FB, C)
+            reading = tl.exp2(reading + load_rows(running + part * W, t, F, time, W, FB, C) * LOG2E)
+            weight += tl.sum(reading * channels(fine_z + tile * F + part * W, W, FB)[None, :], 1)
+            state = load_matrix(fine + (tile * F + part * W) * V, W, V, FB, VP)
+            rows = tl.dot(reading.to(DTYPE), state, rows, input_precision=PRECISION)
+        store_rows(y + b * time * (H * V) + h * V, rows / weight[:, None], t, H * V, time, V, VP, C)
+        if SAVE:
+            token = t + tl.arange(0, C)
+            tl.store(den + b * time * H + h + token.to(tl.int64) * H, weight, mask=token < time)
 
 
 class States(NamedTuple):
@@ -211,112 +170,98 @@ class States(NamedTuple):
     den: Tensor | None
     """[B, T, H] fp32."""
     states: Tensor
-    """[B, H, N + 1, F, V] fp32 before segments, and z beside it."""
+    """[B, H, N + 1, F, V] fp32 before segments, and z beside it; empty where there is one segment."""
     states_z: Tensor
     totals: Tensor
+    """[B, G, N, F] fp32, log decays of segments; empty likewise."""
 
 
 def forward(
     layer: Layer, *, steps: float, eps: float, stop: Tensor | None = None, save: bool = False
 ) -> tuple[States, Tensor | None]:
     """What comes out, and the state [B, H, F, V + 1] fp32 after ``stop`` [B] tokens of each row."""
-    states, totals, fine, fine_z, strong = before_tiles(layer, steps)
-    made = outputs(layer, fine, fine_z, strong, steps=steps, eps=eps, save=save)
-    last = None
-    if stop is not None:
-        kv, z = (torch.empty_like(x[:, :, 0]) for x in states)
-        walk("last", layer, steps, states=states[0], states_z=states[1], last=kv, last_z=z, stop=stop)
-        last = torch.cat((kv, z), dim=-1)
-    return States(*made, *states, totals), last
+    made = mapped(layer, steps)
+    states, totals = before_segments(made)
+    fine, fine_z, last = tile_states(made, states, stop)
+    return States(*outputs(made, fine, fine_z, eps=eps, save=save), *states, totals), last
 
 
-def before_tiles(
-    layer: Layer, steps: float, chosen: Launch | None = None
-) -> tuple[tuple[Tensor, Tensor], Tensor, Tensor, Tensor, Tensor]:
-    """((S, z) before segments, log decays of segments [B, G, N, F], and what ``tile_states`` returns)."""
-    sizes, _ = blocks("gated_lawcat_states", layer.v, chosen)
-    (batch, time, heads), groups = layer.q.shape[:3], layer.k.shape[2]
-    width, segments = layer.logits.shape[3], triton.cdiv(time, sizes["CS"])
-    totals = torch.empty(batch, groups, segments, width, dtype=torch.float32, device=layer.v.device)
-    sums = totals.new_empty(batch, heads, segments, width, layer.v.shape[3])
-    sums_z = totals.new_empty(batch, heads, segments, width, 1)
-    walk("sums", layer, steps, chosen, sums=sums, sums_z=sums_z, totals=totals)
-    states, states_z = scan(sums, totals), scan(sums_z, totals)
-    return (states, states_z), totals, *tile_states(layer, states, states_z, steps, chosen)
+def segments_of(made: Mapped) -> tuple[int, int]:
+    """(segments of a row, tokens of one)."""
+    batch, time, heads = made.shape
+    sizes, _ = blocks("gated_lawcat_states", made.v)
+    count = max(1, PROGRAMS // (2 * batch * heads))
+    size = max(sizes["CS"], triton.cdiv(made.tiles, count) * sizes["C"])
+    return triton.cdiv(time, size), size
+
+
+def before_segments(made: Mapped, chosen: Launch | None = None) -> tuple[tuple[Tensor, Tensor], Tensor]:
+    """((S, z) before segments, log decays of segments), all empty where there is one."""
+    (batch, _, heads), (groups, width) = made.shape, made.running.shape[1::2]
+    count, _ = segments_of(made)
+    if count == 1:
+        nothing = made.running.new_empty(0)
+        return (nothing, nothing), nothing
+    totals = made.running.new_empty(batch, groups, count, width)
+    sums = totals.new_empty(batch, heads, count, width, made.v.shape[3])
+    sums_z = totals.new_empty(batch, heads, count, width, 1)
+    walk("sums", made, chosen, sums=sums, sums_z=sums_z, totals=totals)
+    return (scan(sums, totals), scan(sums_z, totals)), totals
 
 
 def tile_states(
-    layer: Layer, states: Tensor, states_z: Tensor, steps: float, chosen: Launch | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(states [B, H, tiles, F, V] before tiles, z [B, H, tiles, F] fp32, whether a gate is strong [B, G, tiles])."""
-    (batch, time, heads), groups = layer.q.shape[:3], layer.k.shape[2]
-    tiles, width = triton.cdiv(time, layer.sizes["C"]), layer.logits.shape[3]
-    dtype = gated_dtype(layer.v.dtype)[1]
-    fine = torch.empty(batch, heads, tiles, width, layer.v.shape[3], dtype=dtype, device=layer.v.device)
-    fine_z = states.new_empty(batch, heads, tiles, width)
-    strong = torch.empty(batch, groups, tiles, dtype=torch.int8, device=layer.v.device)
-    walk(
-        "fine",
-        layer,
-        steps,
-        chosen,
-        states=states,
-        states_z=states_z,
-        fine=fine,
-        fine_z=fine_z,
-        strong=strong,
-    )
-    return fine, fine_z, strong
+    made: Mapped, states: tuple[Tensor, Tensor], stop: Tensor | None = None, chosen: Launch | None = None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(states [B, H, tiles, F, V] before tiles, z [B, H, tiles, F] fp32, the state after ``stop`` tokens)."""
+    (batch, _, heads), width, value_dim = made.shape, made.running.shape[3], made.v.shape[3]
+    dtype = gated_dtype(made.v.dtype)[1]
+    fine = torch.empty(batch, heads, made.tiles, width, value_dim, dtype=dtype, device=made.v.device)
+    fine_z = made.running.new_empty(batch, heads, made.tiles, width)
+    buffers = {"states": states[0], "states_z": states[1], "fine": fine, "fine_z": fine_z}
+    if stop is None:
+        walk("fine", made, chosen, **buffers)
+        return fine, fine_z, None
+    last, last_z = fine_z.new_empty(batch, heads, width, value_dim), fine_z.new_empty(batch, heads, width, 1)
+    for mode in ("fine", "last"):
+        walk(mode, made, chosen, **buffers, last=last, last_z=last_z, stop=stop)
+    return fine, fine_z, torch.cat((last, last_z), dim=-1)
 
 
-def walk(mode: str, layer: Layer, steps: float, chosen: Launch | None = None, **buffers: Tensor) -> None:
-    sizes, options = blocks("gated_lawcat_states", layer.v, chosen)
-    names = (
-        "sums", "sums_z", "totals", "states", "states_z", "fine", "fine_z", "strong", "last", "last_z", "stop"
-    )  # fmt: skip
-    batch, time, heads = layer.q.shape[:3]
-    segments = triton.cdiv(time, sizes["CS"])
-    states_kernel[(1 if mode == "last" else segments, heads, batch)](
-        layer.k, layer.v, layer.logits, layer.taps_k, layer.map_k, *(buffers.get(name, layer.v) for name in names),
-        *steps_of(layer.k), *steps_of(layer.v), *steps_of(layer.logits), time, segments, 1.0 / steps,
-        **layer.sizes, TAPS=taps_of(layer.taps_k), CS=sizes["CS"], MODE=mode, **options,
+def walk(mode: str, made: Mapped, chosen: Launch | None = None, **buffers: Tensor) -> None:
+    _, options = blocks("gated_lawcat_states", made.v, chosen)
+    names = ("sums", "sums_z", "totals", "states", "states_z", "fine", "fine_z", "last", "last_z", "stop")
+    batch, time, heads = made.shape
+    count, size = segments_of(made)
+    states_kernel[(2 * heads, 1 if mode == "last" else count, batch)](
+        made.a_k, made.norms_k, made.running, made.v, *(buffers.get(name, made.v) for name in names),
+        *steps_of(made.v), time, count, size,
+        **made.sizes, MODE=mode, STARTS=mode == "fine" and count > 1, STOPS=mode == "fine" and "stop" in buffers,
+        **options,
     )  # fmt: skip
 
 
 def outputs(
-    layer: Layer, fine: Tensor, fine_z: Tensor, strong: Tensor, *, steps: float, eps: float, save: bool = False,
+    made: Mapped,
+    fine: Tensor,
+    fine_z: Tensor,
+    *,
+    eps: float,
+    save: bool = False,
     chosen: Launch | None = None,
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+) -> tuple[Tensor, Tensor | None]:
     """(y [B, T, H, V], the denominators [B, T, H] fp32 if they are to be saved)."""
-    batch, time, heads = layer.q.shape[:3]
-    y = torch.empty(batch, time, heads, layer.v.shape[3], dtype=layer.v.dtype, device=layer.v.device)
+    batch, time, heads = made.shape
+    y = torch.empty(batch, time, heads, made.v.shape[3], dtype=made.v.dtype, device=made.v.device)
     den = fine_z.new_empty(batch, time, heads) if save else None
     for is_strong in (False, True):
-        _, options = blocks("gated_lawcat_outputs" + "_strong" * is_strong, y, None if is_strong else chosen)
-        outputs_kernel[(fine.shape[2], heads, batch)](
-            *layer, fine, fine_z, strong, y, fine_z if den is None else den,
-            *steps_of(layer.q), *steps_of(layer.k), *steps_of(layer.v), *steps_of(layer.logits),
-            time, 1.0 / steps, eps, **layer.sizes, TAPS_Q=taps_of(layer.taps_q), TAPS_K=taps_of(layer.taps_k),
-            STRONG=is_strong, SAVE=save, **options,
+        name = "gated_lawcat_outputs" + "_strong" * is_strong
+        sizes, options = blocks(name, y, None if is_strong else chosen)
+        sizes["FB"] = made.sizes["FP"] if made.sizes["f"] % sizes["FB"] else sizes["FB"]
+        at_once = (
+            made.sizes["R"] if is_strong else 1
+        )  # strong tiles are few, and programs that end at once too many
+        outputs_kernel[(heads // at_once, made.tiles, batch)](
+            *made, fine, fine_z, y, fine_z if den is None else den, *steps_of(made.v), time, eps,
+            **made.sizes, STRONG=is_strong, SAVE=save, HEADS=at_once, **sizes, **options,
         )  # fmt: skip
     return y, den
-
-
-def half_width(f: int, dtype: torch.dtype) -> int:
-    """The block of a half of the features. In 16 bits it is 64 or more: Triton 3.6 compiles the gradients of 32 wrongly
-    for Hopper, by an eighth of q's and any number for k's."""
-    return padded(f) if dtype == torch.float32 else max(64, padded(f))
-
-
-def taps_of(taps: Tensor) -> int:
-    return taps.shape[2] if taps.numel() else 0
-
-
-def layer_of(
-    q: Tensor, k: Tensor, v: Tensor, logits: Tensor, taps_q: Tensor | None, taps_k: Tensor | None, map_q: Tensor,
-    map_k: Tensor,
-) -> Layer:  # fmt: skip
-    """Maps in the dtype of products; channels beside each other."""
-    inputs = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v, logits))
-    taps = (map_q.new_empty(0) if x is None else x.contiguous() for x in (taps_q, taps_k))
-    return Layer(*inputs, *taps, *(x.to(v.dtype).contiguous() for x in (map_q, map_k)))

@@ -9,6 +9,7 @@ With u = dy / den and e = dy . y / den, everything per query head (compare ``tri
 Kernels end at a = q^ W and hand over what each head has; ``triton_gated_convolved.py`` does the rest.
 
     back_states    R and r behind segments and tiles      ``states`` in reverse
+    shares         e                                      some tokens and heads
     queries        da of q, and phi_q dphi_q              a tile of one head
     keys           da of k, and dlog a                    a tile of one head
     values         dv of a head                           a tile of one head
@@ -18,36 +19,35 @@ import triton
 import triton.language as tl
 
 from .triton_common import load_matrix, load_rows, store_rows
-from .triton_gated import earlier, since_columns, since_rows, until_rows
+from .triton_gated import LOG2E, earlier, store_matrix, until_rows
 from .triton_gated_maps import (
-    all_features_by_columns,
-    all_gates_by_columns,
-    both,
     channels,
-    features_by_columns,
-    features_by_rows,
-    gates_by_columns,
-    gates_by_rows,
-    load_both,
+    log_features,
     pairwise_gradient,
     pairwise_scores,
-    store_both,
+    running_gates,
+    strong_tile,
+    whole_tile,
 )
+
+
+@triton.jit(do_not_specialize=["rows"])
+def shares_kernel(
+    dy, y, den, e, rows, V: tl.constexpr, VP: tl.constexpr, BT: tl.constexpr
+):  # fmt: skip
+    """e of ``rows`` tokens and heads; in torch it takes six times as long."""
+    start = tl.program_id(0) * BT
+    row = start + tl.arange(0, BT)
+    gain = load_rows(dy, start, V, rows, V, VP, BT).to(tl.float32)
+    gain = tl.sum(gain * load_rows(y, start, V, rows, V, VP, BT).to(tl.float32), 1)
+    weight = tl.load(den + row, mask=row < rows, other=1.0)
+    tl.store(e + row, gain / weight, mask=row < rows)
 
 
 @triton.jit
 def load_wanted(
-    dy,
-    den,
-    e,
-    t,
-    time,
-    H: tl.constexpr,
-    V: tl.constexpr,
-    VP: tl.constexpr,
-    DTYPE: tl.constexpr,
-    BT: tl.constexpr,
-):
+    dy, den, e, t, time, H: tl.constexpr, V: tl.constexpr, VP: tl.constexpr, DTYPE: tl.constexpr, BT: tl.constexpr
+):  # fmt: skip
     """(u [BT, VP], e [BT]) of one head; zeros where there is no token."""
     token = t + tl.arange(0, BT)
     at = token.to(tl.int64) * H
@@ -56,162 +56,133 @@ def load_wanted(
     return u.to(DTYPE), tl.load(e + at, mask=token < time, other=0.0)
 
 
-@triton.jit(do_not_specialize=["time", "segments"])
+@triton.jit(do_not_specialize=["time", "segments", "per"])
 def back_states_kernel(
-    q, logits, taps, map, dy, den, e, sums, sums_z, states, states_z, fine, fine_z,
-    q_b, q_t, q_h, g_b, g_t, g_h,
-    time, segments, inverse,
-    H: tl.constexpr, R: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, V: tl.constexpr, VP: tl.constexpr,
-    f: tl.constexpr, FP: tl.constexpr, TAPS_Q: tl.constexpr, C: tl.constexpr, CS: tl.constexpr, MODE: tl.constexpr,
-    DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+    a, norms, running, dy, den, e, sums, sums_z, states, states_z, fine, fine_z, time, segments, per,
+    H: tl.constexpr, R: tl.constexpr, V: tl.constexpr, VP: tl.constexpr, f: tl.constexpr, FP: tl.constexpr,
+    C: tl.constexpr, MODE: tl.constexpr, STARTS: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """``states_kernel`` from a segment's end: MODE "sums" or "fine", what is behind every tile."""
-    BT: tl.constexpr = C // 2
     F: tl.constexpr = 2 * f
-    n, h, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    q += b * q_b + h * q_h
-    logits += b * g_b + h // R * g_h
-    taps += h * K * TAPS_Q
-    map += h * K * f
+    half, h = tl.program_id(0) % 2, tl.program_id(0) // 2
+    n, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    row = b * H + h
+    channel = half * f + tl.arange(0, FP)
+    there = tl.arange(0, FP) < f
+    a += row * time * f
+    norms += row * 2 * time
+    running += (b * (H // R) + h // R) * time * F + half * f
     dy += b * time * (H * V) + h * V
     den += b * time * H + h
     e += b * time * H + h
-    row = b * H + h
-    at, there = both(f, FP)
-    if MODE == "sums":
-        state = tl.zeros([2 * FP, VP], tl.float32)
-        z = tl.zeros([2 * FP], tl.float32)
-    else:
-        state = load_both(states + (row * (segments + 1) + n) * F * V, f, FP, V, VP)
-        z = tl.load(states_z + (row * (segments + 1) + n) * F + at, mask=there, other=0.0)
-    first = n * CS
-    count = tl.cdiv(tl.minimum(CS, time - first), BT)
+    state = tl.zeros([FP, VP], tl.float32)
+    z = tl.zeros([FP], tl.float32)
+    if MODE == "fine" and STARTS:
+        at = row * (segments + 1) + n
+        state = load_matrix(states + (at * F + half * f) * V, f, V, FP, VP)
+        z = tl.load(states_z + at * F + channel, mask=there, other=0.0)
+    first = n * per
+    count = tl.cdiv(tl.minimum(per, time - first), C)
     for i in range(0, count):
-        t = first + (count - 1 - i) * BT
-        if MODE == "fine":  # noqa: SIM102
-            if ((t + BT) % C == 0) | (i == 0):
-                tile = row * tl.cdiv(time, C) + t // C
-                store_both(fine + tile * F * V, state, f, FP, V, VP)
-                tl.store(fine_z + tile * F + at, z, mask=there)
-        reading = all_features_by_columns(q, taps, map, t, q_t, time, K, KP, f, FP, TAPS_Q, BT, PRECISION)
-        log_decay = all_gates_by_columns(logits, t, g_t, time, inverse, f, FP, BT)
-        reading *= tl.exp(since_columns(log_decay, BT, DTYPE))
-        kept = tl.exp(tl.sum(log_decay, 1))
-        u, share = load_wanted(dy, den, e, t, time, H, V, VP, DTYPE, BT)
-        z = z * kept + tl.sum(reading * share[None, :], 1)
-        state = tl.dot(reading.to(DTYPE), u, state * kept[:, None], input_precision=PRECISION)
+        t = first + (count - 1 - i) * C
+        if MODE == "fine":
+            at = row * tl.cdiv(time, C) + t // C
+            store_matrix(fine + (at * F + half * f) * V, state, f, V, FP, VP)
+            tl.store(fine_z + at * F + channel, z, mask=there)
+        reading = log_features(a, norms, half, t, time, time, f, f, FP, C)
+        reading = tl.exp2(reading + running_gates(running, t, time, f, FP, C) * LOG2E)
+        kept = tl.exp2(whole_tile(running, t, time, f, FP, C) * LOG2E)
+        u, share = load_wanted(dy, den, e, t, time, H, V, VP, DTYPE, C)
+        z = z * kept + tl.sum(reading * share[:, None], 0)
+        state = tl.dot(tl.trans(reading.to(DTYPE)), u, state * kept[:, None], input_precision=PRECISION)
     if MODE == "sums":
-        store_both(sums + (row * segments + n) * F * V, state, f, FP, V, VP)
-        tl.store(sums_z + (row * segments + n) * F + at, z, mask=there)
-
-
-@triton.jit
-def decayed(
-    phi, logits, t, g_t, time, inverse, f: tl.constexpr, FP: tl.constexpr, C: tl.constexpr, DTYPE: tl.constexpr,
-    OF_KEYS: tl.constexpr,
-):  # fmt: skip
-    """One half [C, FP] times its decay from the tile's start, or of keys, over it, for a product."""
-    running = since_rows(gates_by_rows(logits, t, g_t, time, inverse, f, FP, C), C, DTYPE)
-    return (phi * tl.exp(-running if OF_KEYS else running)).to(DTYPE)
+        at = row * segments + n
+        store_matrix(sums + (at * F + half * f) * V, state, f, V, FP, VP)
+        tl.store(sums_z + at * F + channel, z, mask=there)
 
 
 @triton.jit
 def half_of_queries(
-    phi_k, pairs, u, share, logits, t, g_t, time, inverse, state, z,
+    a_k, norms_k, running, pairs, u, share, half, t, time, state, z,
     V: tl.constexpr, VP: tl.constexpr, f: tl.constexpr, FP: tl.constexpr, C: tl.constexpr, DTYPE: tl.constexpr,
     PRECISION: tl.constexpr, STRONG: tl.constexpr,
 ):  # fmt: skip
-    """dphi_q [C, FP] of one half; phi_k and pairs are ready for a product where they are not ``STRONG``."""
-    found = tl.dot(u, tl.trans(load_matrix(state, f, V, FP, VP)), input_precision=PRECISION)
-    found -= share[:, None] * channels(z, f, FP)[None, :]
-    if not STRONG:
-        found = tl.dot(pairs, phi_k, found, input_precision=PRECISION)
-    running = since_rows(gates_by_rows(logits, t, g_t, time, inverse, f, FP, C), C, DTYPE)
-    found *= tl.exp(running)
+    """dphi_q [C, FP] of one half; pairs are ready for a product where they are not ``STRONG``."""
+    found = tl.dot(u, tl.trans(load_matrix(state + half * f * V, f, V, FP, VP)), input_precision=PRECISION)
+    found -= share[:, None] * channels(z + half * f, f, FP)[None, :]
+    gates = running_gates(running + half * f, t, time, f, FP, C)
+    phi_k = log_features(a_k, norms_k, half, t, time, time, f, f, FP, C)
     if STRONG:
-        found += pairwise_gradient(pairs, phi_k, running, C, FP, False)
+        found *= tl.exp2(gates * LOG2E)
+        found += pairwise_gradient(pairs, tl.exp2(phi_k), gates, C, FP, False)
+    else:
+        early = tl.exp2(phi_k - gates * LOG2E).to(DTYPE)
+        found = tl.dot(pairs, early, found, input_precision=PRECISION) * tl.exp2(gates * LOG2E)
     return found
 
 
 @triton.jit(do_not_specialize=["time"])
 def queries_kernel(
-    q, k, v, logits, taps_q, taps_k, map_q, map_k, dy, den, e, fine, fine_z, strong, da, change,
-    q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, g_b, g_t, g_h,
-    time, inverse,
-    H: tl.constexpr, R: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, V: tl.constexpr, VP: tl.constexpr,
-    f: tl.constexpr, FP: tl.constexpr, TAPS_Q: tl.constexpr, TAPS_K: tl.constexpr, C: tl.constexpr,
-    DTYPE: tl.constexpr, PRECISION: tl.constexpr, STRONG: tl.constexpr,
+    a_q, norms_q, a_k, norms_k, running, strong, v, dy, den, e, fine, fine_z, da, change, v_b, v_t, v_h, time,
+    H: tl.constexpr, R: tl.constexpr, V: tl.constexpr, VP: tl.constexpr, f: tl.constexpr, FP: tl.constexpr,
+    C: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr, STRONG: tl.constexpr,
 ):  # fmt: skip
-    n, h, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    h, n, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     F: tl.constexpr = 2 * f
-    g = h // R
-    tiles = tl.cdiv(time, C)
-    if (tl.load(strong + (b * (H // R) + g) * tiles + n) > 0) != STRONG:
+    g, tiles = h // R, tl.num_programs(1)
+    row, gate_row, t = b * H + h, b * (H // R) + g, n * C
+    if strong_tile(strong, gate_row * tiles + n) != STRONG:
         return
-    t = n * C
-    tile = (b * H + h) * tiles + n
-    logits += b * g_b + g * g_h
-    key_plus, key_minus = features_by_rows(
-        k + b * k_b + g * k_h, taps_k + h * K * TAPS_K, map_k + h * K * f, t, k_t, time,
-        K, KP, f, FP, TAPS_K, C, PRECISION,
-    )  # fmt: skip
-    if not STRONG:
-        key_plus = decayed(key_plus, logits, t, g_t, time, inverse, f, FP, C, DTYPE, True)
-        key_minus = decayed(key_minus, logits + f, t, g_t, time, inverse, f, FP, C, DTYPE, True)
+    a_q += row * time * f
+    a_k += row * time * f
+    norms_q += row * 2 * time
+    norms_k += row * 2 * time
+    running += gate_row * time * F
+    fine += (row * tiles + n) * F * V
+    fine_z += (row * tiles + n) * F
     u, share = load_wanted(
-        dy + b * time * (H * V) + h * V,
-        den + b * time * H + h,
-        e + b * time * H + h,
-        t,
-        time,
-        H,
-        V,
-        VP,
-        DTYPE,
-        C,
-    )
+        dy + b * time * (H * V) + h * V, den + b * time * H + h, e + b * time * H + h, t, time, H, V, VP, DTYPE, C
+    )  # fmt: skip
     values = load_rows(v + b * v_b + g * v_h, t, v_t, time, V, VP, C).to(DTYPE)
     pairs = tl.dot(u, tl.trans(values), input_precision=PRECISION) - share[:, None]
     pairs = tl.where(earlier(C, False), pairs, 0.0)
     if not STRONG:
         pairs = pairs.to(DTYPE)
-    on_plus = half_of_queries(
-        key_plus, pairs, u, share, logits, t, g_t, time, inverse, fine + tile * F * V, fine_z + tile * F,
-        V, VP, f, FP, C, DTYPE, PRECISION, STRONG,
-    )  # fmt: skip
-    on_minus = half_of_queries(
-        key_minus, pairs, u, share, logits + f, t, g_t, time, inverse, fine + tile * F * V + f * V,
-        fine_z + tile * F + f, V, VP, f, FP, C, DTYPE, PRECISION, STRONG,
-    )  # fmt: skip
-    plus, minus = features_by_rows(
-        q + b * q_b + h * q_h, taps_q + h * K * TAPS_Q, map_q + h * K * f, t, q_t, time,
-        K, KP, f, FP, TAPS_Q, C, PRECISION,
-    )  # fmt: skip
-    on_plus, on_minus = on_plus * plus, on_minus * minus
     change += b * time * (H * F) + h * F
-    store_rows(change, on_plus, t, H * F, time, f, FP, C)
-    store_rows(change + f, on_minus, t, H * F, time, f, FP, C)
-    found = on_plus - plus * tl.sum(on_plus, 1)[:, None] - on_minus + minus * tl.sum(on_minus, 1)[:, None]
+    found = tl.zeros([C, FP], tl.float32)
+    for half in tl.range(2):
+        on_half = half_of_queries(
+            a_k, norms_k, running, pairs, u, share, half, t, time, fine, fine_z,
+            V, VP, f, FP, C, DTYPE, PRECISION, STRONG,
+        )  # fmt: skip
+        phi = tl.exp2(log_features(a_q, norms_q, half, t, time, time, f, f, FP, C))
+        on_half *= phi
+        store_rows(change + half * f, on_half, t, H * F, time, f, FP, C)
+        found += (1 - 2 * half) * (on_half - phi * tl.sum(on_half, 1)[:, None])
     store_rows(da + b * time * (H * f) + h * f, found, t, H * f, time, f, FP, C)
 
 
 @triton.jit
 def half_of_keys(
-    phi_q, pairs, values, logits, t, g_t, time, inverse, behind, behind_z,
+    a_q, norms_q, running, pairs, values, half, t, time, behind, behind_z,
     V: tl.constexpr, VP: tl.constexpr, f: tl.constexpr, FP: tl.constexpr, C: tl.constexpr, DTYPE: tl.constexpr,
     PRECISION: tl.constexpr, STRONG: tl.constexpr,
 ):  # fmt: skip
     """dphi_k [C, FP] of one half."""
-    found = tl.dot(values, tl.trans(load_matrix(behind, f, V, FP, VP)), input_precision=PRECISION)
-    found -= channels(behind_z, f, FP)[None, :]
-    log_decay = gates_by_rows(logits, t, g_t, time, inverse, f, FP, C)
+    found = tl.dot(
+        values, tl.trans(load_matrix(behind + half * f * V, f, V, FP, VP)), input_precision=PRECISION
+    )
+    found -= channels(behind_z + half * f, f, FP)[None, :]
+    gates = running_gates(running + half * f, t, time, f, FP, C)
+    whole = whole_tile(running + half * f, t, time, f, FP, C)
+    phi_q = log_features(a_q, norms_q, half, t, time, time, f, f, FP, C)
     if STRONG:
-        found *= tl.exp(until_rows(log_decay, C, DTYPE))
-        found += pairwise_gradient(pairs, phi_q, since_rows(log_decay, C, DTYPE), C, FP, True)
+        found *= tl.exp2((whole[None, :] - gates) * LOG2E)
+        found += pairwise_gradient(pairs, tl.exp2(phi_q), gates, C, FP, True)
     else:
-        found *= tl.exp(tl.sum(log_decay, 0))[None, :]
-        found = tl.dot(pairs, phi_q, found, input_precision=PRECISION)
-        found *= tl.exp(-since_rows(log_decay, C, DTYPE))
+        found *= tl.exp2(whole * LOG2E)[None, :]
+        reading = tl.exp2(phi_q + gates * LOG2E).to(DTYPE)
+        found = tl.dot(pairs, reading, found, input_precision=PRECISION) * tl.exp2(-gates * LOG2E)
     return found
 
 
@@ -238,154 +209,93 @@ def half_of_gates(
 
 @triton.jit(do_not_specialize=["time"])
 def keys_kernel(
-    q, k, v, logits, taps_q, taps_k, map_q, map_k, dy, den, e, fine, fine_z, before, before_z, strong, change, da,
-    of_gate,
-    q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, g_b, g_t, g_h,
-    time, inverse,
-    H: tl.constexpr, R: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, V: tl.constexpr, VP: tl.constexpr,
-    f: tl.constexpr, FP: tl.constexpr, TAPS_Q: tl.constexpr, TAPS_K: tl.constexpr, C: tl.constexpr,
-    DTYPE: tl.constexpr, PRECISION: tl.constexpr, STRONG: tl.constexpr,
+    a_q, norms_q, a_k, norms_k, running, strong, v, dy, den, e, fine, fine_z, before, before_z, change, da, of_gate,
+    v_b, v_t, v_h, time,
+    H: tl.constexpr, R: tl.constexpr, V: tl.constexpr, VP: tl.constexpr, f: tl.constexpr, FP: tl.constexpr,
+    C: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr, STRONG: tl.constexpr,
 ):  # fmt: skip
     """``fine`` is behind tiles, ``before`` before them."""
-    n, h, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    h, n, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     F: tl.constexpr = 2 * f
-    g = h // R
-    tiles = tl.cdiv(time, C)
-    if (tl.load(strong + (b * (H // R) + g) * tiles + n) > 0) != STRONG:
+    g, tiles = h // R, tl.num_programs(1)
+    row, gate_row, t = b * H + h, b * (H // R) + g, n * C
+    if strong_tile(strong, gate_row * tiles + n) != STRONG:
         return
-    t = n * C
-    tile = (b * H + h) * tiles + n
-    logits += b * g_b + g * g_h
+    a_q += row * time * f
+    a_k += row * time * f
+    norms_q += row * 2 * time
+    norms_k += row * 2 * time
+    running += gate_row * time * F
+    tile = row * tiles + n
     change += b * time * (H * F) + h * F
     of_gate += b * time * (H * F) + h * F
     fine += tile * F * V
     fine_z += tile * F
     before += (tile + 1) * F * V
     before_z += (tile + 1) * F
-    plus, minus = features_by_rows(
-        q + b * q_b + h * q_h, taps_q + h * K * TAPS_Q, map_q + h * K * f, t, q_t, time,
-        K, KP, f, FP, TAPS_Q, C, PRECISION,
-    )  # fmt: skip
-    if not STRONG:
-        plus = decayed(plus, logits, t, g_t, time, inverse, f, FP, C, DTYPE, False)
-        minus = decayed(minus, logits + f, t, g_t, time, inverse, f, FP, C, DTYPE, False)
     u, share = load_wanted(
-        dy + b * time * (H * V) + h * V,
-        den + b * time * H + h,
-        e + b * time * H + h,
-        t,
-        time,
-        H,
-        V,
-        VP,
-        DTYPE,
-        C,
-    )
+        dy + b * time * (H * V) + h * V, den + b * time * H + h, e + b * time * H + h, t, time, H, V, VP, DTYPE, C
+    )  # fmt: skip
     values = load_rows(v + b * v_b + g * v_h, t, v_t, time, V, VP, C).to(DTYPE)
     pairs = tl.dot(values, tl.trans(u), input_precision=PRECISION) - share[None, :]
     pairs = tl.where(earlier(C, True), pairs, 0.0)
     if not STRONG:
         pairs = pairs.to(DTYPE)
-    on_plus = half_of_keys(
-        plus,
-        pairs,
-        values,
-        logits,
-        t,
-        g_t,
-        time,
-        inverse,
-        fine,
-        fine_z,
-        V,
-        VP,
-        f,
-        FP,
-        C,
-        DTYPE,
-        PRECISION,
-        STRONG,
-    )
-    on_minus = half_of_keys(
-        minus, pairs, values, logits + f, t, g_t, time, inverse, fine + f * V, fine_z + f,
-        V, VP, f, FP, C, DTYPE, PRECISION, STRONG,
-    )  # fmt: skip
-    key_plus, key_minus = features_by_rows(
-        k + b * k_b + g * k_h, taps_k + h * K * TAPS_K, map_k + h * K * f, t, k_t, time,
-        K, KP, f, FP, TAPS_K, C, PRECISION,
-    )  # fmt: skip
-    on_plus, on_minus = on_plus * key_plus, on_minus * key_minus
-    found = on_plus - key_plus * tl.sum(on_plus, 1)[:, None]
-    found -= on_minus - key_minus * tl.sum(on_minus, 1)[:, None]
-    store_rows(da + b * time * (H * f) + h * f, found, t, H * f, time, f, FP, C)
     last = n + 1 == tiles
-    gate = half_of_gates(
-        on_plus, change, t, H * F, time, fine, fine_z, before, before_z, last, V, VP, f, FP, C, DTYPE
-    )
-    store_rows(of_gate, gate, t, H * F, time, f, FP, C)
-    gate = half_of_gates(
-        on_minus, change + f, t, H * F, time, fine + f * V, fine_z + f, before + f * V, before_z + f, last,
-        V, VP, f, FP, C, DTYPE,
-    )  # fmt: skip
-    store_rows(of_gate + f, gate, t, H * F, time, f, FP, C)
+    found = tl.zeros([C, FP], tl.float32)
+    for half in tl.range(2):
+        on_half = half_of_keys(
+            a_q, norms_q, running, pairs, values, half, t, time, fine, fine_z,
+            V, VP, f, FP, C, DTYPE, PRECISION, STRONG,
+        )  # fmt: skip
+        phi = tl.exp2(log_features(a_k, norms_k, half, t, time, time, f, f, FP, C))
+        on_half *= phi
+        found += (1 - 2 * half) * (on_half - phi * tl.sum(on_half, 1)[:, None])
+        gate = half_of_gates(
+            on_half, change + half * f, t, H * F, time, fine + half * f * V, fine_z + half * f,
+            before + half * f * V, before_z + half * f, last, V, VP, f, FP, C, DTYPE,
+        )  # fmt: skip
+        store_rows(of_gate + half * f, gate, t, H * F, time, f, FP, C)
+    store_rows(da + b * time * (H * f) + h * f, found, t, H * f, time, f, FP, C)
 
 
 @triton.jit(do_not_specialize=["time"])
 def values_kernel(
-    q, k, logits, taps_q, taps_k, map_q, map_k, dy, den, fine, strong, dv,
-    q_b, q_t, q_h, k_b, k_t, k_h, g_b, g_t, g_h,
-    time, inverse,
-    H: tl.constexpr, R: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, V: tl.constexpr, VP: tl.constexpr,
-    f: tl.constexpr, FP: tl.constexpr, TAPS_Q: tl.constexpr, TAPS_K: tl.constexpr, C: tl.constexpr,
-    DTYPE: tl.constexpr, PRECISION: tl.constexpr, STRONG: tl.constexpr,
+    a_q, norms_q, a_k, norms_k, running, strong, dy, den, fine, dv, time,
+    H: tl.constexpr, R: tl.constexpr, V: tl.constexpr, VP: tl.constexpr, f: tl.constexpr, FP: tl.constexpr,
+    C: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr, STRONG: tl.constexpr,
 ):  # fmt: skip
-    n, h, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    h, n, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     F: tl.constexpr = 2 * f
-    g = h // R
-    tiles = tl.cdiv(time, C)
-    if (tl.load(strong + (b * (H // R) + g) * tiles + n) > 0) != STRONG:
+    tiles = tl.num_programs(1)
+    row, gate_row, t = b * H + h, b * (H // R) + h // R, n * C
+    if strong_tile(strong, gate_row * tiles + n) != STRONG:
         return
-    t = n * C
-    logits += b * g_b + g * g_h
-    q += b * q_b + h * q_h
-    taps_q += h * K * TAPS_Q
-    map_q += h * K * f
-    fine += ((b * H + h) * tiles + n) * F * V
+    a_q += row * time * f
+    a_k += row * time * f
+    norms_q += row * 2 * time
+    norms_k += row * 2 * time
+    running += gate_row * time * F
+    fine += (row * tiles + n) * F * V
+    found = tl.zeros([C, VP], tl.float32)
+    scores = tl.zeros([C, C], tl.float32)
+    for half in tl.range(2):
+        gates = running_gates(running + half * f, t, time, f, FP, C)
+        whole = whole_tile(running + half * f, t, time, f, FP, C)
+        phi_q = log_features(a_q, norms_q, half, t, time, time, f, f, FP, C)
+        phi_k = log_features(a_k, norms_k, half, t, time, time, f, f, FP, C)
+        if STRONG:
+            scores = pairwise_scores(scores, tl.exp2(phi_q), tl.exp2(phi_k), gates, C, True)
+        else:
+            reading = tl.trans(tl.exp2(phi_q + gates * LOG2E).to(DTYPE))
+            early = tl.exp2(phi_k - gates * LOG2E).to(DTYPE)
+            scores = tl.dot(early, reading, scores, input_precision=PRECISION)
+        late = tl.exp2(phi_k + (whole[None, :] - gates) * LOG2E).to(DTYPE)
+        found = tl.dot(late, load_matrix(fine + half * f * V, f, V, FP, VP), found, input_precision=PRECISION)
     if not STRONG:
-        read_plus, read_minus = features_by_columns(
-            q, taps_q, map_q, t, q_t, time, K, KP, f, FP, TAPS_Q, C, PRECISION
-        )
-        log_decay = gates_by_columns(logits, t, g_t, time, inverse, f, FP, C)
-        read_plus = (read_plus * tl.exp(since_columns(log_decay, C, DTYPE))).to(DTYPE)
-        log_decay = gates_by_columns(logits + f, t, g_t, time, inverse, f, FP, C)
-        read_minus = (read_minus * tl.exp(since_columns(log_decay, C, DTYPE))).to(DTYPE)
-    plus, minus = features_by_rows(
-        k + b * k_b + g * k_h, taps_k + h * K * TAPS_K, map_k + h * K * f, t, k_t, time,
-        K, KP, f, FP, TAPS_K, C, PRECISION,
-    )  # fmt: skip
-    if STRONG:
-        read_plus, read_minus = features_by_rows(
-            q, taps_q, map_q, t, q_t, time, K, KP, f, FP, TAPS_Q, C, PRECISION
-        )
-        running = since_rows(gates_by_rows(logits, t, g_t, time, inverse, f, FP, C), C, DTYPE)
-        scores = pairwise_scores(tl.zeros([C, C], tl.float32), read_plus, plus, running, C, True)
-        running = since_rows(gates_by_rows(logits + f, t, g_t, time, inverse, f, FP, C), C, DTYPE)
-        scores = pairwise_scores(scores, read_minus, minus, running, C, True)
-    else:
-        early = decayed(plus, logits, t, g_t, time, inverse, f, FP, C, DTYPE, True)
-        scores = tl.dot(early, read_plus, input_precision=PRECISION)
-        early = decayed(minus, logits + f, t, g_t, time, inverse, f, FP, C, DTYPE, True)
-        scores = tl.dot(early, read_minus, scores, input_precision=PRECISION)
         scores = tl.where(earlier(C, True), scores, 0.0)
-    scores = scores.to(DTYPE)
-    log_decay = gates_by_rows(logits, t, g_t, time, inverse, f, FP, C)
-    late_plus = (plus * tl.exp(until_rows(log_decay, C, DTYPE))).to(DTYPE)
-    log_decay = gates_by_rows(logits + f, t, g_t, time, inverse, f, FP, C)
-    late_minus = (minus * tl.exp(until_rows(log_decay, C, DTYPE))).to(DTYPE)
     token = t + tl.arange(0, C)
     weight = tl.load(den + b * time * H + h + token.to(tl.int64) * H, mask=token < time, other=1.0)
     u = load_rows(dy + b * time * (H * V) + h * V, t, H * V, time, V, VP, C).to(tl.float32) / weight[:, None]
-    found = tl.dot(scores, u.to(DTYPE), input_precision=PRECISION)
-    found = tl.dot(late_plus, load_matrix(fine, f, V, FP, VP), found, input_precision=PRECISION)
-    found = tl.dot(late_minus, load_matrix(fine + f * V, f, V, FP, VP), found, input_precision=PRECISION)
+    found = tl.dot(scores.to(DTYPE), u.to(DTYPE), found, input_precision=PRECISION)
     store_rows(dv + b * time * (H * V) + h * V, found, t, H * V, time, V, VP, C)
