@@ -14,6 +14,8 @@ from linearize.modeling import triton_gated_lawcat as lawcat
 from linearize.modeling import triton_gated_lawcat_backward as lawcat_back
 from linearize.modeling import triton_gated_liger as liger
 from linearize.modeling import triton_gated_liger_backward as back
+from linearize.modeling import triton_gated_liger_states as states
+from linearize.modeling import triton_gated_liger_strong as by_runs
 from linearize.modeling import triton_gated_mapped as mapped
 from linearize.modeling import triton_gated_taps as taps
 from linearize.modeling import triton_gated_window as window
@@ -22,8 +24,14 @@ from linearize.modeling.launches import CANDIDATES, Launch
 FP32 = {"eps", "factor", "scale", "bias", "inverse", "sharpness", "mix_window", "mix_recurrent"}
 # What does not fit beside running sums that are products; as scans they took longer without a spill.
 SPILLS = {
+    "gated_liger_back_sums 128": 160,
+    "gated_liger_queries 128": 16,
+    "gated_liger_queries_strong 128": 16,
     "gated_liger_keys 128": 16,
-    "gated_liger_values 128": 128,
+    "gated_liger_outputs_strong 128": 48,
+    "gated_liger_keys_strong 128": 48,
+    "gated_window_queries 128": 32,
+    "gated_window_keys 128": 16,
     "gated_lawcat_keys": 72,
     "gated_lawcat_states 128 {'MODE': 'fine', 'STARTS'": 24,
 }
@@ -36,8 +44,10 @@ STATES = {
     "start",
     "lse",
     "delta",
+    "decays",
     "dphi",
-    "inner",
+    "change",
+    "reached",
     "sums_z",
     "states_z",
     "fine_z",
@@ -177,16 +187,18 @@ def cases(candidates: bool = False, every: bool = os.environ.get("LINEARIZE_AOT"
 
 
 WALKS = ({"MODE": "sums"}, {"MODE": "fine"})
+SCANS = ({"HAS_STOP": False, "REVERSED": False}, {"HAS_STOP": True, "REVERSED": True})
 KERNELS = [
-    ("gated_liger_states", liger.states_kernel, liger_constants, (*WALKS, {"MODE": "last"})),
+    ("gated_liger_sums", states.sums_kernel, liger_constants, ({}, {"HGRN2": True})),
+    ("gated_liger_scan", states.scan_kernel, liger_constants, SCANS),
     ("gated_liger_outputs", liger.outputs_kernel, liger_constants, ({}, {"HGRN2": True})),
     ("gated_window_queries", window.window_queries_kernel, liger_constants, ({},)),
     ("gated_window_keys", window.window_keys_kernel, liger_constants, ({},)),
-    ("gated_liger_back_states", back.back_states_kernel, liger_constants, WALKS),
-    ("gated_liger_queries", back.queries_kernel, liger_constants, ({},)),
-    ("gated_liger_keys", back.keys_kernel, liger_constants, ({},)),
-    ("gated_liger_values", back.values_kernel, liger_constants, ({},)),
+    ("gated_liger_back_sums", back.back_sums_kernel, liger_constants, ({},)),
+    ("gated_liger_queries", back.queries_kernel, liger_constants, ({}, {"HGRN2": True})),
+    ("gated_liger_keys", back.keys_kernel, liger_constants, ({}, {"HGRN2": True})),
     ("gated_liger_gates", back.gates_kernel, liger_constants, ({}, {"HGRN2": True})),
+    ("gated_liger_values", by_runs.strong_values_kernel, liger_constants, ({},)),
     ("gated_lawcat_maps", mapped.maps_kernel, lawcat_constants, ({},)),
     ("gated_lawcat_gates", mapped.gates_kernel, lawcat_constants, ({},)),
     (
@@ -201,7 +213,11 @@ KERNELS = [
     ("gated_lawcat_keys", lawcat_back.keys_kernel, lawcat_constants, ({},)),
     ("gated_lawcat_values", lawcat_back.values_kernel, lawcat_constants, ({},)),
 ]
-STRONG = {"gated_liger_outputs": liger.strong_outputs_kernel}
+STRONG = {
+    "gated_liger_outputs": liger.strong_outputs_kernel,
+    "gated_liger_queries": by_runs.strong_queries_kernel,
+    "gated_liger_keys": by_runs.strong_keys_kernel,
+}
 """Kernels of strong tiles, where they are not the same kernel; their products are smaller than a warp group's."""
-PLAIN = ("gated_liger_gates",)
-"""Kernels without products."""
+PLAIN = ("gated_liger_scan", "gated_liger_gates")
+"""Kernels without products, or with small ones."""

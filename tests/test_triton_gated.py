@@ -29,9 +29,9 @@ def poisoned(monkeypatch):
 
     monkeypatch.setattr(torch, "empty", lambda *size, **more: fill(empty(*size, **more)))
     monkeypatch.setattr(Tensor, "new_empty", lambda self, *size, **more: fill(new_empty(self, *size, **more)))
-    for name in ("gated_liger_states", "gated_lawcat_states"):
+    for name, sizes in (("gated_liger_sums", {"C": 32}), ("gated_lawcat_states", {"C": 32, "CS": 64})):
         row = TABLE[name][0]
-        monkeypatch.setitem(TABLE, name, [row._replace(blocks={**row.blocks, "C": 32, "CS": 64})])
+        monkeypatch.setitem(TABLE, name, [row._replace(blocks={**row.blocks, **sizes})])
     for name in ("gated_lawcat_maps", "gated_lawcat_outputs"):
         row = TABLE[name][0]
         blocks = {key: 16 if key in ("BK", "FB") else size for key, size in row.blocks.items()}
@@ -79,9 +79,9 @@ def test_liger_is_the_reference_with_every_gradient(name):
     dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     expected = torch.autograd.grad(y, used, dy)
     exact = [x.detach().float() for x in inputs]
-    made, _, states, totals = forward(*exact, terms)
+    made, _, before, strong = forward(*exact, terms)
     assert_near(made, y, "kernel")
-    found = backward(*exact, states, totals, dy.float(), terms, shape_of(*exact[:3]))
+    found = backward(*exact, before, strong, dy.float(), terms, shape_of(*exact[:3]))
     for gradient, truth in zip(found[-len(used) :], expected, strict=True):
         assert_near(gradient, truth, "kernel")
 

@@ -122,17 +122,15 @@ CASES = [
 
 def _liger_parts(batch: int, length: int, setting: Launch | None = None) -> dict[str, Any]:
     """What the kernels of a Liger layer hand to each other."""
-    from linearize.modeling import triton_gated_liger as made
     from linearize.modeling import triton_gated_liger_backward as back
-    from linearize.modeling.triton_gated import scan
+    from linearize.modeling import triton_gated_liger_states as states
 
     q, k, v, q_plain, k_plain = liger_inputs(batch, length)
-    shape = made.shape_of(q, k, v, setting)
-    sums, totals = made.segment_sums(k_plain, v, GLA, shape)
-    states = scan(sums, totals)
-    fine, strong = made.tile_states(k_plain, v, states, GLA, shape)
+    shape = states.shape_of(q, k, v, setting)
+    sums, decays, strong = states.tile_sums(k_plain, v, GLA, shape)
+    fine, _ = states.scanned(sums, decays, shape, v.dtype)
     dy = torch.randn_like(q)
-    behind = back.back_tile_states(q_plain, k_plain, dy, totals, GLA, shape)
+    behind, _ = back.back_tile_states(q_plain, k_plain, dy, GLA, shape)
     return locals()
 
 
@@ -140,59 +138,43 @@ def sweep_liger(kernel: str) -> Callable[[Launch, int, int], Callable[[], Any]]:
     def make(setting: Launch, batch: int, length: int) -> Callable[[], Any]:
         from linearize.modeling import triton_gated_liger as made
         from linearize.modeling import triton_gated_liger_backward as back
-        from linearize.modeling.triton_gated import scan
+        from linearize.modeling import triton_gated_liger_states as states
         from linearize.modeling.triton_gated_window import window_keys, window_queries
 
-        p = _liger_parts(batch, length, setting if kernel == "states" else None)
+        p = _liger_parts(batch, length, setting if kernel == "sums" else None)
         q, k, v, q_plain, k_plain, dy = (p[name] for name in ("q", "k", "v", "q_plain", "k_plain", "dy"))
-        shape, strong = p["shape"], p["strong"]
+        shape, strong, decays = p["shape"], p["strong"], p["decays"]
+        inputs = (q_plain, k_plain, v, dy, decays)
         if kernel == "scan":
-            return lambda: scan(p["sums"], p["totals"], chosen=setting)
-        if kernel == "states":  # with the scan, which a longer segment makes shorter
-
-            def states_of() -> Any:
-                sums, totals = made.segment_sums(k_plain, v, GLA, shape, setting)
-                return made.tile_states(k_plain, v, scan(sums, totals), GLA, shape, setting)
-
-            return states_of
+            return lambda: states.scanned(p["sums"], decays, shape, v.dtype, chosen=setting)
+        if kernel == "sums":
+            return lambda: states.tile_sums(k_plain, v, GLA, shape, setting)
         if kernel == "outputs":
             return lambda: made.outputs(
-                q, k, v, q_plain, k_plain, p["fine"], strong, GLA, shape, chosen=setting
+                q, k, v, q_plain, k_plain, decays, p["fine"], strong, GLA, shape, chosen=setting
             )
-        if kernel == "back_states":
-            return lambda: back.back_tile_states(q_plain, k_plain, dy, p["totals"], GLA, shape, setting)
+        if kernel == "back_sums":
+            return lambda: back.back_tile_states(q_plain, k_plain, dy, GLA, shape, setting)
         if kernel == "queries":
-            return lambda: back.queries(q_plain, k_plain, v, dy, p["fine"], strong, GLA, shape, setting)
+            return lambda: back.queries(*inputs, p["fine"], strong, GLA, shape, setting)
+        dv = torch.zeros_like(v)
         if kernel == "keys":
-            return lambda: back.keys(q_plain, k_plain, v, dy, p["behind"], strong, GLA, shape, setting)
-        if kernel == "values":
-            dv = torch.zeros_like(v)
-            return lambda: back.values(q_plain, k_plain, dy, p["behind"], strong, dv, GLA, shape, setting)
+            return lambda: back.keys(*inputs, p["behind"], strong, dv, GLA, shape, setting)
         window: dict[str, Any] = dict(scale=GLA.scale, window=GLA.window, factor=GLA.mix_window)
         if kernel == "window_queries":
             return lambda: window_queries(q, k, v, dy, **window, chosen=setting)
         if kernel == "window_keys":
             _, lse, delta = window_queries(q, k, v, dy, **window)
             return lambda: window_keys(q, k, v, dy, lse, delta, **window, chosen=setting)
-        dq, inner = back.queries(q_plain, k_plain, v, dy, p["fine"], strong, GLA, shape)
-        dphi = back.keys(q_plain, k_plain, v, dy, p["behind"], strong, GLA, shape)
-        return lambda: back.gates(
-            q_plain, k_plain, dq, inner, dphi, p["fine"], p["behind"], GLA, shape, setting
-        )
+        _, change = back.queries(*inputs, p["fine"], strong, GLA, shape)
+        dphi = back.keys(*inputs, p["behind"], strong, dv, GLA, shape)
+        return lambda: back.gates(k_plain, dphi, change, p["fine"], p["behind"], strong, GLA, shape, setting)
 
-    assert kernel in [
-        "scan",
-        "states",
-        "outputs",
-        "back_states",
-        "queries",
-        "keys",
-        "values",
-        "gates",
-        "window_queries",
-        "window_keys",
-    ]
+    assert kernel in [*LIGER, "window_queries", "window_keys"]
     return make
+
+
+LIGER = ("sums", "scan", "outputs", "back_sums", "queries", "keys", "gates")
 
 
 def sweep_lawcat(kernel: str) -> Callable[[Launch, int, int], Callable[[], Any]]:
@@ -236,12 +218,17 @@ def sweep_lawcat(kernel: str) -> Callable[[Launch, int, int], Callable[[], Any]]
     return make
 
 
+def sweep_scan(setting: Launch, batch: int, length: int) -> Callable[[], Any]:
+    from linearize.modeling.triton_gated import scan
+
+    totals = -torch.rand(batch, G, length // 256, F, device="cuda")
+    sums = torch.randn(*totals.shape, K, device="cuda")
+    return lambda: scan(sums, totals, chosen=setting)
+
+
 SWEEPS = {
-    "gated_scan": sweep_liger("scan"),
-    **{
-        f"gated_liger_{kernel}": sweep_liger(kernel)
-        for kernel in ("states", "outputs", "back_states", "queries", "keys", "values", "gates")
-    },
+    "gated_scan": sweep_scan,
+    **{f"gated_liger_{kernel}": sweep_liger(kernel) for kernel in LIGER},
     "gated_window_queries": sweep_liger("window_queries"),
     "gated_window_keys": sweep_liger("window_keys"),
     **{

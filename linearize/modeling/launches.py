@@ -230,29 +230,46 @@ def shared_memory(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
 
 
-# Gated linear attention: C and CS, tokens of a tile and of a segment, are those of the states' row for all kernels.
+# Gated linear attention: C and CS, tokens of a tile and of a segment, are those of the row of sums or states for all
+# kernels.
 CANDIDATES |= {
     "gated_scan": [Launch({"BN": 512}, 4, 1), Launch({"BN": 256}, 2, 1), Launch({"BN": 1024}, 4, 1)],
-    "gated_liger_states": [Launch({"C": 64, "CS": size}, 8, 1) for size in (256, 128, 512)],
+    # Shared memory is what the greediest kernel of such tiles takes; fp32 has smaller ones.
+    "gated_liger_sums": [
+        Launch({"C": size}, warps, 1, 147456 * size // 64) for size, warps in ((64, 4), (64, 8), (32, 4))
+    ],
+    "gated_liger_scan": [
+        Launch({"BV": size, "STAGES": stages}, 4, 1) for size, stages in ((4, 4), (4, 1), (2, 6), (8, 3))
+    ],
     "gated_liger_outputs": [
-        Launch({"HEADS": heads, "BK": 64}, warps, 1) for heads, warps in ((1, 4), (1, 8), (2, 8), (4, 8))
+        Launch({"HEADS": heads, "BK": 64}, warps, 1) for heads, warps in ((2, 8), (1, 4), (1, 8), (4, 8))
     ],
     "gated_liger_outputs_strong": [Launch({"BK": 32}, 8, 1)],
     "gated_window_queries": [
-        Launch({"BT": 64, "BK": size}, 4, stages) for size, stages in ((32, 1), (32, 2))
+        Launch({"BT": 64, "BK": size}, 4, stages, shared)
+        for size, stages, shared in ((64, 2, 131072), (32, 1, 0), (64, 1, 0), (32, 2, 0))
     ],
     "gated_window_keys": [
-        Launch({"BT": 32, "BK": 64}, 4, 1),
         Launch({"BT": 32, "BK": 64}, 4, 2),
+        Launch({"BT": 32, "BK": 64}, 4, 1),
         Launch({"BT": 32, "BK": 128}, 8, 1),
     ],
-    "gated_liger_back_states": [Launch({}, 8, 1), Launch({}, 8, 2)],
-    **{
-        f"gated_liger_{kernel}{strong}": [Launch({}, 8, 1)]
-        for kernel in ("queries", "keys", "values")
-        for strong in ("", "_strong")
-    },
-    "gated_liger_gates": [Launch({}, 8, 1)],
+    "gated_liger_back_sums": [
+        Launch({"STAGES": stages}, warps, 1) for stages, warps in ((2, 4), (1, 4), (1, 8))
+    ],
+    "gated_liger_queries": [
+        Launch({"STAGES": stages}, warps, 1, shared)
+        for stages, warps, shared in ((2, 8, 163840), (1, 8, 0), (1, 4, 0))
+    ],
+    "gated_liger_keys": [
+        Launch({"BT": size, "STAGES": stages}, warps, 1)
+        for size, stages, warps in ((32, 2, 4), (32, 1, 4), (16, 1, 4), (32, 1, 8))
+    ],
+    "gated_liger_gates": [
+        Launch({"BT": tokens, "BV": size}, warps, 1)
+        for tokens, size, warps in ((32, 64, 4), (16, 64, 4), (32, 128, 4), (64, 64, 8))
+    ],
+    **{f"gated_liger_{kernel}_strong": [Launch({}, 8, 1)] for kernel in ("queries", "keys", "values")},
     "gated_lawcat_maps": [Launch({"BT": 64, "BK": 64}, 4, 2), Launch({"BT": 64, "BK": 32}, 4, 3)],
     "gated_lawcat_gates": [Launch({}, 4, 1)],
     "gated_lawcat_states": [Launch({"C": 64, "CS": 256}, 4, stages) for stages in (3, 2, 1)],
@@ -268,3 +285,7 @@ CANDIDATES |= {
     "gated_lawcat_values_strong": [Launch({}, 8, 1)],
 }
 TABLE.update({kernel: [rows[0]] for kernel, rows in CANDIDATES.items() if kernel.startswith("gated")})
+# Where fp32, or a smaller card, has no room for the first.
+TABLE["gated_liger_sums"] = CANDIDATES["gated_liger_sums"]
+for _name in ("gated_liger_queries", "gated_window_queries"):
+    TABLE[_name] = CANDIDATES[_name][:2]

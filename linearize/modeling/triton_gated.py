@@ -2,8 +2,9 @@
 
 Letters as in ``gated.py``. A sequence is cut into segments of CS tokens and those into tiles of C. Segments are summed
 from nothing, a scan (here) turns the sums into the state before each, and a walk through every segment at once writes
-the state before each tile, in 16 bits where the inputs are. Then all tiles stand alone: a query reads the state before
-its tile and the keys of its tile. Gradients take the same road backwards.
+the state before each tile, in 16 bits where the inputs are. (Liger's tiles are their own segments: its states are
+smaller, and a sum and a scan of every tile cost less than a second walk.) Then all tiles stand alone: a query reads the
+state before its tile and the keys of its tile. Gradients take the same road backwards.
 
 With L the running sum of the log decays inside a tile, exp(L_i - L_j) is split at the tile's start:
 
@@ -253,7 +254,7 @@ def scan(
 
 def blocks(name: str, x: Tensor, chosen: Launch | None = None) -> tuple[dict[str, int], dict[str, int]]:
     """(block sizes, warps and stages) of a kernel."""
-    row = chosen or launch(name, x.device)
+    row = chosen or launch(name, x.device, dtype=x.dtype)
     return dict(row.blocks), {"num_warps": row.warps, "num_stages": row.stages}
 
 
