@@ -1,11 +1,14 @@
 """Time the candidate launches of the kernels on this GPU, and keep the fastest for it.
 
-Every method's layer is run as it is used: a decode step, a prefill, a training step, and one of the transfer. What its
-launches ask for says which kernels there are and at which widths; each kernel's candidates (``launches.CANDIDATES``)
-are then timed in the first run that launches it, all else as it was, and the fastest is a row for ``launches.json``.
-Whole runs are timed, because settings may depend on each other: one kernel's tile is another's scratch.
+Every method's layer is run as it is used: a decode step of many rows and of one, a prefill, a training step, and one
+of the transfer. What its launches ask for says which kernels there are and at which widths; each kernel's candidates
+(``launches.CANDIDATES``) are then timed in the first run that launches it, all else as it was, in turns with the
+default, and the fastest is a row for ``launches.json``. Whole runs are timed, because settings may depend on each
+other: one kernel's tile is another's scratch. Decode steps are timed from a CUDA graph, as ``generate`` runs them:
+launched one by one they would wait for the host, whatever the kernel takes.
 """
 
+import itertools
 import logging
 import statistics
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +24,8 @@ from torch import Tensor
 
 from .complaints import near
 from .modeling.errors import LinearizeError
-from .modeling.launches import CANDIDATES
+from .modeling.graph import record
+from .modeling.launches import CANDIDATES, Launch
 from .modeling.mixer import Fit, Geometry, Mixer, MixerInput
 from .modeling.registry import METHODS
 from .modeling.tuned import Ask, Row, listening, read_rows, user_file, using, write_rows
@@ -29,8 +33,15 @@ from .progress import Progress, Watch
 
 logger = logging.getLogger(__name__)
 
-MARGIN = 0.01
-"""A candidate must be faster than the setting in use by this share, or that one stays: less is noise."""
+MARGIN = 0.02
+"""A candidate must be faster than the setting in use by this share, and in every round, or that one stays."""
+ROUNDS = 5
+"""Every candidate is timed so often, each time beside the setting in use."""
+PROMPT = 4608
+"""Tokens before a decode step: a kept set of 256 that takes four of every 64 is full then."""
+DENSE = torch.contiguous_format
+FOLDING = 64
+"""Steps of a text in which every state of the default configurations folds its window as often as any other."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +50,7 @@ class Tuned:
 
     row: Row
     milliseconds: dict[int, float]
-    """Of the run, by the candidate's number; those that could not be launched are absent."""
+    """Of the run, by the candidate's number, the median of the rounds; those that could not be launched are absent."""
     run: str
 
     def words(self) -> tuple[str, ...]:
@@ -129,6 +140,8 @@ class Run:
 
     name: str
     call: Callable[[], Any]
+    texts: int = 0
+    """Of a decode step in place: calls take turns on the states of so many; 0 is another run."""
 
 
 def _asks(run: Run) -> list[Ask]:
@@ -161,7 +174,8 @@ def runs(method: str, sizes: Sizes, device: torch.device) -> Iterator[Run]:
 
         return call
 
-    yield Run(f"{method}: decode, B={sizes.batch}", _decode(mixer, sizes, device))
+    for rows in dict.fromkeys((sizes.batch, 1)):
+        yield _decode(f"{method}: decode, B={rows}", mixer, sizes, rows, device)
     yield Run(f"{method}: prefill, T={sizes.tokens}", prefill(1, sizes.tokens))
     batch = max(1, sizes.tokens // length)
     for transfer in (False, True):
@@ -174,21 +188,45 @@ def runs(method: str, sizes: Sizes, device: torch.device) -> Iterator[Run]:
         yield Run(f"{method}: {kind}, B={batch}, T={length}", _step(mixer, x))
 
 
-def _decode(mixer: Mixer, sizes: Sizes, device: torch.device) -> Callable[[], Any]:
-    """A step after 256 tokens, in place where the mixer has such steps."""
+def _decode(name: str, mixer: Mixer, sizes: Sizes, rows: int, device: torch.device) -> Run:
+    """A step after a prompt that fills every window and kept set, in place where the mixer has such steps."""
     with torch.no_grad():
-        _, state = mixer(_input(sizes, sizes.batch, 256, device)._replace(use_cache=True))
-    x = _input(sizes, sizes.batch, 1, device)._replace(use_cache=True)
-    if mixer.why_not_in_place() is None:
-        x = x._replace(in_place=True)
-        state = mixer.with_room(state)
-        state = type(state)(*(t.clone(memory_format=torch.contiguous_format) for t in state))
+        _, state = mixer(_input(sizes, 1, min(PROMPT, sizes.tokens), device)._replace(use_cache=True))
+    state = type(state)(*(t.expand(rows, *t.shape[1:]).clone(memory_format=DENSE) for t in state))
+    x = _input(sizes, rows, 1, device)._replace(use_cache=True)
+    if mixer.why_not_in_place() is not None:
 
-    def call() -> Any:
+        def once() -> Any:
+            with torch.no_grad():
+                return mixer(x, state)
+
+        return Run(name, once)
+    x = x._replace(in_place=True)
+    first = mixer.with_room(state)
+    states = [
+        type(first)(*(t.clone(memory_format=DENSE) for t in first)) for _ in range(_texts(first, device))
+    ]
+    turns = itertools.cycle(states)
+
+    def step() -> Any:
+        held = next(turns)
         with torch.no_grad():
-            return mixer(x, state)
+            y, made = mixer(x, held)
+            for old, new in zip(held, made, strict=True):  # as a cache layer takes over what was not in place
+                if new is not old:
+                    old.copy_(new)
+        return y, held
 
-    return call
+    return Run(name, step, len(states))
+
+
+def _texts(state: Any, device: torch.device) -> int:
+    """How many states are more than the GPU's cache holds, as between a model's layers none is found there."""
+    if device.type != "cuda":
+        return 2
+    cache = torch.cuda.get_device_properties(device).L2_cache_size
+    size = sum(t.numel() * t.element_size() for t in state)
+    return min(max(2, -(-2 * cache // size)), FOLDING)
 
 
 def _step(mixer: Mixer, x: MixerInput) -> Callable[[], Any]:
@@ -220,21 +258,22 @@ def _input(sizes: Sizes, batch: int, time: int, device: torch.device) -> MixerIn
 
 def _best(ask: Ask, run: Run) -> Tuned | None:
     """The fastest candidate; the one in use (the first) where none is faster by more than noise."""
-    spent: dict[int, float] = {}
     candidates = CANDIDATES[ask.kernel]
+    clocks: dict[int, Callable[[], float]] = {}
     for number, candidate in enumerate(candidates):
-        with using(ask.kernel, candidate):
-            try:
-                spent[number] = milliseconds(run.call)
-            except Exception as error:  # too much shared memory, for one
-                logger.info(
-                    "tune: %s, candidate %d: %s", ask.kernel, number, " ".join(str(error).split())[:200]
-                )
-    if not spent:
+        try:
+            clocks[number] = _clock(ask.kernel, candidate, run)
+        except Exception as error:  # too much shared memory, for one
+            logger.info("tune: %s, candidate %d: %s", ask.kernel, number, " ".join(str(error).split())[:200])
+    if not clocks:
         return None
+    rounds = [_round(clocks) for _ in range(ROUNDS)]
+    spent = {number: statistics.median(times[number] for times, _ in rounds) for number in clocks}
     best = min(spent, key=spent.__getitem__)
-    if 0 in spent and spent[best] > (1 - MARGIN) * spent[0]:
-        best = 0
+    if 0 in spent and best != 0:
+        gains = [1 - shares[best] for _, shares in rounds]
+        if statistics.median(gains) < MARGIN or min(gains) <= 0:
+            best = 0
     row = Row(
         ask.kernel,
         candidates[best],
@@ -251,10 +290,63 @@ def _best(ask: Ask, run: Run) -> Tuned | None:
     return Tuned(row, spent, run.name)
 
 
-def milliseconds(call: Callable[[], Any], budget: float = 60.0) -> float:
+def _round(clocks: dict[int, Callable[[], float]]) -> tuple[dict[int, float], dict[int, float]]:
+    """Milliseconds of every candidate, and their shares of the first one's just before."""
+    times: dict[int, float] = {}
+    shares: dict[int, float] = {}
+    for number, clock in clocks.items():
+        if number and 0 in clocks:
+            before = clocks[0]()
+            times[number] = clock()
+            shares[number] = times[number] / before
+        else:
+            times[number] = clock()
+    return times, shares
+
+
+def _clock(kernel: str, setting: Launch, run: Run) -> Callable[[], float]:
+    """What times a run under a launch setting; whatever has to be compiled is."""
+    if run.texts:
+        with using(kernel, setting):
+            return clock_of_steps(run.call, run.texts)
+    with using(kernel, setting):
+        run.call()
+
+    def clock() -> float:
+        with using(kernel, setting):
+            return milliseconds(run.call)
+
+    return clock
+
+
+def clock_of_steps(step: Callable[[], Any], texts: int) -> Callable[[], float]:
+    """Times a decode step that takes turns on so many states: the mean over ``FOLDING`` steps of each, from a graph."""
+    step()
+    each = 1 << (max(1, 16 // texts).bit_length() - 1)  # steps of a state in one replay; it divides FOLDING
+
+    def steps() -> None:
+        for _ in range(texts * each):
+            step()
+
+    replay = record(steps)
+    replays = FOLDING // each
+
+    def clock() -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        replay()
+        start.record()
+        for _ in range(replays):
+            replay()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / (replays * texts * each)
+
+    return clock
+
+
+def milliseconds(call: Callable[[], Any], budget: float = 20.0) -> float:
     """Median time of a call on the GPU, the L2 cache overwritten before each, for about so many milliseconds."""
     flushed = torch.empty(2**26, dtype=torch.int32, device="cuda")
-    call()
 
     def timed(count: int) -> float:
         marks = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(count)]
@@ -266,8 +358,8 @@ def milliseconds(call: Callable[[], Any], budget: float = 60.0) -> float:
         torch.cuda.synchronize()
         return statistics.median(start.elapsed_time(end) for start, end in marks)
 
-    each = max(timed(3), 1e-3)
-    return timed(min(max(5, int(budget / each)), 500))
+    each = max(timed(2), 1e-3)
+    return timed(min(max(3, int(budget / each)), 100))
 
 
 def _versions() -> str:

@@ -32,6 +32,8 @@ class Case(NamedTuple):
     """Whether matrix instructions must be there."""
     spills: int = 0
     """Bytes of registers that may be spilled: more than none only where nothing faster was found."""
+    maximum: int | None = None
+    """Registers that a thread may have, where a launch caps them."""
 
 
 class Resources(NamedTuple):
@@ -62,7 +64,9 @@ def compile_case(case: Case, disassemble: bool = False) -> Resources:
     }
     signature = {name: case.arguments.get(name, "constexpr").removesuffix(":16") for name in names}
     source = ASTSource(case.kernel, signature, constexprs=case.constants, attrs=attributes)
-    options = {"num_warps": case.warps, "num_stages": case.stages}
+    options: dict[str, Any] = {"num_warps": case.warps, "num_stages": case.stages}
+    if case.maximum is not None:
+        options["maxnreg"] = case.maximum
     made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(made.asm["cubin"])

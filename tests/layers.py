@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from linearize.modeling.registry import METHODS
-from linearize.tune import Sizes, runs
+from linearize.tune import Run, Sizes, runs
 
 CONVERTING = [name for name, method in METHODS.items() if method.mixer is not None]
 KINDS = ("decode", "prefill", "training", "transfer")
@@ -20,7 +20,9 @@ def outputs(method: str, kind: str, device: torch.device, sizes: Sizes) -> list[
     torch.manual_seed(0)
     with contextlib.ExitStack() as stack:
         if kind != "decode":  # which needs a prefill to step from, made whether or not it is run
-            stack.enter_context(mock.patch("linearize.tune._decode", return_value=None))
+            stack.enter_context(
+                mock.patch("linearize.tune._decode", return_value=Run("left out", lambda: None))
+            )
         run = next(run for run in runs(method, sizes, device) if run.name.startswith(f"{method}: {kind}"))
     return [tensor.detach().double() for tensor in _tensors(run.call())]
 

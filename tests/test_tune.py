@@ -48,7 +48,7 @@ def invented(monkeypatch, tmp_path):
         yield Run(f"{method}: training", lambda: use("one", "two"))
         yield Run(f"{method}: other", lambda: use("two", key_dim=64) if method == "liger" else None)
 
-    def clock(call, budget=60.0):
+    def clock(call, budget=20.0):
         call()
         return {"one": 1.0, "two": 2.0}[list(taken)[-1]] * taken[list(taken)[-1]].blocks["BLOCK"] / 64
 
@@ -82,11 +82,60 @@ def test_rows_are_kept_in_the_file_and_timed_anew_in_place(invented):
     assert all(row.date and "torch" in row.versions for row in rows)
 
 
-def test_the_default_stays_where_nothing_is_faster_by_more_than_noise(invented, monkeypatch):
-    times = iter([1.0, 0.995])
+@pytest.mark.parametrize(
+    ("pairs", "kept"),
+    [
+        ([(1.0, 0.985)] * 5, FIRST),  # by less than noise
+        ([(1.0, 0.9)] * 4 + [(1.0, 1.01)], FIRST),  # not in every round
+        (
+            [(1.0, 0.97), (2.0, 1.9), (1.0, 0.9), (0.5, 0.45), (1.0, 0.97)],
+            SECOND,
+        ),  # beside a clock that drifts
+        ([(1.0, 1.2)] * 5, FIRST),
+    ],
+)
+def test_a_candidate_is_kept_for_a_gain_beyond_noise_in_every_round(invented, monkeypatch, pairs, kept):
+    # The default alone, then just before the other.
+    times = iter([time for pair in pairs for time in (pair[0], *pair)])
     monkeypatch.setattr(module_of, "milliseconds", lambda call: next(times))
     (found,) = tune(["two"], methods=["lolcats"])
-    assert found.row.launch == FIRST
+    assert found.row.launch == kept and next(times, None) is None
+
+
+@pytest.mark.parametrize("texts", [1, 3, 64])
+def test_a_step_is_timed_from_a_graph_over_a_whole_period_of_every_text(invented, monkeypatch, texts):
+    """The GPU is a counter: a step takes as many milliseconds as its setting's block has."""
+    now, recorded = [0], []
+
+    class Event:
+        def __init__(self, enable_timing):
+            self.at = 0
+
+        def record(self):
+            self.at = now[0]
+
+        def synchronize(self): ...
+
+        def elapsed_time(self, end):
+            return float(end.at - self.at)
+
+    def step():
+        now[0] += launch("two", CPU, K=16).blocks["BLOCK"]
+
+    def record(function):
+        before = now[0]
+        function()
+        spent, now[0] = now[0] - before, before  # recording runs nothing
+        recorded.append(spent)
+        return lambda: now.__setitem__(0, now[0] + spent)
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(module_of, "record", record)
+    monkeypatch.setattr(module_of, "runs", lambda *_: iter([Run("decode", step, texts)]))
+    (found,) = tune(["two"], methods=["lolcats"])
+    assert found.milliseconds == {0: 64.0, 1: 32.0} and found.row.launch == SECOND
+    steps = recorded[0] // 64
+    assert steps % texts == 0 and module_of.FOLDING % (steps // texts) == 0
 
 
 def test_a_run_that_fails_leaves_the_others(invented, monkeypatch):
@@ -133,8 +182,9 @@ def test_every_method_runs_in_every_way(method):
             run.call()
             run.call()  # as often as it is timed
         names.append(run.name)
-    assert [name.split(",")[0] for name in names] == [
-        f"{method}: {kind}" for kind in ("decode", "prefill", "training", "transfer")
+    assert names[:2] == [f"{method}: decode, B=2", f"{method}: decode, B=1"]
+    assert [name.split(",")[0] for name in names[2:]] == [
+        f"{method}: {kind}" for kind in ("prefill", "training", "transfer")
     ]
 
 

@@ -8,6 +8,7 @@ import functools
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 
 class Launch(NamedTuple):
@@ -131,69 +132,84 @@ for name, settings in CANDIDATES.items():
 
 
 # Decode. HEADS: query heads of a program; BN: keys of the window at once; BO: tokens outside it at once; BK: channels
-# of a feature map's weight at once; BV: channels of values that a fold adds at once.
-def _step(heads: int, keys: int, channels: int, warps: int, values: int = 64) -> Launch:
-    return Launch({"HEADS": heads, "BN": keys, "BO": 16, "BK": channels, "BV": values}, warps, 1)
+# of a feature map's weight at once; BV: channels of values that a fold adds at once; BF: features of a sum at once;
+# DEPTH: tiles of a loop on their way. Few warps: what they tell each other takes longer than the loads.
+def _step(heads: int, channels: int, features: int, depth: int, warps: int, keys: int = 64) -> Launch:
+    blocks = {"HEADS": heads, "BN": keys, "BO": 16, "BK": channels, "BV": 32, "BF": features, "DEPTH": depth}
+    return Launch(blocks, warps, 1)
 
 
 CANDIDATES["joint_step"] = [
-    _step(1, 64, 32, 4, 32),
-    _step(1, 64, 32, 4),
-    _step(1, 64, 64, 4),
-    _step(1, 64, 64, 8),
-    _step(2, 64, 64, 8),
-    _step(4, 64, 64, 8),
+    _step(2, 64, 32, 2, 2),
+    _step(2, 32, 32, 2, 2),
+    _step(1, 64, 32, 2, 2),
+    _step(1, 64, 32, 2, 4),
 ]
+# Heads of more than 128 channels, or maps of as many features in each half: two warps have too few registers.
+CANDIDATES["joint_step_wide"] = [_step(1, 32, 16, 2, 4), _step(1, 64, 16, 2, 4), _step(1, 64, 32, 2, 8)]
 CANDIDATES["joint_step_few"] = [
-    _step(1, 64, 128, 8),
-    _step(1, 128, 128, 8),
-    _step(1, 64, 64, 8),
-    _step(1, 64, 64, 4),
+    _step(1, 128, 64, 1, 4),
+    _step(1, 64, 64, 1, 4),
+    _step(1, 128, 64, 2, 4),
+    _step(1, 128, 64, 1, 8),
 ]
 
 
 # SPLITS: programs that share the columns of a key/value head's values.
-def _fading(splits: int, values: int, warps: int, **blocks: int) -> Launch:
-    return Launch({"SPLITS": splits, "BV": values, "BN": 64} | blocks, warps, 1)
+def _fading(splits: int, values: int, depth: int, warps: int) -> Launch:
+    return Launch({"SPLITS": splits, "BV": values, "BN": 64, "DEPTH": depth}, warps, 1)
 
 
-CANDIDATES["liger_step"] = [_fading(4, 32, 4), _fading(2, 64, 4), _fading(8, 16, 4), _fading(1, 64, 8)]
-CANDIDATES["liger_step_few"] = [_fading(8, 16, 4), _fading(4, 32, 4), _fading(4, 32, 8), _fading(2, 64, 8)]
+CANDIDATES["liger_step"] = [
+    _fading(1, 128, 1, 4),
+    _fading(1, 128, 2, 4),
+    _fading(2, 64, 2, 2),
+    _fading(2, 64, 2, 4),
+]
+CANDIDATES["liger_step_few"] = [_fading(8, 16, 1, 4), _fading(4, 32, 1, 4), _fading(4, 32, 2, 4)]
 
 
 def _lawcat(channels: int, values: int, warps: int) -> Launch:
     return Launch({"BK": channels, "BV": values, "BN": 64}, warps, 1)
 
 
-CANDIDATES["lawcat_step"] = [_lawcat(64, 64, 4), _lawcat(64, 128, 8), _lawcat(64, 32, 4), _lawcat(64, 64, 8)]
-CANDIDATES["lawcat_step_few"] = [_lawcat(64, 64, 8), _lawcat(128, 128, 8), _lawcat(64, 64, 4)]
+CANDIDATES["lawcat_step"] = [_lawcat(64, 64, 2), _lawcat(64, 32, 2), _lawcat(64, 64, 4)]
+CANDIDATES["lawcat_step_few"] = [_lawcat(128, 128, 8), _lawcat(64, 64, 4), _lawcat(64, 64, 8)]
 
 
 # BS: slots of a kept set that are ranked and moved at once.
-def _kept(keys: int, slots: int, warps: int) -> Launch:
-    return Launch({"BN": keys, "BS": slots}, warps, 1)
+def _kept(keys: int, slots: int, depth: int, warps: int) -> Launch:
+    return Launch({"BN": keys, "BS": slots, "DEPTH": depth}, warps, 1)
 
 
-CANDIDATES["salient_step"] = [_kept(64, 32, 4), _kept(128, 32, 8), _kept(64, 32, 8), _kept(32, 32, 4)]
-CANDIDATES["salient_step_few"] = [_kept(128, 32, 8), _kept(64, 32, 4), _kept(64, 64, 8)]
+CANDIDATES["salient_step"] = [_kept(64, 32, 2, 4), _kept(64, 32, 3, 4), _kept(32, 32, 3, 4)]
+CANDIDATES["salient_step_few"] = [_kept(64, 32, 3, 4), _kept(32, 32, 3, 4), _kept(128, 32, 2, 8)]
 
 
-def _routed(keys: int, slots: int, channels: int, values: int, warps: int) -> Launch:
-    return Launch({"BN": keys, "BS": slots, "BK": channels, "BV": values}, warps, 1)
+# Registers are capped: routing, which few steps do, would have those of programs that run beside this one.
+def _routed(keys: int, channels: int, values: int, features: int, warps: int, registers: int) -> Launch:
+    sizes = {"BN": keys, "BS": 32, "BO": 16, "BK": channels, "BV": values, "BF": features, "DEPTH": 2}
+    return Launch(sizes | {"maxnreg": registers}, warps, 1)
 
 
 CANDIDATES["still_step"] = [
-    _routed(64, 32, 64, 64, 8),
-    _routed(64, 32, 32, 32, 8),
-    _routed(32, 32, 64, 64, 8),
+    _routed(32, 32, 16, 16, 4, 128),
+    _routed(64, 32, 32, 16, 2, 255),
+    _routed(64, 32, 32, 16, 4, 168),
+    _routed(64, 32, 32, 16, 4, 255),
 ]
-CANDIDATES["still_step_few"] = [_routed(128, 32, 64, 64, 8), _routed(64, 32, 64, 64, 8)]
+CANDIDATES["still_step_few"] = [
+    _routed(64, 64, 32, 32, 8, 255),
+    _routed(128, 64, 32, 32, 8, 255),
+    _routed(64, 32, 32, 16, 4, 255),
+]
 for _name in (
     "still_step",
     "still_step_few",
     "salient_step",
     "salient_step_few",
     "joint_step",
+    "joint_step_wide",
     "joint_step_few",
     "liger_step",
     "liger_step_few",
@@ -212,7 +228,10 @@ def launch(
     F: int | None = None,
     dtype: torch.dtype | None = None,
 ) -> Launch:
-    """The settings of ``kernel`` on ``device``, at widths and for inputs of a type where they are given."""
+    """The settings of ``kernel`` on ``device``, at the widths and the type of its inputs.
+
+    Every launch gives those that its tiles grow with: a row measured without them is taken at any.
+    """
     from .tuned import chosen  # here, because it reads the tables of this file
 
     if (found := chosen(kernel, device, K, V, F, dtype)) is not None:
@@ -220,6 +239,12 @@ def launch(
     rows, factor = TABLE[kernel], 1 if dtype is None else dtype.itemsize / 2
     room = shared_memory(device)
     return next((row for row in rows if row.shared * factor <= room), rows[-1])
+
+
+def widths_of(q: Tensor, v: Tensor | None = None, weight: Tensor | None = None) -> dict[str, Any]:
+    """What :func:`launch` is told of queries or keys [..., K], values [..., V] and the weight [..., F] of a map."""
+    V, F = (None if x is None else x.shape[-1] for x in (v, weight))
+    return {"K": q.shape[-1], "V": V, "F": F, "dtype": q.dtype}
 
 
 @functools.cache

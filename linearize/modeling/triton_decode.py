@@ -30,12 +30,17 @@ from .triton_decode_tools import (
     LOW,
     MAPS,
     arrive,
-    columns,
+    begin,
+    fold_in,
+    held_columns,
+    held_rows,
     key_features,
     meet,
+    meet_sums,
     padded,
     query_features,
     rows_of,
+    scores,
     slots,
 )
 
@@ -93,6 +98,8 @@ def joint_step_kernel(
     BO: tl.constexpr,
     BK: tl.constexpr,
     BV: tl.constexpr,
+    BF: tl.constexpr,
+    DEPTH: tl.constexpr,
 ):
     b = tl.program_id(1)
     row = b.to(tl.int64)
@@ -123,67 +130,22 @@ def joint_step_kernel(
                 tl.store(sink_k + ((row * SINKS + t) * G + g) * K + od, new_k, mask=od < K)
                 tl.store(sink_v + ((row * SINKS + t) * G + g) * V + ov, new_v, mask=ov < V)
 
-    m = tl.full([16], LOW, tl.float32)
-    mass = tl.zeros([16], tl.float32)
-    acc = tl.zeros([16, VP], tl.float32)
-    if KIND != 0:
-        heads = tl.load(
-            q + row * q_row + (h0 + rows)[:, None] * q_head + od[None, :],
-            mask=(rows < HEADS)[:, None] & (od < K)[None, :],
-            other=0.0,
-        )
-        for j in range(first, t + 1, BN):
-            pos = j + tl.arange(0, BN)
-            keys = columns(ring_k, k, t, pos, t + 1, 0, K, KP, N, G)
-            values = slots(ring_v, v, t, pos, t + 1, 0, V, VP, N, G)
-            m, mass, acc = meet(heads, keys, values, pos <= t, m, mass, acc, scale, cap, CAP)
-        if SINKS > 0:
-            sink_k += (row * SINKS * G + g) * K
-            sink_v += (row * SINKS * G + g) * V
-            stop = tl.minimum(first, SINKS)
-            for j in range(0, stop, BN):
-                pos = j + tl.arange(0, BN)
-                # The newest token is never here, and slots are positions.
-                keys = columns(sink_k, k, t, pos, stop, 0, K, KP, SINKS, G)
-                values = slots(sink_v, v, t, pos, stop, 0, V, VP, SINKS, G)
-                m, mass, acc = meet(heads, keys, values, pos < stop, m, mass, acc, scale, cap, CAP)
-
     fold = first - done >= FOLD
-    for r in tl.static_range(HEADS):
-        h = h0 + r
-        num = tl.sum(tl.where((rows == r)[:, None], acc, 0.0), 0)
-        den = tl.sum(tl.where(rows == r, mass, 0.0))
-        if LINEAR:
-            share = 1.0
-            if KIND != 0:
-                factor = tl.sigmoid(tl.load(logit + h).to(tl.float32))
-                num *= factor
-                den *= factor
-                if AFFINE:
-                    share = 1.0 - factor
+    linear = tl.zeros([16, VP], tl.float32)
+    weight = tl.zeros([16], tl.float32)
+    if LINEAR:
+        for r in tl.static_range(HEADS):
+            h = h0 + r
             hs = g if TIED else h
-            of = tl.arange(0, FP)
             sums = kv + (row * (G if TIED else H) + hs) * (HALVES * F * V)
             norms = z + (row * (G if TIED else H) + hs) * (HALVES * F)
-            cells = of[:, None] * V + ov[None, :]
-            inside = (of < F)[:, None] & (ov < V)[None, :]
-            up_sums = tl.load(sums + cells, mask=inside, other=0.0)
             up, down = query_features(
                 q + row * q_row + h * q_head,
                 map_q + h * K * F,
                 extra_q + h * (F if MAP == 2 else K),
-                K,
-                F,
-                FP,
-                BK,
-                MAP,
-            )
-            linear = tl.sum(up_sums * up[:, None], 0)
-            weight = tl.sum(up * tl.load(norms + of, mask=of < F, other=0.0))
-            if HALVES == 2:
-                down_sums = tl.load(sums + F * V + cells, mask=inside, other=0.0)
-                linear += tl.sum(down_sums * down[:, None], 0)
-                weight += tl.sum(down * tl.load(norms + F + of, mask=of < F, other=0.0))
+                K, F, FP, BK, DEPTH, MAP,
+            )  # fmt: skip
+            part, share = meet_sums(sums, norms, up, down, F, V, FP, VP, HALVES, BF, DEPTH)
             w_k = map_k + hs * K * F
             e_k = extra_k + hs * (F if MAP == 2 else K)
             for j in range(done, first, BO):
@@ -194,35 +156,64 @@ def joint_step_kernel(
                 if HALVES == 2:
                     a += tl.sum(k_down * down[:, None], 0)
                 a = tl.where(pos < first, a, 0.0)
-                linear += tl.sum(a[:, None] * values.to(tl.float32), 0)
-                weight += tl.sum(a)
-            num += share * linear
-            den += share * weight
+                part += tl.sum(a[:, None] * values.to(tl.float32), 0)
+                share += tl.sum(a)
+            linear = tl.where((rows == r)[:, None], part[None, :], linear)
+            weight = tl.where(rows == r, share, weight)
             if (not TIED) or r == HEADS - 1:  # noqa: SIM102 (the last head to read them; for the compiler)
                 if fold:
-                    for half in tl.static_range(HALVES):
-                        total = tl.load(norms + half * F + of, mask=of < F, other=0.0)
-                        for c in range(0, VP, BV):
-                            oc = c + tl.arange(0, BV)
-                            part = sums + half * F * V + of[:, None] * V + oc[None, :]
-                            real = (of < F)[:, None] & (oc < V)[None, :]
-                            held = tl.load(part, mask=real, other=0.0)
-                            for j in range(done, first, BO):
-                                at = j + tl.arange(0, BO)
-                                k_up, k_down = key_features(
-                                    ring_k, k, t, at, first, w_k, e_k, K, F, FP, BK, N, G, MAP
-                                )
-                                phi = k_up if half == 0 else k_down
-                                phi = tl.where((at < first)[None, :], phi, 0.0)
-                                held_v = slots(ring_v, v, t, at, first, c, V, BV, N, G)
-                                held = tl.dot(phi.to(held_v.dtype), held_v, held, input_precision="ieee")
-                                if c == 0:
-                                    total += tl.sum(phi, 1)
-                            tl.store(part, held, mask=real)
-                        tl.store(norms + half * F + of, total, mask=of < F)
-            if KIND == 0:
-                den += 1e-12
-        tl.store(y + (row * H + h) * V + ov, (num / den).to(y.dtype.element_ty), mask=ov < V)
+                    for j in range(done, first, BO):
+                        pos = j + tl.arange(0, BO)
+                        k_up, k_down = key_features(
+                            ring_k, k, t, pos, first, w_k, e_k, K, F, FP, BK, N, G, MAP
+                        )  # fmt: skip
+                        leaves = (pos < first)[None, :]
+                        k_up, k_down = tl.where(leaves, k_up, 0.0), tl.where(leaves, k_down, 0.0)
+                        fold_in(
+                            sums, norms, k_up, k_down, ring_v, v, t, pos, first, F, V, FP, VP, N, G, HALVES, BV
+                        )  # fmt: skip
+
+    m = tl.full([16], LOW, tl.float32)
+    mass = tl.zeros([16], tl.float32)
+    acc = tl.zeros([16, VP], tl.float32)
+    if KIND != 0:
+        heads = tl.load(
+            q + row * q_row + (h0 + rows)[:, None] * q_head + od[None, :],
+            mask=(rows < HEADS)[:, None] & (od < K)[None, :],
+            other=0.0,
+        )
+        m, mass, acc = begin(heads, k, v, scale, cap, 0, K, V, KP, VP, CAP)
+        for j in tl.range(first, t, BN, num_stages=DEPTH):
+            pos = j + tl.arange(0, BN)
+            keys = held_columns(ring_k, pos, t, 0, K, KP, N, G)
+            values = held_rows(ring_v, pos, t, 0, V, VP, N, G)
+            m, mass, acc = meet(scores(heads, keys, scale, cap, CAP), values, pos < t, m, mass, acc)
+        if SINKS > 0:
+            sink_k += (row * SINKS * G + g) * K
+            sink_v += (row * SINKS * G + g) * V
+            stop = tl.minimum(first, SINKS)
+            for j in range(0, stop, BN):
+                pos = j + tl.arange(0, BN)
+                keys = held_columns(sink_k, pos, stop, 0, K, KP, SINKS, G)
+                values = held_rows(sink_v, pos, stop, 0, V, VP, SINKS, G)
+                m, mass, acc = meet(scores(heads, keys, scale, cap, CAP), values, pos < stop, m, mass, acc)
+    if LINEAR:
+        if KIND == 0:
+            mass = 1e-12
+        else:
+            factor = tl.sigmoid(tl.load(logit + h0 + rows, mask=rows < HEADS, other=0.0).to(tl.float32))
+            acc *= factor[:, None]
+            mass *= factor
+            if AFFINE:
+                linear *= (1.0 - factor)[:, None]
+                weight *= 1.0 - factor
+        acc += linear
+        mass += weight
+    tl.store(
+        y + (row * H + h0 + rows)[:, None] * V + ov[None, :],
+        (acc / mass[:, None]).to(y.dtype.element_ty),
+        mask=(rows < HEADS)[:, None] & (ov < V)[None, :],
+    )
     if LINEAR:
         first = tl.where(fold, first, done)
     arrive(seen + b, folded + b, t + 1, first, H // HEADS)
@@ -264,9 +255,13 @@ def joint_step(
     width = 1 if sums is None else sums[1].shape[-1] // halves
     tied = sums is not None and sums[1].shape[1] != heads
     kind = KINDS[window_kind if window else None]
-    settings = settings or launch("joint_step_few" if batch * heads < FEW else "joint_step", q.device)
+    wide = max(key_dim, value_dim, 2 * width) > 128
+    name = "joint_step_few" if batch * heads < FEW else "joint_step_wide" if wide else "joint_step"
+    widths: dict[str, Any] = dict(K=key_dim, V=value_dim, F=None if sums is None else width, dtype=q.dtype)
+    settings = settings or launch(name, q.device, **widths)
     blocks = dict(settings.blocks)
     blocks |= {"BK": min(blocks["BK"], padded(key_dim)), "BV": min(blocks["BV"], padded(value_dim))}
+    blocks["BF"] = min(blocks["BF"], max(padded(width), 16))
     blocks["HEADS"] = heads // groups if tied else largest(blocks["HEADS"], heads // groups)
     nothing = y  # never read: what it stands for is not compiled
     sink_k, sink_v = sinks or (nothing, nothing)

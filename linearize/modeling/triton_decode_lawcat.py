@@ -15,7 +15,19 @@ import triton.language as tl
 from torch import Tensor
 
 from .launches import Launch, launch
-from .triton_decode_tools import FEW, LOW, MAPS, arrive, columns, features, meet, padded, rows_of, slots
+from .triton_decode_tools import (
+    FEW,
+    MAPS,
+    arrive,
+    begin,
+    features,
+    held_columns,
+    held_rows,
+    meet,
+    padded,
+    rows_of,
+    scores,
+)
 from .triton_gated import log_gate
 
 
@@ -64,7 +76,7 @@ def convolved_features(
                 u = tl.load(extra + ok, mask=ok < D, other=0.0).to(tl.float32)
                 along += tl.sum(u * x)
                 length += tl.sum(u * u)
-    a = tl.zeros([FP], tl.float32)
+    parts = tl.zeros([BK, FP], tl.float32)
     for c in range(0, D, BK):
         ok = c + tl.arange(0, BK)
         x = convolved(ring, new, taps, t, ok, D, N, HEADS, TAPS)
@@ -77,7 +89,8 @@ def convolved_features(
             other=0.0,
             eviction_policy="evict_last",
         )
-        a += tl.sum(w.to(tl.float32) * x[:, None], 0)
+        parts += w.to(tl.float32) * x[:, None]
+    a = tl.sum(parts, 0)
     bias = 0.0
     if MAP == 2:
         bias = tl.load(extra + of, mask=of < F, other=0.0).to(tl.float32)
@@ -213,19 +226,19 @@ def lawcat_step_kernel(
         over = den
         if WINDOW > 0:
             tl.store(ring_v + (t % NV) * (G * V) + ov, value, mask=(ov < V) & leads)
-            high = tl.full([16], LOW, tl.float32)
-            total = tl.zeros([16], tl.float32)
-            acc = tl.zeros([16, BV], tl.float32)
             heads = tl.load(
                 q + row * q_row + h * q_head + rows[:, None] * 0 + od[None, :],
                 mask=(rows < 1)[:, None] & (od < K)[None, :],
                 other=0.0,
             )
-            for j in range(tl.maximum(t + 1 - WINDOW, 0), t + 1, BN):
+            high, total, acc = begin(heads, k, v, scale, cap, c, K, V, KP, BV, CAP)
+            for j in range(tl.maximum(t + 1 - WINDOW, 0), t, BN):
                 pos = j + tl.arange(0, BN)
-                keys = columns(ring_k, k, t, pos, t + 1, 0, K, KP, N, G)
-                values = slots(ring_v, v, t, pos, t + 1, c, V, BV, NV, G)
-                high, total, acc = meet(heads, keys, values, pos <= t, high, total, acc, scale, cap, CAP)
+                keys = held_columns(ring_k, pos, t, 0, K, KP, N, G)
+                values = held_rows(ring_v, pos, t, c, V, BV, NV, G)
+                high, total, acc = meet(
+                    scores(heads, keys, scale, cap, CAP), values, pos < t, high, total, acc
+                )
             factor = tl.sigmoid(tl.load(logit + h).to(tl.float32))
             num += factor * tl.sum(tl.where((rows == 0)[:, None], acc, 0.0), 0)
             over += factor * tl.sum(tl.where(rows == 0, total, 0.0))
@@ -271,7 +284,9 @@ def lawcat_step(
     inputs = [rows_of(x) for x in (q, k, v, *read, logits)]
     halves = 2 if MAPS[feature_map] in (0, 4, 5, 6) else 1
     width = kv.shape[2] // halves
-    settings = settings or launch("lawcat_step_few" if batch * heads < FEW else "lawcat_step", q.device)
+    name = "lawcat_step_few" if batch * heads < FEW else "lawcat_step"
+    widths: dict[str, Any] = dict(K=key_dim, V=value_dim, F=width, dtype=q.dtype)
+    settings = settings or launch(name, q.device, **widths)
     blocks = dict(settings.blocks)
     blocks |= {"BK": min(blocks["BK"], padded(key_dim)), "BV": min(blocks["BV"], padded(value_dim))}
     extra_q, extra_k = extras or (y, y)

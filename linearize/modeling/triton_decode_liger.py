@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launches import Launch, launch
-from .triton_decode_tools import FEW, LOW, arrive, columns, meet, padded, rows_of, slots
+from .triton_decode_tools import FEW, arrive, begin, held_columns, held_rows, meet, padded, rows_of, scores
 
 
 @triton.jit
@@ -78,6 +78,7 @@ def liger_step_kernel(
     SPLITS: tl.constexpr,
     BV: tl.constexpr,
     BN: tl.constexpr,
+    DEPTH: tl.constexpr,
 ):
     R: tl.constexpr = H // G
     b = tl.program_id(1)
@@ -90,7 +91,6 @@ def liger_step_kernel(
     v += row * v_row + g * v_head
     read_q += row * read_q_row + g * R * read_q_head
     first = tl.maximum(t + 1 - WINDOW, 0)
-    high = tl.full([16], LOW, tl.float32)
     total = tl.zeros([16], tl.float32)
     if WINDOW > 0:
         ring_k += (row * N * G + g) * K
@@ -132,18 +132,19 @@ def liger_step_kernel(
         acc = tl.zeros([16, BV], tl.float32)
         if WINDOW > 0:
             tl.store(ring_v + (t % N) * (G * V) + ov, value, mask=mine)
-            high = tl.full([16], LOW, tl.float32)
-            total = tl.zeros([16], tl.float32)
             heads = tl.load(
                 q + row * q_row + (g * R + rows)[:, None] * q_head + od[None, :],
                 mask=(rows < R)[:, None] & (od < K)[None, :],
                 other=0.0,
             )
-            for j in range(first, t + 1, BN):
+            high, total, acc = begin(heads, k, v, scale, cap, c, K, V, KP, BV, CAP)
+            for j in tl.range(first, t, BN, num_stages=DEPTH):
                 pos = j + tl.arange(0, BN)
-                keys = columns(ring_k, k, t, pos, t + 1, 0, K, KP, N, G)
-                values = slots(ring_v, v, t, pos, t + 1, c, V, BV, N, G)
-                high, total, acc = meet(heads, keys, values, pos <= t, high, total, acc, scale, cap, CAP)
+                keys = held_columns(ring_k, pos, t, 0, K, KP, N, G)
+                values = held_rows(ring_v, pos, t, c, V, BV, N, G)
+                high, total, acc = meet(
+                    scores(heads, keys, scale, cap, CAP), values, pos < t, high, total, acc
+                )
         held = tl.zeros([KP, BV], tl.float32)
         norm = tl.zeros([KP], tl.float32)
         if RECURRENCE:
@@ -217,7 +218,8 @@ def liger_step(
     (batch, _, heads, key_dim), (groups, value_dim) = q.shape, v.shape[2:]
     y = v.new_empty(batch, 1, heads, value_dim)
     inputs = [rows_of(x) for x in (q, k, v, *read, gate)]
-    settings = settings or launch("liger_step_few" if batch * groups < FEW else "liger_step", q.device)
+    name = "liger_step_few" if batch * groups < FEW else "liger_step"
+    settings = settings or launch(name, q.device, K=key_dim, V=value_dim, dtype=q.dtype)
     blocks = dict(settings.blocks)
     norm = normalize_eps is not None
     blocks["SPLITS"] = 1 if norm else min(blocks["SPLITS"], max(1, value_dim // 16))

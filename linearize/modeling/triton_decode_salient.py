@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launches import Launch, launch
-from .triton_decode_tools import FEW, LOW, arrive, columns, meet, padded, rows_of, slots
+from .triton_decode_tools import FEW, arrive, begin, held_columns, held_rows, meet, padded, rows_of, scores
 
 GRID = tl.constexpr(2.0**-12)  # as selection.GRID
 HALVES = tl.constexpr(1.5 * 2.0**23)  # added, it leaves an fp32 number below 2^22 no place for a fraction
@@ -129,18 +129,20 @@ def meet_kept(
     KP: tl.constexpr,
     VP: tl.constexpr,
     SLOTS: tl.constexpr,
+    SP: tl.constexpr,
     CAP: tl.constexpr,
     BN: tl.constexpr,
+    DEPTH: tl.constexpr,
 ):
-    od = tl.arange(0, KP)
-    for j in range(0, SLOTS, BN):
-        at = j + tl.arange(0, BN)
-        there = tl.load(kept_score + at * G, mask=at < SLOTS, other=-float("inf")) > -float("inf")
-        keys = tl.load(
-            kept_k + at[None, :] * (G * K) + od[:, None], mask=there[None, :] & (od < K)[:, None], other=0.0
-        )
-        values = rows_at(kept_v, at, there, V, VP, G)
-        high, total, acc = meet(heads, keys, values, there, high, total, acc, scale, cap, CAP)
+    """Online softmax over the kept tokens, which stand in the first slots: an empty one has the score -inf."""
+    at = tl.arange(0, SP)
+    held = tl.load(kept_score + at * G, mask=at < SLOTS, other=-float("inf"))
+    count = tl.sum((held > -float("inf")).to(tl.int32))
+    for j in tl.range(0, count, BN, num_stages=DEPTH):
+        pos = j + tl.arange(0, BN)
+        keys = held_columns(kept_k, pos, count, 0, K, KP, SLOTS, G)
+        values = held_rows(kept_v, pos, count, 0, V, VP, SLOTS, G)
+        high, total, acc = meet(scores(heads, keys, scale, cap, CAP), values, pos < count, high, total, acc)
     return high, total, acc
 
 
@@ -180,8 +182,10 @@ def salient_step_kernel(
     CHUNK: tl.constexpr,
     CP: tl.constexpr,
     CAP: tl.constexpr,
+    SP: tl.constexpr,
     BN: tl.constexpr,
     BS: tl.constexpr,
+    DEPTH: tl.constexpr,
 ):
     R: tl.constexpr = H // G
     b = tl.program_id(1)
@@ -213,17 +217,16 @@ def salient_step_kernel(
         mask=(rows < R)[:, None] & (od < K)[None, :],
         other=0.0,
     )
-    high = tl.full([16], LOW, tl.float32)
-    total = tl.zeros([16], tl.float32)
-    acc = tl.zeros([16, VP], tl.float32)
+    high, total, acc = begin(heads, k, v, scale, cap, 0, K, V, KP, VP, CAP)
     high, total, acc = meet_kept(
-        heads, kept_k, kept_v, kept_score, high, total, acc, scale, cap, G, K, V, KP, VP, SLOTS, CAP, BN
-    )
-    for j in range(first, t + 1, BN):
+        heads, kept_k, kept_v, kept_score, high, total, acc, scale, cap,
+        G, K, V, KP, VP, SLOTS, SP, CAP, BN, DEPTH,
+    )  # fmt: skip
+    for j in tl.range(first, t, BN, num_stages=DEPTH):
         pos = j + tl.arange(0, BN)
-        keys = columns(ring_k, k, t, pos, t + 1, 0, K, KP, N, GR)
-        values = slots(ring_v, v, t, pos, t + 1, 0, V, VP, N, GR)
-        high, total, acc = meet(heads, keys, values, pos <= t, high, total, acc, scale, cap, CAP)
+        keys = held_columns(ring_k, pos, t, 0, K, KP, N, GR)
+        values = held_rows(ring_v, pos, t, 0, V, VP, N, GR)
+        high, total, acc = meet(scores(heads, keys, scale, cap, CAP), values, pos < t, high, total, acc)
     out = acc / total[:, None]
     tl.store(
         y + (row * H + g * R + rows)[:, None] * V + ov[None, :],
@@ -265,7 +268,8 @@ def salient_step(
     (batch, _, heads, key_dim), (groups, value_dim) = q.shape, v.shape[2:]
     y = v.new_empty(batch, 1, heads, value_dim)
     inputs = [rows_of(x) for x in (q, k, v)]
-    settings = settings or launch("salient_step_few" if batch * groups < FEW else "salient_step", q.device)
+    name = "salient_step_few" if batch * groups < FEW else "salient_step"
+    settings = settings or launch(name, q.device, K=key_dim, V=value_dim, dtype=q.dtype)
     constants: dict[str, Any] = dict(
         H=heads,
         G=groups,
@@ -276,6 +280,7 @@ def salient_step(
         VP=padded(value_dim),
         N=ring_k.shape[1],
         SLOTS=kept_k.shape[1],
+        SP=padded(kept_k.shape[1]),
         KEPT=kept_k.stride(0) // key_dim,
         CHUNK=chunk,
         CP=padded(chunk),

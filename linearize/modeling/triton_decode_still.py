@@ -20,52 +20,21 @@ from .triton_decode_tools import (
     LOW,
     MAPS,
     arrive,
-    columns,
+    begin,
+    fold_in,
+    held_columns,
+    held_rows,
     key_features,
     meet,
+    meet_sums,
     padded,
     query_features,
     rows_of,
-    slots,
+    scores,
 )
 
 GRID = tl.constexpr(2.0**-12)  # as selection.GRID
 TINY = tl.constexpr(1.1754943508222875e-38)  # the smallest normal fp32
-
-
-@triton.jit
-def own_share(
-    heads,
-    ring_k,
-    k,
-    t,
-    scale,
-    cap,
-    G: tl.constexpr,
-    K: tl.constexpr,
-    KP: tl.constexpr,
-    N: tl.constexpr,
-    CHUNK: tl.constexpr,
-    CAP: tl.constexpr,
-    BN: tl.constexpr,
-):
-    """The score of the new token: the logarithm of what its query pays to itself among the last CHUNK tokens."""
-    high = tl.full([16], LOW, tl.float32)
-    total = tl.zeros([16], tl.float32)
-    own = tl.zeros([16], tl.float32)
-    for j in range(tl.maximum(t + 1 - CHUNK, 0), t + 1, BN):
-        pos = j + tl.arange(0, BN)
-        s = tl.dot(heads, columns(ring_k, k, t, pos, t + 1, 0, K, KP, N, G), input_precision="ieee") * scale
-        if CAP:
-            s = cap * (2 * tl.sigmoid(2 * s / cap) - 1)
-        own += tl.sum(tl.where((pos == t)[None, :], s, 0.0), 1)
-        s = tl.where((pos <= t)[None, :], s, LOW)
-        above = tl.maximum(high, tl.max(s, 1))
-        total = total * tl.exp(high - above) + tl.sum(tl.exp(s - above[:, None]), 1)
-        high = above
-    rho = tl.log(tl.maximum(tl.exp(own - high) / total, TINY))
-    rho = tl.sum(tl.where(tl.arange(0, 16) == 0, rho, 0.0))
-    return tl.floor(rho / GRID + 0.5) * GRID
 
 
 @triton.jit
@@ -120,10 +89,14 @@ def still_step_kernel(
     HALVES: tl.constexpr,
     MAP: tl.constexpr,
     CAP: tl.constexpr,
+    SP: tl.constexpr,
     BN: tl.constexpr,
     BS: tl.constexpr,
+    BO: tl.constexpr,
     BK: tl.constexpr,
     BV: tl.constexpr,
+    BF: tl.constexpr,
+    DEPTH: tl.constexpr,
 ):
     b = tl.program_id(1)
     row = b.to(tl.int64)
@@ -132,7 +105,7 @@ def still_step_kernel(
     t = (tl.load(seen + b) & 0x7FFFFFFF).to(tl.int32)
     done = tl.load(folded + b).to(tl.int32)
     first = tl.maximum(tl.maximum((t // CHUNK - 1) * CHUNK, 0), done)
-    od, ov, of, rows = tl.arange(0, KP), tl.arange(0, VP), tl.arange(0, FP), tl.arange(0, 16)
+    od, ov, rows = tl.arange(0, KP), tl.arange(0, VP), tl.arange(0, 16)
     q += row * q_row + h * q_head
     k += row * k_row + g * k_head
     v += row * v_row + g * v_head
@@ -156,30 +129,19 @@ def still_step_kernel(
         last: tl.constexpr = SLOTS - PP if SLOTS > PP else 0
         at = last + tl.arange(0, PP)
         held = tl.load(kept_score + at * H, mask=at < SLOTS, other=-float("inf"))
-        down = tl.sum(((rank[None, :] > held[:, None]) & picked[None, :]).to(tl.int32), 1)
-        drops = (at < SLOTS) & (held > -float("inf")) & (at + down >= SLOTS)
+        better = tl.sum(((rank[None, :] > held[:, None]) & picked[None, :]).to(tl.int32), 1)
+        drops = (at < SLOTS) & (held > -float("inf")) & (at + better >= SLOTS)
         turns = leaves & ~(picked & (place < SLOTS))
-        up, low = key_features(
-            ring_k, k, t, pos, first, map_k, extra_k, K, F, FP, BK, N, G, MAP
-        )  # fmt: skip
-        kept_up, kept_low = key_features(
-            kept_k, k, SLOTS, at, SLOTS, map_k, extra_k, K, F, FP, BK, SLOTS, H, MAP
-        )  # fmt: skip
-        for half in tl.static_range(HALVES):
-            phi = tl.where(turns[None, :], up if half == 0 else low, 0.0)
-            kept_phi = tl.where(drops[None, :], kept_up if half == 0 else kept_low, 0.0)
-            norms = tl.load(z + half * F + of, mask=of < F, other=0.0)
-            tl.store(z + half * F + of, norms + tl.sum(phi, 1) + tl.sum(kept_phi, 1), mask=of < F)
-            for c in range(0, VP, BV):
-                oc = c + tl.arange(0, BV)
-                part = kv + half * F * V + of[:, None] * V + oc[None, :]
-                real = (of < F)[:, None] & (oc < V)[None, :]
-                sums = tl.load(part, mask=real, other=0.0)
-                values = slots(ring_v, v, t, pos, first, c, V, BV, N, G)
-                sums = tl.dot(phi.to(values.dtype), values, sums, input_precision="ieee")
-                values = slots(kept_v, v, SLOTS, at, SLOTS, c, V, BV, SLOTS, H)
-                sums = tl.dot(kept_phi.to(values.dtype), values, sums, input_precision="ieee")
-                tl.store(part, sums, mask=real)
+        leaving = turns.to(tl.int32)
+        for j in range(0, CP, BO):
+            some = j + tl.arange(0, BO)
+            up, down = key_features(ring_k, k, t, done + some, first, map_k, extra_k, K, F, FP, BK, N, G, MAP)
+            there = (tl.gather(leaving, some, 0) > 0)[None, :]
+            up, down = tl.where(there, up, 0.0), tl.where(there, down, 0.0)
+            fold_in(kv, z, up, down, ring_v, v, t, done + some, first, F, V, FP, VP, N, G, HALVES, BV)
+        up, down = key_features(kept_k, k, SLOTS, at, SLOTS, map_k, extra_k, K, F, FP, BK, SLOTS, H, MAP)
+        up, down = tl.where(drops[None, :], up, 0.0), tl.where(drops[None, :], down, 0.0)
+        fold_in(kv, z, up, down, kept_v, v, SLOTS, at, SLOTS, F, V, FP, VP, SLOTS, H, HALVES, BV)
         tl.debug_barrier()
         take_in(
             kept_k, kept_v, kept_score, ring_k, ring_v, pos % N, rank, picked, place,
@@ -189,35 +151,39 @@ def still_step_kernel(
     heads = tl.load(
         q + rows[:, None] * 0 + od[None, :], mask=(rows < 1)[:, None] & (od < K)[None, :], other=0.0
     )
+    high, total, acc = begin(heads, k, v, scale, cap, 0, K, V, KP, VP, CAP)
+    own, above, near = high, high, total  # of the new token's score: its own, and the softmax over a chunk
+    for j in tl.range(first, t, BN, num_stages=DEPTH):
+        pos = j + tl.arange(0, BN)
+        keys = held_columns(ring_k, pos, t, 0, K, KP, N, G)
+        values = held_rows(ring_v, pos, t, 0, V, VP, N, G)
+        s = scores(heads, keys, scale, cap, CAP)
+        high, total, acc = meet(s, values, pos < t, high, total, acc)
+        if not GIVEN:
+            s = tl.where(((pos < t) & (pos > t - CHUNK))[None, :], s, LOW)
+            higher = tl.maximum(above, tl.max(s, 1))
+            near = near * tl.exp(above - higher) + tl.sum(tl.exp(s - higher[:, None]), 1)
+            above = higher
     if GIVEN:
         rho = tl.load(score + row * H + h).to(tl.float32)
-    else:
-        rho = own_share(heads, ring_k, k, t, scale, cap, G, K, KP, N, CHUNK, CAP, BN)
+    else:  # the logarithm of what the new token's query pays to itself
+        share = tl.log(tl.maximum(tl.exp(own - above) / near, TINY))
+        rho = tl.floor(tl.sum(tl.where(rows == 0, share, 0.0)) / GRID + 0.5) * GRID
         if FIRST:
             rho = tl.where(t == 0, float("inf"), rho)
     tl.store(ring_score + (t % NS) * H, rho)
-    high = tl.full([16], LOW, tl.float32)
-    total = tl.zeros([16], tl.float32)
-    acc = tl.zeros([16, VP], tl.float32)
     high, total, acc = meet_kept(
-        heads, kept_k, kept_v, kept_score, high, total, acc, scale, cap, H, K, V, KP, VP, SLOTS, CAP, BN
-    )
-    for j in range(first, t + 1, BN):
-        pos = j + tl.arange(0, BN)
-        keys = columns(ring_k, k, t, pos, t + 1, 0, K, KP, N, G)
-        values = slots(ring_v, v, t, pos, t + 1, 0, V, VP, N, G)
-        high, total, acc = meet(heads, keys, values, pos <= t, high, total, acc, scale, cap, CAP)
+        heads, kept_k, kept_v, kept_score, high, total, acc, scale, cap,
+        H, K, V, KP, VP, SLOTS, SP, CAP, BN, DEPTH,
+    )  # fmt: skip
     num = tl.sum(tl.where((rows == 0)[:, None], acc, 0.0), 0)
     den = tl.sum(tl.where(rows == 0, total, 0.0)) + eps
 
-    up, low = query_features(q, map_q + h * K * F, extra_q + h * (F if MAP == 2 else K), K, F, FP, BK, MAP)
-    linear = tl.zeros([VP], tl.float32)
-    for half in tl.static_range(HALVES):
-        phi = up if half == 0 else low
-        cells = kv + half * F * V + of[:, None] * V + ov[None, :]
-        sums = tl.load(cells, mask=(of < F)[:, None] & (ov < V)[None, :], other=0.0)
-        linear += tl.sum(sums * phi[:, None], 0)
-        den += tl.sum(phi * tl.load(z + half * F + of, mask=of < F, other=0.0))
+    up, down = query_features(
+        q, map_q + h * K * F, extra_q + h * (F if MAP == 2 else K), K, F, FP, BK, DEPTH, MAP
+    )  # fmt: skip
+    linear, weight = meet_sums(kv, z, up, down, F, V, FP, VP, HALVES, BF, DEPTH)
+    den += weight
     if GATE == 1:
         linear *= tl.load(gate + row * H + h).to(tl.float32)
     if GATE == 2:
@@ -267,9 +233,12 @@ def still_step(
     inputs = [rows_of(x) for x in (q, k, v)]
     halves = 2 if MAPS[feature_map] in (0, 4, 5, 6) else 1
     width = z.shape[-1] // halves
-    settings = settings or launch("still_step_few" if batch * heads < FEW else "still_step", q.device)
+    name = "still_step_few" if batch * heads < FEW else "still_step"
+    widths: dict[str, Any] = dict(K=key_dim, V=value_dim, F=width, dtype=q.dtype)
+    settings = settings or launch(name, q.device, **widths)
     blocks = dict(settings.blocks)
     blocks |= {"BK": min(blocks["BK"], padded(key_dim)), "BV": min(blocks["BV"], padded(value_dim))}
+    blocks |= {"BF": min(blocks["BF"], padded(width)), "BO": min(blocks["BO"], padded(chunk))}
     extra_q, extra_k = extras or (y, y)
     constants: dict[str, Any] = dict(
         H=heads,
@@ -283,6 +252,7 @@ def still_step(
         N=ring_k.shape[1],
         NS=ring_score.shape[1],
         SLOTS=kept_k.shape[1],
+        SP=padded(kept_k.shape[1]),
         CHUNK=chunk,
         CP=padded(chunk),
         PICKS=picks,

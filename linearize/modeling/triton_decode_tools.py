@@ -35,7 +35,15 @@ def features(a, there, norm, bias, MAP: tl.constexpr):
 
 @triton.jit
 def query_features(
-    q, weight, extra, K: tl.constexpr, F: tl.constexpr, FP: tl.constexpr, BK: tl.constexpr, MAP: tl.constexpr
+    q,
+    weight,
+    extra,
+    K: tl.constexpr,
+    F: tl.constexpr,
+    FP: tl.constexpr,
+    BK: tl.constexpr,
+    DEPTH: tl.constexpr,
+    MAP: tl.constexpr,
 ):
     """phi of one query: q [K], weight [K, F] and extra (the reflection [K], or the bias [F]) by pointer."""
     of = tl.arange(0, FP)
@@ -51,8 +59,8 @@ def query_features(
                 u = tl.load(extra + ok, mask=ok < K, other=0.0).to(tl.float32)
                 along += tl.sum(u * x)
                 length += tl.sum(u * u)
-    a = tl.zeros([FP], tl.float32)
-    for c in range(0, K, BK):
+    parts = tl.zeros([BK, FP], tl.float32)
+    for c in tl.range(0, K, BK, num_stages=DEPTH):
         ok = c + tl.arange(0, BK)
         x = tl.load(q + ok, mask=ok < K, other=0.0).to(tl.float32)
         if MAP == 5:
@@ -64,11 +72,81 @@ def query_features(
             other=0.0,
             eviction_policy="evict_last",
         )
-        a += tl.sum(w.to(tl.float32) * x[:, None], 0)
+        parts += w.to(tl.float32) * x[:, None]
+    a = tl.sum(parts, 0)
     bias = 0.0
     if MAP == 2:
         bias = tl.load(extra + of, mask=of < F, other=0.0).to(tl.float32)
     return features(a, of < F, tl.sqrt(square), bias, MAP)
+
+
+@triton.jit
+def meet_sums(
+    kv,
+    z,
+    up,
+    down,
+    F: tl.constexpr,
+    V: tl.constexpr,
+    FP: tl.constexpr,
+    VP: tl.constexpr,
+    HALVES: tl.constexpr,
+    BF: tl.constexpr,
+    DEPTH: tl.constexpr,
+):
+    """phi^T S [VP] and phi^T z of sums by pointer: BF rows of S at once, and as many tiles on their way as DEPTH."""
+    of, ov = tl.arange(0, FP), tl.arange(0, VP)
+    weight = tl.sum(up * tl.load(z + of, mask=of < F, other=0.0))
+    if HALVES == 2:
+        weight += tl.sum(down * tl.load(z + F + of, mask=of < F, other=0.0))
+    acc = tl.zeros([BF, VP], tl.float32)
+    for f in tl.range(0, F, BF, num_stages=DEPTH):
+        at = f + tl.arange(0, BF)
+        cells = kv + at[:, None] * V + ov[None, :]
+        real = (at < F)[:, None] & (ov < V)[None, :]
+        phi = up if BF == FP else tl.gather(up, at, 0)
+        acc += tl.load(cells, mask=real, other=0.0) * phi[:, None]
+        if HALVES == 2:
+            phi = down if BF == FP else tl.gather(down, at, 0)
+            acc += tl.load(cells + F * V, mask=real, other=0.0) * phi[:, None]
+    return tl.sum(acc, 0), weight
+
+
+@triton.jit
+def fold_in(
+    kv,
+    z,
+    up,
+    down,
+    ring,
+    new,
+    t,
+    pos,
+    stop,
+    F: tl.constexpr,
+    V: tl.constexpr,
+    FP: tl.constexpr,
+    VP: tl.constexpr,
+    N: tl.constexpr,
+    G: tl.constexpr,
+    HALVES: tl.constexpr,
+    BV: tl.constexpr,
+):
+    """Add tokens of features phi^T [FP, n] to sums by pointer; their values as :func:`slots` finds them."""
+    of = tl.arange(0, FP)
+    real = of < F
+    tl.debug_barrier()  # what other threads still read
+    for half in tl.static_range(HALVES):
+        phi = up if half == 0 else down
+        norm = z + half * F + of
+        tl.store(norm, tl.load(norm, mask=real, other=0.0) + tl.sum(phi, 1), mask=real)
+        for c in range(0, VP, BV):
+            oc = c + tl.arange(0, BV)
+            cells = kv + half * F * V + of[:, None] * V + oc[None, :]
+            inside = real[:, None] & (oc < V)[None, :]
+            values = slots(ring, new, t, pos, stop, c, V, BV, N, G)
+            held = tl.load(cells, mask=inside, other=0.0)
+            tl.store(cells, tl.dot(phi.to(values.dtype), values, held, input_precision="ieee"), mask=inside)
 
 
 @triton.jit
@@ -149,11 +227,58 @@ def key_features(
 
 
 @triton.jit
-def meet(q, k, v, visible, m, mass, acc, scale, cap, CAP: tl.constexpr):
-    """Online softmax: the running maximum, sum and numerator of rows q [16, K] after keys [K, n], values [n, V]."""
-    s = tl.dot(q, k, input_precision="ieee") * scale
+def begin(
+    heads,
+    k,
+    v,
+    scale,
+    cap,
+    c,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    KP: tl.constexpr,
+    BV: tl.constexpr,
+    CAP: tl.constexpr,
+):
+    """The running maximum, sum and numerator of rows q [16, K] after the newest token, of whose value there are
+    channels c, ...: it is read from the inputs, so that tiles of a ring go straight to shared memory."""
+    od, ov = tl.arange(0, KP), c + tl.arange(0, BV)
+    key = tl.load(k + od, mask=od < K, other=0.0).to(tl.float32)
+    value = tl.load(v + ov, mask=ov < V, other=0.0).to(tl.float32)
+    m = tl.sum(heads.to(tl.float32) * key[None, :], 1) * scale
+    if CAP:
+        m = cap * (2 * tl.sigmoid(2 * m / cap) - 1)
+    return m, tl.full([16], 1.0, tl.float32), tl.zeros([16, BV], tl.float32) + value[None, :]
+
+
+@triton.jit
+def held_columns(ring, pos, stop, c, D: tl.constexpr, BD: tl.constexpr, N: tl.constexpr, G: tl.constexpr):
+    """Channels c, ... of tokens at positions ``pos`` before ``stop``, as columns [BD, n], from their slots."""
+    od = c + tl.arange(0, BD)
+    there = (od < D)[:, None] & (pos < stop)[None, :]
+    return tl.load(ring + (pos % N)[None, :] * (G * D) + od[:, None], mask=there, other=0.0)
+
+
+@triton.jit
+def held_rows(ring, pos, stop, c, D: tl.constexpr, BD: tl.constexpr, N: tl.constexpr, G: tl.constexpr):
+    """The same as rows [n, BD]."""
+    od = c + tl.arange(0, BD)
+    there = (od < D)[None, :] & (pos < stop)[:, None]
+    return tl.load(ring + (pos % N)[:, None] * (G * D) + od[None, :], mask=there, other=0.0)
+
+
+@triton.jit
+def scores(heads, keys, scale, cap, CAP: tl.constexpr):
+    """q k scale of rows q [16, K] and keys [K, n], capped where a model does so."""
+    s = tl.dot(heads, keys, input_precision="ieee") * scale
     if CAP:
         s = cap * (2 * tl.sigmoid(2 * s / cap) - 1)
+    return s
+
+
+@triton.jit
+def meet(s, v, visible, m, mass, acc):
+    """Online softmax: the running maximum, sum and numerator of 16 rows after scores s [16, n] and values [n, V]."""
     s = tl.where(visible[None, :], s, LOW)
     high = tl.maximum(m, tl.max(s, 1))
     p = tl.where(visible[None, :], tl.exp(s - high[:, None]), 0.0)

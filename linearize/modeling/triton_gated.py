@@ -254,7 +254,7 @@ def scan(
 
 def blocks(name: str, x: Tensor, chosen: Launch | None = None) -> tuple[dict[str, int], dict[str, int]]:
     """(block sizes, warps and stages) of a kernel."""
-    row = chosen or launch(name, x.device, dtype=x.dtype)
+    row = chosen or launch(name, x.device, K=x.shape[-1], dtype=x.dtype)
     return dict(row.blocks), {"num_warps": row.warps, "num_stages": row.stages}
 
 

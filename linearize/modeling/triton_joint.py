@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launches import Launch, launch
+from .launches import Launch, launch, widths_of
 from .triton_common import (
     LOG2E,
     first_in_window,
@@ -161,7 +161,7 @@ def joint_forward(
     """The forward pass; q [B, T, H, K], k [B, T, G, K], v [B, T, G, V], maps [H, K, f] in the dtype of q, g and beta
     [H] fp32, teacher [B, T, H, V], lengths and stop [B]."""
     settings = settings or {}
-    setting = settings.get("joint_outputs") or launch("joint_outputs", q.device)
+    setting = settings.get("joint_outputs") or launch("joint_outputs", q.device, **widths_of(q, v, w_q))
     sums = joint_sums(k, w_k, v, state=state, stop=stop, final=final, setting=settings.get("joint_states"))
     batch, time, heads = q.shape[:3]
     tiles, transfer = triton.cdiv(time, BT), teacher is not None

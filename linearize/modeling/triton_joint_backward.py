@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launches import Launch, launch
+from .launches import Launch, launch, widths_of
 from .triton_common import (
     LOG2E,
     first_in_window,
@@ -180,7 +180,7 @@ class Gradients(NamedTuple):
 
 def map_gradient(x: Tensor, dx: Tensor) -> Tensor:
     """[H, K, f] fp32, the sum of x dx^T over tokens; x [B, T, G or H, K], dx [B, T, H, f]."""
-    setting = launch("joint_maps", x.device)
+    setting = launch("joint_maps", x.device, **widths_of(x, x, dx))
     batch, time, heads, half = dx.shape
     tiles = triton.cdiv(time, BT)
     run = max(1, min(tiles, triton.cdiv(batch * heads * tiles, 1056)))
@@ -241,20 +241,20 @@ def joint_backward(
         "BT": BT, "GROUP": heads // groups, "W": window or 0, "TERRACED": terraced,
         "HAS_BETA": beta is not None and bool(window),
     }  # fmt: skip
-    steps = (*strides(q), *strides(k), *strides(v), *strides(dy), time)
+    steps, wide = (*strides(q), *strides(k), *strides(v), *strides(dy), time), widths_of(q, v, w_q)
     b, sums = g if beta is None else beta, done.sums
     now = {"EVERY": sums.every, "HAS_BASE": sums.base_S is not None}
     then = {"EVERY": later.every, "HAS_BASE": later.base_S is not None}
     places = (later.S.shape[2], later.run, _runs(later))
     setting = settings.get("joint_queries") or launch(
-        f"joint_queries_{'full' if inputs else 'transfer'}", q.device
+        f"joint_queries_{'full' if inputs else 'transfer'}", q.device, **wide
     )
     joint_queries[(heads, tiles, batch)](
         q, k, v, dy, w_q, w_k, g, b, sums.S, sums.Z, *_base(sums, g), done.den, done.peak, e, dx_q, dq, c, best,
         *steps, sums.S.shape[2], sums.run, _runs(sums), scale, **shape, **now, MAPS=maps, INPUTS=inputs,
         **setting.options,
     )  # fmt: skip
-    setting = settings.get("joint_keys") or launch("joint_keys", q.device)
+    setting = settings.get("joint_keys") or launch("joint_keys", q.device, **wide)
     joint_keys[(heads, tiles, batch)](
         q, k, v, dy, w_q, w_k, b, later.S, later.Z, *_base(later, g), done.den, e, dx_k, *steps, *places,
         **shape, **then, num_warps=setting.warps, num_stages=setting.stages,
@@ -262,12 +262,12 @@ def joint_backward(
     on_inputs: tuple[Tensor | None, ...] = (None, None, None)
     if inputs:
         dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (k, v))
-        setting = settings.get("joint_values") or launch("joint_values", q.device)
+        setting = settings.get("joint_values") or launch("joint_values", q.device, **wide)
         joint_values[(groups, tiles, batch)](
             q, k, dy, w_q, w_k, g, b, later.S, _base(later, g)[0], done.den, done.peak, dv,
             *strides(q), *strides(k), *strides(dy), time, *places, scale, **shape, **then, **setting.options,
         )  # fmt: skip
-        setting = settings.get("joint_inputs") or launch("joint_inputs", q.device)
+        setting = settings.get("joint_inputs") or launch("joint_inputs", q.device, **wide)
         del shape["HAS_BETA"]
         joint_inputs[(groups, tiles, batch)](
             q, k, v, dy, w_k, g, done.den, done.peak, e, c, best, dx_k, dk, *steps, scale, **shape,

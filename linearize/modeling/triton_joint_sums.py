@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launches import Launch, launch
+from .launches import Launch, launch, widths_of
 from .triton_common import load_columns, load_matrix, load_rows, load_transposed, softmax_of
 
 BT = 64  # tokens of a tile: one warp group's rows of a matrix instruction
@@ -208,7 +208,7 @@ def joint_sums(
     x [B, T, G or H, K], w [H, K, f], val [B, T, G or H, V]; state (S [B, H, F, V], z [B, H, F]) comes before index 0;
     ``stop`` [B]: tokens from there on count for nothing.
     """
-    setting = setting or launch("joint_states", x.device)
+    setting = setting or launch("joint_states", x.device, **widths_of(x, val, w))
     batch, time, shape = x.shape[0], x.shape[1], widths(x, val, w)
     heads, half, dim = len(w), w.shape[-1], val.shape[-1]
     every = setting.blocks["EVERY"]

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launches import Launch, launch
+from .launches import Launch, launch, widths_of
 from .triton_selected_kept import LOG2E, MASKED, fitted, in_rows, rows_at, shape_of, strides_of
 
 LEAST = -87.33654475055310  # log of the smallest normal fp32 number: a share is never taken as nothing
@@ -126,7 +126,7 @@ def future_attention(
         lengths = torch.full((batch,), time, dtype=torch.long, device=q.device)
 
     def options(kernel: str) -> dict[str, Any]:
-        return fitted((settings or {}).get(kernel) or launch(kernel, q.device), q, shape["R"])
+        return fitted((settings or {}).get(kernel) or launch(kernel, q.device, **widths_of(q)), q, shape["R"])
 
     chosen = options("selected_row_sums")
     row_sums_kernel[(heads, triton.cdiv(time, chosen["queries"]), batch)](
@@ -147,7 +147,7 @@ def self_saliency(
     batch, time, heads = q.shape[:3]
     q, k = in_rows(q), in_rows(k)
     shape = _widths(q, k)
-    options = fitted(setting or launch("selected_saliency", q.device), q, shape["R"])
+    options = fitted(setting or launch("selected_saliency", q.device, **widths_of(q)), q, shape["R"])
     options["C"] = window
     rho = torch.empty(batch, time, heads, dtype=torch.float32, device=q.device)
     grid = (shape["G"] * triton.cdiv(shape["R"], options["heads"]), triton.cdiv(time, window), batch)

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launches import Launch, launch
+from .launches import Launch, launch, widths_of
 from .triton_selected import Sets
 from .triton_together import compiled_together
 
@@ -152,7 +152,7 @@ def kept_forward(
     batch, time, heads = q.shape[:3]
     q, k, v = (in_rows(x) for x in (q, k, v))
     shape = shape_of(q, k, v, C=chunk)
-    options = fitted(setting or launch("selected_kept_forward", q.device), q, shape["R"])
+    options = fitted(setting or launch("selected_kept_forward", q.device, **widths_of(q, v)), q, shape["R"])
     y = torch.empty(batch, time, heads, shape["V"], dtype=v.dtype, device=v.device)
     lse = torch.empty(batch, heads, time, dtype=torch.float32, device=q.device)
     n = sets.index.shape[3]

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .launches import Launch, launch
+from .launches import Launch, launch, widths_of
 from .triton_selected import Sets, greater_in, key_position, order_key, running_sets
 from .triton_selected_kept import (
     LOG2E,
@@ -316,7 +316,9 @@ def kept_backward(
     strides = strides_of(q=q, k=k, v=v)
 
     def options(kernel: str) -> dict[str, Any]:
-        return fitted((settings or {}).get(kernel) or launch(kernel, device), q, shape["R"])
+        return fitted(
+            (settings or {}).get(kernel) or launch(kernel, device, **widths_of(q, v)), q, shape["R"]
+        )
 
     delta = torch.empty_like(lse)
     stars, sums = (

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launches import Launch, launch
+from .launches import Launch, launch, widths_of
 from .triton_selected import Sets
 from .triton_selected_kept import (
     LOG2E,
@@ -168,7 +168,9 @@ def routed_forward(
     device, strides, features = q.device, strides_of(q=q, k=k, v=v), w_q.shape[2]
 
     def options(kernel: str, shared: int = 1) -> dict[str, Any]:
-        return fitted((settings or {}).get(kernel) or launch(kernel, device), q, shared)
+        return fitted(
+            (settings or {}).get(kernel) or launch(kernel, device, **widths_of(q, v, w_q)), q, shared
+        )
 
     y = torch.empty(batch, time, heads, shape["V"], dtype=v.dtype, device=device)
     linear = torch.empty_like(y)

@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .launches import launch
+from .launches import launch, widths_of
 from .triton_selected import Sets, running_sets
 from .triton_selected_kept import fitted, in_rows, rows_at, shape_of
 from .triton_selected_kept_backward import kept_backward
@@ -213,7 +213,7 @@ def routed_backward(
     terms: dict[str, Any] = dict(count=count, chunk=chunk, norm=norm)
 
     def options(kernel: str) -> dict[str, Any]:
-        return fitted(launch(kernel, device), q, 1)
+        return fitted(launch(kernel, device, **widths_of(q, v, w_q)), q, 1)
 
     def nothing(maps: int) -> tuple[Tensor, Tensor]:
         state = torch.zeros(batch, maps, shape["V"], 2 * features, **exact)

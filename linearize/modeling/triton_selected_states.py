@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launches import Launch, launch
+from .launches import Launch, launch, widths_of
 from .triton_selected import Sets
 from .triton_selected_kept import fitted, rows_at
 
@@ -241,7 +241,8 @@ def pieces(
     exact: dict[str, Any] = dict(dtype=torch.float32, device=device)
     lengths = lengths_of(x) if norm else carry[1]
     reverse = turns is None
-    options = fitted(setting or launch("selected_reverse" if reverse else "selected_states", device), x, 1)
+    kernel = "selected_reverse" if reverse else "selected_states"
+    options = fitted(setting or launch(kernel, device, **widths_of(x, values, w)), x, 1)
     if x.dtype == torch.float32:  # no matrix instructions: a program of few warps has far too few registers
         options["num_warps"] = 8
     constants: dict[str, Any] = dict(
