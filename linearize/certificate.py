@@ -39,7 +39,7 @@ logger = logging.getLogger(__name__)
 
 CERTIFICATE = "certificate.json"
 FORMAT = 1
-OF_TEXT = ("likelihood", "recall", "ablations", "suite")
+OF_TEXT = ("likelihood", "recall", "ablations", "suite", "continuation")
 """Sections that rest on the text measured on."""
 OF_TEACHER = (*OF_TEXT, "memory", "lm_eval", "speed")
 """Sections that stand beside a teacher; integrity gates are of the student alone."""

@@ -9,7 +9,17 @@ from .evaluate.gate import NOT_RUN, PASSED
 
 LEAST = 50
 """Fewest samples of a figure that may be reported."""
-SECTIONS = ("likelihood", "recall", "memory", "gates", "ablations", "suite", "lm_eval", "speed")
+SECTIONS = (
+    "likelihood",
+    "recall",
+    "memory",
+    "gates",
+    "ablations",
+    "suite",
+    "continuation",
+    "lm_eval",
+    "speed",
+)
 FAILED, NOT_FINITE, CHANGED = "failed: ", "not finite: ", "changed since measured: "
 """Begin reasons: integrity gates that failed, numbers that are none, files that are others by now."""
 COUNTS = ("samples", "sequences", "windows")

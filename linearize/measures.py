@@ -91,6 +91,21 @@ class Ablations(Section):
     per_layer: bool = True
 
 
+class Continuation(Section):
+    """Teacher and students write on after the same held-out prompts, greedily; without ``prompts`` it is not run.
+
+    ``prompt_tokens`` of text stand before up to ``tokens`` that are written. A usual count is 100 prompts.
+    """
+
+    prompts: Count = 0
+    prompt_tokens: Positive = 64
+    tokens: Annotated[int, BeforeValidator(read_whole), Field(ge=4)] = 512
+
+    @property
+    def wanted(self) -> bool:
+        return self.prompts > 0
+
+
 class LmEvalTasks(Section):
     """Tasks of lm-eval by name, its own or those of a local ``folder``; also ``zero-shot`` and ``mmlu``.
 
@@ -124,6 +139,7 @@ class Evaluate(Section):
     ablations: Ablations = Ablations()
     prompt: str | None = None
     suite: Suite = Suite()
+    continuation: Continuation = Continuation()
     lm_eval: LmEvalTasks = LmEvalTasks()
     length_gate: bool = False
     """Measure at 1, 2, 4 and 8 times data.seq_len too, and hold the student against the window control there."""

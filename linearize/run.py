@@ -8,7 +8,7 @@
   student/              the checkpoint: what is measured, and what may be published; certificate.json says what was
   control/<method>/     transfer/, finetune/ and student/ of each control that the recipe asks for
   timings.json          seconds per phase, over all the calls that it took
-  suite/                the recall suite's prompts and answers, where the recipe asks for it
+  suite/                the recall suite's answers and free continuations, where the recipe asks for them
   results.json table.md what was measured, with its origin; written last
   report.html report.md the same as a page, where matplotlib is installed
 """
@@ -244,7 +244,8 @@ def evaluate_checkpoint(
 
     ``overrides`` change it: ``data.held_out=[{kind: text, path: my.txt}]`` for other text, say. Without other text,
     what was held out in training is found again: other sources or lengths would move its border. ``method.field=value``
-    sets what no weight depends on (:func:`linearize.adjust`). The recall suite keeps its answers in ``suite_folder``.
+    sets what no weight depends on (:func:`linearize.adjust`). The recall suite and free continuations are kept in
+    ``suite_folder``.
     """
     given, folder = folder, checkpoint.fetch(folder)
     fields, overrides = method_words(overrides)

@@ -52,7 +52,7 @@ def make_run(
     tree = results.to_dict()
     if not bare:
         tree |= {"gates": _gates(note), "ablations": _ablations(note, layers), "suite": _suite(note, rng)}
-        tree |= {"lm_eval": _lm_eval(note)}
+        tree |= {"lm_eval": _lm_eval(note), "continuation": _continuation()}
     record = {
         "origin": {
             "date": "2026-11-25T20:57:19+00:00",
@@ -172,6 +172,21 @@ def _suite(note: str, rng: random.Random) -> dict[str, Any]:
                         | {"tokens": length - 2.5, "digest": "e" * 64, "hits": hits}
                     )
     return {"cells": cells, "notes": [note], "seed": 42, "haystack": {"name": note, "sha256": "f" * 64}}
+
+
+def _continuation() -> dict[str, Any]:
+    def row(name: str, ppl: float, repeated: float, **beside: Any) -> dict[str, Any]:
+        between = {"ppl": [ppl - 0.5, ppl + 0.5], "repeated": [repeated - 0.05, repeated + 0.05]}
+        made = {"model": name, "samples": 100, "tokens": 512.0, "ppl": ppl, "repeated": repeated}
+        return made | {"intervals": between, "divergence": None, "same": None} | beside
+
+    rows = [row(TEACHER, 2.0, 0.6)]
+    for name in [*MODELS][1:]:
+        made = row(name, 2.5, 0.7, divergence=[9.0, 31.0, 80.5], same=3)
+        made["intervals"] |= {"ppl_difference": [0.25, 0.75], "repeated_difference": [None, None]}
+        rows.append(made | {"intervals": made["intervals"] | {"divergence": [20.0, 44.0]}})
+    sizes = {"prompt_tokens": 64, "tokens": 512, "asked": 100, "digest": "a" * 64}
+    return {"rows": rows, "text": row("the text itself", 30.0, 0.02)} | sizes
 
 
 def _lm_eval(note: str) -> dict[str, Any]:

@@ -17,8 +17,9 @@ from linearize.card import card
 from linearize.cli import app
 from linearize.convert import describe
 from linearize.doubts import gates_after, reasons_of
-from linearize.evaluate import LmEval, Results, SuiteCell, SuiteResults
+from linearize.evaluate import Continuations, LmEval, Results, SuiteCell, SuiteResults
 from linearize.evaluate.ablations import Row
+from linearize.evaluate.continuation import Continued
 from linearize.evaluate.gates import Gate, Gates
 from linearize.evaluate.harness_rows import Score
 from linearize.files import sha256_of
@@ -71,7 +72,7 @@ def test_a_run_certifies_what_it_made(made, teacher):  # noqa: F811
     assert tree["measured"] == json.loads(json.dumps(made.results.to_dict())) and tree["quoted"] == {}
     assert set(tree["controls"].values()) == {"measured"}
     assert tree["measured"]["gates"]["status"] == "passed"
-    assert tree["not_run"] == ["suite", "lm_eval", "speed"]
+    assert tree["not_run"] == ["suite", "continuation", "lm_eval", "speed"]
     assert tree["status"] == "incomplete"
     assert [r for r in tree["reasons"] if not r.startswith(("not run: ", "too few: "))] == []
     assert "too few: 5 figures of recall rest on 2 samples" in tree["reasons"]
@@ -218,6 +219,7 @@ def whole(made) -> Results:
         gates=Gates("passed", [Gate("one function", "passed")]),
         ablations=replace(made.results.ablations, rows=rows),
         suite=SuiteResults([line, *deep], [], 0, {"name": "noise", "sha256": "x"}),
+        continuation=Continuations([], Continued("the text itself", 50, 64, 9, 0.1), 64, 64, 50, "x"),
         lm_eval=LmEval("1", [Score("piqa", "acc", "student", 0.7, 0.5, 0.9, 50)]),
     )
 

@@ -1,25 +1,34 @@
 """Integrity gates: they pass what is sound, and see each way in which a mixer can be broken, in the layer that is."""
 
+import copy
 import itertools
 import json
+import math
 import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import save_file
 from tiny import student, tiny
+from transformers.pytorch_utils import Conv1D
 from typer.testing import CliRunner
 
 from linearize import checkpoint
+from linearize.adapter import merge_adapters
 from linearize.cli import app
 from linearize.convert import convert
 from linearize.evaluate import gates, long_way, one_function, persistence
 from linearize.evaluate.gates import Gate, Gates, integrity
+from linearize.evaluate.merged import merged
 from linearize.evaluate.subject import TOLERANCES, Comparison, Seen, Subject
+from linearize.files import sha256_of
 from linearize.modeling.errors import EvaluationError
 from linearize.modeling.lolcats import LolcatsConfig
 from linearize.modeling.still import StillConfig
+from linearize.recipe import Recipe
 
 CONFIG = LolcatsConfig(window=4)
 
@@ -190,6 +199,63 @@ def test_code_is_ours_where_every_file_is_in_its_place_and_no_other_is_named(sav
     for spoil in (hidden, below, linked, elsewhere):
         assert spoilt(spoil), spoil
     assert not spoilt(as_the_hub_keeps_it)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])  # one of them keeps its weights transposed
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_adapters_are_in_the_weights_that_they_were_merged_into(family, dtype, tmp_path):
+    teacher = tiny(family, dtype=dtype)
+    model = convert(tiny(family, dtype=dtype), CONFIG, [0, 2])
+    kind = Conv1D if family == "gpt2" else torch.nn.Linear
+    targets = [
+        n for n, m in model.named_modules() if type(m) is kind and ".mixer." not in n and "head" not in n
+    ]
+    assert len(targets) > 3
+    wrapped = get_peft_model(
+        model, LoraConfig(r=2, lora_alpha=8, target_modules=targets, fan_in_fan_out=family == "gpt2")
+    )
+    lora = {name: p for name, p in model.named_parameters() if ".lora_" in name}
+    with torch.no_grad():
+        for p in lora.values():
+            p.normal_(0, 0.05)
+    (tmp_path / "student").mkdir()
+    stage, student = tmp_path / "finetune", tmp_path / "student"
+
+    def check(teacher=teacher):
+        return merged(Subject(model, None, 0), teacher, student)
+
+    unmerged = copy.deepcopy(model)
+    merge_adapters(model)
+    wrapped.unload()
+    assert check() == []  # no adapters are held
+    stage.mkdir()
+    save_file({name: p.detach().contiguous() for name, p in lora.items()}, stage / "weights.safetensors")
+    digest = sha256_of(stage / "weights.safetensors")
+    (stage / "done.json").write_text(json.dumps({"weights": digest, "settings": {"lora_targets": targets}}))
+    recipe = lambda alpha: Recipe.resolve(  # noqa: E731
+        "books-5m", None, ["finetune.lora.rank=2", f"finetune.lora.alpha={alpha}"]
+    ).to_yaml()
+    (student / "recipe.yaml").write_text(recipe(8))
+    (gate,) = check()
+    assert (gate.status, gate.bound) == ("passed", 0.1) and gate.difference < 0.01
+    assert gate.note.startswith(f"{len(targets)} projections")
+    assert check(None)[0].note == "the teacher is not at hand"
+    (student / "recipe.yaml").write_text(recipe(4))
+    (gate,) = check()
+    assert gate.status == "failed" and gate.where.removesuffix(".weight") in targets
+    (student / "recipe.yaml").write_text(recipe(8))
+    weight = model.get_submodule(targets[1]).weight
+    whole = weight.data
+    weight.data = unmerged.get_submodule(targets[1]).get_base_layer().weight.data  # one that was left out
+    (gate,) = check()
+    assert (gate.status, gate.where) == ("failed", f"{targets[1]}.weight") and gate.difference > 0.5
+    weight.data = whole
+    with torch.no_grad():
+        model.get_input_embeddings().weight[3, 2] += 0.5  # nobody trained it
+    (gate,) = check()
+    assert gate.status == "failed" and gate.difference == math.inf
+    (stage / "weights.safetensors").write_bytes(b"other")
+    assert (check()[0].status, check()[0].note[:11]) == ("not run", "the weights")
 
 
 def test_what_cannot_be_run_says_why(subject):

@@ -22,7 +22,8 @@ HOSTILE = (
 )
 VOID = {"meta", "br", "hr", "img", "input", "link"}
 ORDER = [
-    "summary", "loss", "layers", "fidelity", "recall", "costs", "ablations", "gates", "lm-eval", "provenance"
+    "summary", "loss", "layers", "fidelity", "recall", "costs", "ablations", "gates", "continuation", "lm-eval",
+    "provenance",
 ]  # fmt: skip
 
 
@@ -151,11 +152,11 @@ def test_the_numbers_are_those_of_the_record(hostile, tmp_path):
 def test_what_was_not_measured_is_said_not_to_have_run(bare):
     _, html, markdown = bare
     page = Page(html)
-    for section in ("loss", "layers", "costs", "ablations", "gates", "lm-eval"):
+    for section in ("loss", "layers", "costs", "ablations", "gates", "continuation", "lm-eval"):
         assert "Not run: " in page.texts[section], section
     assert "Not run: the recall suite by depth" in page.texts["recall"]
     assert (
-        "Not run: integrity gates, the recall suite by depth, ablations, lm-eval tasks, speed."
+        "Not run: integrity gates, the recall suite by depth, ablations, free continuation, lm-eval tasks, speed."
         in page.texts["summary"]
     )
     assert markdown.count("Not run: ") >= 8

@@ -109,6 +109,62 @@ def test_the_likeliest_choice_is_that_of_the_whole_distribution(batch_size):
     assert answers.rank(model, PROMPTS[:3], choices, batch_size=batch_size, vocab_size=90) == expected
 
 
+SERIES = (([], [1, 2, 3]), ([9], [1, 2, 4]), ([9, 9], [5]))
+
+
+@pytest.mark.parametrize(
+    ("best", "right"),
+    [
+        ([1, 2, 3, 0, 1, 2, 4, 0, 0, 5], [1, 1, 1]),  # what is said in the place of 9 does not count
+        ([5, 2, 4, 0, 5, 2, 4, 0, 0, 5], [1, 1, 1]),  # in any order
+        ([1, 2, 3, 0, 1, 2, 3, 0, 0, 5], [1, 0, 1]),  # but not again, and an error spoils nothing behind it
+        ([1, 2, 3, 0, 1, 2, 4, 0, 0, 1], [1, 1, 0]),
+        ([1, 5, 3, 0, 1, 2, 4, 0, 0, 5], [0, 1, 1]),  # nor half of one and half of another
+        ([1, 2, 3, 0, 1, 2], [1, 0, 0]),  # no room for more
+    ],
+)
+def test_of_several_answers_any_that_is_due_is_right(best, right):
+    assert answers.found_of(SERIES, best) == [bool(x) for x in right]
+
+
+class Chain(torch.nn.Module):
+    """Says after each token what it was told, whatever stands before."""
+
+    def __init__(self, after, size):
+        super().__init__()
+        self.table = torch.nn.Embedding.from_pretrained(torch.eye(size)[after])
+
+    def forward(self, input_ids, use_cache):
+        return type("Out", (), {"logits": self.table(input_ids)})
+
+
+def test_likelihood_of_several_answers_is_measured_beside_what_is_written(tokenizer, monkeypatch):
+    numbers = [tokenizer.encode(f" {text}", add_special_tokens=False) for text in ("alpha", "river", "stone")]
+    first = [ids[0] for ids in numbers]
+    assert len(set(first)) == 3
+    numbers = [[token] for token in first]
+    words = tuple(tokenizer.decode(ids).strip() for ids in numbers)
+    asked = [Question([7], words, series=(([], numbers[0]), ([8], numbers[1]), ([8], numbers[2])))] * 2
+    after = torch.zeros(len(tokenizer), dtype=torch.long)
+    after[7], after[8] = first[1], first[2]  # a due one, a due one, and the last
+    monkeypatch.setattr(answers, "generate", lambda *args, **kwargs: [numbers[0] + numbers[2], [3]])
+    monkeypatch.setattr(answers, "ends", lambda *args: [])
+    task = SUITE["vt"]
+    rows = answers.answer(Chain(after, len(tokenizer)), tokenizer, task, asked, batch_size=2)
+    assert [(row.likelihood, row.parts, row.contains) for row in rows] == [(True, 1, 2 / 3), (True, 1, 0)]
+    after[8] = first[1]  # said twice, and the last never
+    rows = answers.answer(Chain(after, len(tokenizer)), tokenizer, task, asked, batch_size=2)
+    assert [(row.likelihood, row.parts) for row in rows] == [(False, 2 / 3)] * 2
+    (line,) = suite._cells(task, 1024, [(None, question) for question in asked], {"teacher": rows})
+    assert (line.likelihood, line.gap, line.parts) == (0, 0, pytest.approx(2 / 3))
+    assert line.parts_gap == pytest.approx(100 * (2 / 3 - 1 / 3))
+    told = suite.notes(Suite(tasks=["vt"]), BOOK, [task], 2)
+    made = Results("a", ["teacher"], 0, {}, [], {}, suite=suite.SuiteResults([line], told, 42, {}))
+    again = Results.from_dict(json.loads(json.dumps(made.to_dict())))
+    assert "| 0 % (+0), each 67 % (+33) |" in markdown(again)
+    assert "Likelihood of several answers (VT)" in markdown(again)
+
+
 # The whole
 
 

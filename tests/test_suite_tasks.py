@@ -386,6 +386,34 @@ def test_frequent_words_follow_the_law(bundled, templates):
     assert all(re.fullmatch("[a-z]{6}", word) for word, _ in counts[1:])
 
 
+SERIES = {
+    "niah_multivalue": (" {}, {}, {}, and {}", lambda text, found: sorted(found, key=text.index)),
+    "niah_multiquery": (" {}, {}, {}, and {}", lambda _, found: found),
+    "vt": ("  {} {} {} {} {}", lambda _, found: found),
+    "cwe": (
+        " " + " ".join(f"{i}. {{}}" for i in range(1, 11)),
+        lambda text, found: sorted(
+            found, key=[w.strip(".") for w in text.split("\nCount these.")[1].split()].index
+        ),
+    ),
+    "fwe": (" {}, {}, and {}", lambda _, found: found),
+}
+
+
+@pytest.mark.parametrize("name", SERIES)
+def test_several_answers_are_forced_as_the_task_would_write_them(name, tokenizer, hay, templates):
+    form, order = SERIES[name]
+    question = one(name, tokenizer, 3000, hay)
+    text = text_of(tokenizer, question)
+    flat = [token for pair in question.series for ids in pair for token in ids]
+    said = form.format(*order(text, question.references))
+    assert tokenizer.decode(flat) == said
+    assert tokenizer.encode(text + said, add_special_tokens=False)[-len(flat) :] == flat
+    answers = [tokenizer.decode(ids).strip() for _, ids in question.series]
+    assert sorted(answers) == sorted(question.references)
+    assert question.answer is None
+
+
 # Pass keys, tables, copies
 
 

@@ -23,7 +23,8 @@ SuitePreset = Annotated[
     Preset | None, typer.Option(help="Run the recall suite, with 50, 100 or 500 prompts a task and length.")
 ]
 SuiteFolder = Annotated[
-    Path | None, typer.Option(help="Keep the suite's prompts and answers here, and go on from what is there.")
+    Path | None,
+    typer.Option(help="Keep the suite's answers and free continuations here, and go on from what is there."),
 ]
 
 
@@ -121,6 +122,13 @@ def bench_(
     dtype: Annotated[
         str, typer.Option(help="Of both models' weights: auto, float32, bfloat16 or float16.")
     ] = "auto",
+    energy: Annotated[
+        bool, typer.Option("--energy", help="Joules of a token too, of a GPU that tells its power.")
+    ] = False,
+    largest_batch: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Both models at their own largest batch of N tokens too; a GPU's."),
+    ] = None,
     seconds: Annotated[float | None, typer.Option(help="Points predicted to end later are not run.")] = None,
     force: Annotated[
         bool,
@@ -154,6 +162,8 @@ def bench_(
             output=output,
             force=force,
             seconds=seconds,
+            energy=energy,
+            largest_batch=largest_batch,
             told=lambda planned: typer.echo(estimate(planned), err=True),
             progress=watch,
         )

@@ -14,8 +14,9 @@ from ..data.overlap import Overlap
 from ..measures import Evaluate
 from ..modeling.errors import EvaluationError
 from ..progress import Progress, Watch
-from . import ablations, harness, likelihood, recall, suite
+from . import ablations, continuation, harness, likelihood, recall, suite
 from .ablations import Ablations, Stage
+from .continuation import Continuations
 from .gates import Gates, GatesFailed
 from .harness import LmEval
 from .length_gate import LengthRow
@@ -31,6 +32,7 @@ __all__ = [
     "Ablations",
     "Bucket",
     "Cell",
+    "Continuations",
     "Gates",
     "GatesFailed",
     "HeldOut",
@@ -89,6 +91,8 @@ class Results:
     """Of the first student; None where they were not run."""
     suite: SuiteResults | None = None
     """The recall suite, where the recipe asks for it."""
+    continuation: Continuations | None = None
+    """What the models write on freely, where the recipe asks for it."""
     speed: SpeedResults | None = None
     """Where `linearize bench` has timed the run's student."""
     overlap: dict[str, Overlap] = field(default_factory=dict)
@@ -125,6 +129,7 @@ class Results:
             gates=Gates.from_dict(tree["gates"]) if tree.get("gates") else None,
             ablations=Ablations.from_dict(tree["ablations"]) if tree.get("ablations") else None,
             suite=SuiteResults.from_dict(tree["suite"]) if tree.get("suite") else None,
+            continuation=Continuations.from_dict(tree["continuation"]) if tree.get("continuation") else None,
             speed=SpeedResults.from_dict(tree["speed"]) if tree.get("speed") else None,
             overlap={name: Overlap(**entry) for name, entry in tree.get("overlap", {}).items()},
             lm_eval=LmEval.from_dict(tree["lm_eval"]) if tree.get("lm_eval") else None,
@@ -147,8 +152,8 @@ def evaluate(
 ) -> Results:
     """Measures teacher and students on the corpus' held-out text and on recall prompts drawn with `seed`.
 
-    The recall suite, if the recipe asks for it, keeps its answers in `suite_folder`. `stages` are earlier states of the
-    first student, which ablations are measured beside.
+    The recall suite and what is written on freely, if asked for, are kept in `suite_folder`. `stages` are earlier
+    states of the first student, which ablations are measured beside.
     """
     models = {TEACHER: teacher, **students}
     check(teacher, tokenizer, corpus, config)
@@ -191,6 +196,10 @@ def evaluate(
             )
         ]
         suited = _suite(models, tokenizer, corpus, config, progress, suite_folder)
+        go_on = continuation.measure(
+            models, tokenizer, config.continuation, corpus.held_out,
+            batch_size=config.batch_size, seed=seed, folder=suite_folder, progress=progress,
+        )  # fmt: skip
         by_task = _lm_eval(models, tokenizer, config, seed, progress)
     switched = None
     if config.ablations.enabled:
@@ -208,6 +217,7 @@ def evaluate(
         overlap=corpus.overlaps() if isinstance(corpus, Corpus) else {},
         ablations=switched,
         suite=suited,
+        continuation=go_on,
         lm_eval=by_task,
     )
 
@@ -300,14 +310,16 @@ def _windows(corpus: HeldOut, length: int, sequences: int) -> tuple[Tensor, list
 def check(teacher: nn.Module, tokenizer: Any, corpus: HeldOut, config: Evaluate) -> None:
     """Raise now what `evaluate` could not measure later: nothing at all, or where context or text are too short."""
     texts, recall_cells = config.seq_lens, config.recall_tasks and config.recall_lens
-    if not (texts or recall_cells or config.suite.wanted or config.lm_eval.tasks or config.gates):
+    generated = config.suite.wanted or config.continuation.wanted
+    if not (texts or recall_cells or generated or config.lm_eval.tasks or config.gates):
         raise EvaluationError(
             "evaluate: nothing is to be measured: there are no seq_lens and no recall_tasks with recall_lens, and "
-            "neither the suite nor lm_eval nor gates are asked for; ask for one of them"
+            "neither the suite nor continuation nor lm_eval nor gates are asked for; ask for one of them"
         )
     _check_lengths(teacher, config)
     for length in config.seq_lens:
         corpus.held_out(length, 1)
+    continuation.check(config.continuation, corpus.held_out, _context(teacher))
     if config.lm_eval.tasks:
         harness.check(config.lm_eval.tasks, config.lm_eval.folder)
     text = corpus.held_out_tokens

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,8 @@ from ..progress import Watch
 from ..provenance import origin
 from ..recipe import Recipe, Teacher
 from ..teacher import load_teacher
-from . import speed
+from . import largest, speed
+from .energy import LEAD, SPAN
 from .likelihood import TEACHER
 from .speed import Planned, SpeedResults
 from .vocabulary import refuse_other_vocabulary
@@ -45,6 +46,8 @@ def bench(
     output: str | Path | None = None,
     force: bool = False,
     seconds: float | None = None,
+    energy: bool = False,
+    largest_batch: int | None = None,
     seed: int = 0,
     told: Callable[[list[Planned]], None] | None = None,
     progress: Watch | None = None,
@@ -52,13 +55,19 @@ def bench(
     """Time a saved student beside its teacher, which is the recipe's unless one is named.
 
     `told` hears the plan before the first timed call. The record goes to `output`, or beside `results.json` of the run
-    that the student is of. Raises EvaluationError where integrity gates of that run failed, unless `force`.
+    that the student is of. `energy` asks for joules of a token too, `largest_batch` for matched memory at so many
+    tokens (:mod:`.largest`). Raises EvaluationError where integrity gates of that run failed, unless `force`, and for
+    `largest_batch` without a GPU.
     """
     student = Path(student)
     run = student.parent if (student.parent / "results.json").is_file() else None
     file = Path(output) if output is not None else run / FILE if run else None
     _refuse_failed_gates(student, run, force)
     place = _device(device)
+    if largest_batch is not None and place == "cpu":
+        raise EvaluationError(
+            "largest-batch: needs a GPU; where a CPU's memory ends, the system ends programs"
+        )
     if dtype not in DTYPES:
         raise EvaluationError(f"dtype: {dtype!r} is unknown; choose from {', '.join(DTYPES)}")
     spec = _teacher(student, teacher).model_copy(update={"dtype": dtype})
@@ -70,14 +79,19 @@ def bench(
     models = {TEACHER: base, "student": model.eval().requires_grad_(False)}
     lengths = list(lengths or speed.grid(base, place))
     batches = list(batches or speed.BATCHES.get(place, (1,)))
-    planned = speed.plan(models, lengths, batches, parts=parts, force=force, seconds=seconds)
+    _refuse_length(largest_batch, base)
+    extra = LEAD + SPAN if energy and place == "cuda" else 0.0
+    planned = speed.plan(models, lengths, batches, parts=parts, force=force, seconds=seconds, extra=extra)
     if told is not None:
         told(planned)
     if all(point.not_run for point in planned):
         raise EvaluationError(
             f"bench: nothing can be timed ({planned[0].not_run}); give other lengths or batches"
         )
-    results = speed.measure(models, planned, seed=seed, progress=progress)
+    results = speed.measure(models, planned, seed=seed, energy=energy, progress=progress)
+    if largest_batch is not None:
+        full = largest.measure(models, largest_batch, speed.timed, seed=seed, progress=progress)
+        results = replace(results, matched_memory=full)
     record = {
         "origin": origin() | {"cuda": torch.version.cuda},
         "student": student.name if run is None else f"{run.name}/{student.name}",
@@ -127,6 +141,13 @@ def _device(device: str) -> str:
     if device == "cuda" and found == "cpu":
         raise EvaluationError("device: 'cuda', but torch finds no GPU here; use cpu or a CUDA build of torch")
     return found if device == "auto" else device
+
+
+def _refuse_length(length: int | None, teacher: Any) -> None:
+    limit = speed.context_of(teacher)
+    if length is not None and not speed.SHORTEST <= length <= (limit or length):
+        told = f" and at most the teacher's context of {limit}" if limit else ""
+        raise EvaluationError(f"largest-batch: {length} is impossible; give at least {speed.SHORTEST}{told}")
 
 
 def _teacher(student: Path, name: str | None) -> Teacher:

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 from ..modeling.errors import EvaluationError
 from . import Results
+from .continuation import Continuations
 from .likelihood import TEACHER
 from .suite import SuiteResults
 
@@ -52,6 +53,7 @@ def beside(parts: Mapping[str, Results]) -> Results:
         },
         windows=first.windows,
         suite=_suites(parts),
+        continuation=_continuations(parts),
         overlap=first.overlap,
     )
 
@@ -69,3 +71,15 @@ def _suites(parts: Mapping[str, Results]) -> SuiteResults | None:
         if cell.model == STUDENT
     ]
     return replace(first, cells=[*(cell for cell in first.cells if cell.model == TEACHER), *students])
+
+
+def _continuations(parts: Mapping[str, Results]) -> Continuations | None:
+    """What every student wrote on; None where a run has nothing, or other prompts or more room than the first."""
+    found = {name: part.continuation for name, part in parts.items() if part.continuation is not None}
+    first = next(iter(found.values()), None)
+    if first is None or len(found) < len(parts):
+        return None
+    if len({(made.digest, made.tokens) for made in found.values()}) > 1:
+        return None
+    rows = [replace(made.row(STUDENT), model=name) for name, made in found.items()]
+    return replace(first, rows=[first.row(TEACHER), *rows])

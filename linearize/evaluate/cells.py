@@ -18,7 +18,7 @@ from ..files import write_text
 from ..tasks.budget import Question
 from ..tasks.suite import SuiteTask, tokens_of
 
-SCORING = 1  # of the scorers; a change makes old files be measured again
+SCORING = 2  # of the scorers; a change makes old files be measured again
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,8 @@ class Answer:
     strict: bool
     likelihood: bool | None
     prefix: float | None
+    parts: float | None = None
+    """Of several answers, the share that is right by likelihood."""
 
 
 Asked = Sequence[tuple[float | None, Question]]
@@ -50,7 +52,11 @@ def digest(asked: Sequence[Question]) -> str:
 
 def prompt_digest(question: Question) -> str:
     """sha256 of the token ids as JSON."""
-    return hashlib.sha256(json.dumps(question.ids).encode()).hexdigest()
+    return digest_of_tokens(question.ids)
+
+
+def digest_of_tokens(ids: Sequence[int]) -> str:
+    return hashlib.sha256(json.dumps(list(ids)).encode()).hexdigest()
 
 
 def fingerprint(models: dict[str, Any]) -> str:

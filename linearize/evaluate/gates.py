@@ -8,6 +8,7 @@ constant state  bytes of every state at 2 W, 1K and further on; methods that gro
 finite          every layer's output and every logit up to eight times the training length
 reload          the folder, loaded by plain transformers in a clean process, gives the same bits
 start           in softmax mode the student is the plain model of the same weights, bit for bit
+merged adapters its weights are the teacher's with the adapters added, where its run still holds these
 
 ``subject.py`` has the tolerances, and how two runs are compared. A failed gate names the first layer whose attention
 output differs, the length and the difference.
@@ -23,6 +24,7 @@ from ..modeling.errors import EvaluationError
 from ..progress import Progress, Watch
 from .gate import FAILED, NOT_RUN, PASSED, Gate, Gates, GatesFailed, lacks_memory
 from .long_way import long_way
+from .merged import merged
 from .one_function import batch, causality, generate, one_function, padding
 from .persistence import reload, start
 from .subject import Subject
@@ -58,6 +60,7 @@ def integrity(
         "constant state": lambda: long_way(subject, train_len),
         "reload": lambda: [reload(subject, folder)],
         "start": lambda: [start(subject, teacher)],
+        "merged adapters": lambda: merged(subject, teacher, folder),
     }
     training, found = student.training, []
     student.eval()

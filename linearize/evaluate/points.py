@@ -31,11 +31,59 @@ class Point:
     state_bytes: int | None = None
     """What the whole batch keeps for its next token: states, and KV caches of layers that have them."""
     not_run: str | None = None
+    joules_per_token: float | None = None
+    """Of one token of one row, where energy was asked for."""
+    energy_not_run: str | None = None
+    """Why there is none, where it was."""
 
     @property
     def out_of_memory(self) -> bool:
         """Whether it did not fit, which is a result and not a gap."""
         return bool(self.not_run and self.not_run.startswith(OUT_OF_MEMORY))
+
+
+@dataclass(frozen=True)
+class Largest:
+    """One model: its largest batch, 0 where not even one row fits, and every batch that was tried."""
+
+    model: str
+    batch: int
+    tried: list[tuple[int, str | None]]
+    """Batch, and why it does not run; None where it does."""
+    points: list[Point]
+    """Both parts at that batch."""
+
+    @property
+    def refused(self) -> tuple[int, str] | None:
+        """The smallest batch that does not run, and why; None where the search ended before."""
+        return min(((batch, why) for batch, why in self.tried if why), default=None)
+
+    def rate(self, part: str) -> float | None:
+        """Tokens a second."""
+        return next((point.tokens_per_second for point in self.points if point.part == part), None)
+
+
+@dataclass(frozen=True)
+class MatchedMemory:
+    """Every model at its own largest batch, at one length."""
+
+    length: int
+    free_bytes: int | None
+    """Of the card beside both models' weights; None where torch does not say."""
+    models: list[Largest]
+
+    @classmethod
+    def from_dict(cls, tree: Mapping[str, Any]) -> "MatchedMemory":
+        models = [
+            Largest(
+                entry["model"],
+                entry["batch"],
+                [(batch, why) for batch, why in entry["tried"]],
+                [Point(**point) for point in entry["points"]],
+            )
+            for entry in tree["models"]
+        ]
+        return cls(tree["length"], tree["free_bytes"], models)
 
 
 @dataclass(frozen=True)
@@ -57,6 +105,8 @@ class SpeedResults:
     """Of the CPU; None on a GPU."""
     warmups: int = WARMUPS
     notes: list[str] = field(default_factory=list)
+    matched_memory: MatchedMemory | None = None
+    """Each model at its own largest batch, where that was asked for: another protocol than all the rest."""
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-safe; `from_dict` reads it back."""
@@ -67,7 +117,8 @@ class SpeedResults:
     def from_dict(cls, tree: Mapping[str, Any]) -> "SpeedResults":
         points = [Point(**point) for point in tree["points"]]
         crossovers = {int(batch): dict(found) for batch, found in tree.get("crossovers", {}).items()}
-        return cls(**{**tree, "points": points, "crossovers": crossovers})
+        full = MatchedMemory.from_dict(tree["matched_memory"]) if tree.get("matched_memory") else None
+        return cls(**{**tree, "points": points, "crossovers": crossovers, "matched_memory": full})
 
 
 def crossovers(points: Iterable[Point], batch: int, student: str) -> dict[str, int | None]:

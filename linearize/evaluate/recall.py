@@ -73,9 +73,15 @@ def digest(asked: Sequence[Prompt]) -> str:
     return sha256(json.dumps([[prompt.ids, prompt.answer] for prompt in asked]).encode()).hexdigest()
 
 
-@torch.no_grad()
 def score(model: nn.Module, asked: Sequence[Prompt], *, batch_size: int, vocab_size: int) -> list[bool]:
-    """Whether `model` answers each prompt; columns of its head from `vocab_size` on are padding.
+    """Whether `model` answers each prompt; columns of its head from `vocab_size` on are padding."""
+    found = forced(model, asked, batch_size=batch_size, vocab_size=vocab_size)
+    return [best == list(prompt.answer) for best, prompt in zip(found, asked, strict=True)]
+
+
+@torch.no_grad()
+def forced(model: nn.Module, asked: Sequence[Prompt], *, batch_size: int, vocab_size: int) -> list[list[int]]:
+    """The arg-max in the place of each answer token, with all before it as in the answer.
 
     Shorter rows are padded on the right, which a causal model cannot see.
     """
@@ -83,7 +89,7 @@ def score(model: nn.Module, asked: Sequence[Prompt], *, batch_size: int, vocab_s
     order = sorted(range(len(asked)), key=lambda index: _tokens(asked[index]))
     longest = _tokens(asked[order[-1]]) if order else 0
     step = rows_per_call(batch_size, longest, vocab_size)
-    answered = [False] * len(asked)
+    found: list[list[int]] = [[] for _ in asked]
     for start in range(0, len(order), step):
         batch = [asked[index] for index in order[start : start + step]]
         width = max(map(_tokens, batch))
@@ -92,8 +98,8 @@ def score(model: nn.Module, asked: Sequence[Prompt], *, batch_size: int, vocab_s
         best = last_logits(model, ids, width - first)[..., :vocab_size].argmax(-1)  # [rows, width - first]
         for row, (index, prompt) in enumerate(zip(order[start : start + step], batch, strict=True)):
             at = len(prompt.ids) - 1 - first
-            answered[index] = best[row, at : at + len(prompt.answer)].tolist() == list(prompt.answer)
-    return answered
+            found[index] = best[row, at : at + len(prompt.answer)].tolist()
+    return found
 
 
 def measure(

@@ -19,11 +19,22 @@ import torch
 from torch import nn
 
 from ..progress import Progress, Watch
+from .energy import NoReading, per_token
 from .likelihood import TEACHER
 from .points import OUT_OF_MEMORY, PARTS, RUNS, WARMUPS, Point, SpeedResults, crossovers, up_to
 from .speed_plan import BATCHES, LONGEST, SHORTEST, Planned, context_of, grid, plan
 from .statistics import quartiles
-from .timing import best_softmax, decode, device_of, in_eval_mode, kept_bytes, prefill, start_counting, tidy
+from .timing import (
+    best_softmax,
+    decode,
+    device_of,
+    in_eval_mode,
+    kept_bytes,
+    prefill,
+    random_ids,
+    start_counting,
+    tidy,
+)
 
 __all__ = [
     "BATCHES",
@@ -43,6 +54,7 @@ __all__ = [
     "kept_bytes",
     "measure",
     "plan",
+    "timed",
 ]
 
 
@@ -53,9 +65,13 @@ def measure(
     *,
     runs: int = RUNS,
     seed: int = 0,
+    energy: bool = False,
     progress: Watch | None = None,
 ) -> SpeedResults:
-    """Time the plan's points in their order; the first student is the one that crossovers are of."""
+    """Time the plan's points in their order, with joules of a token if `energy`.
+
+    The first student is the one that crossovers are of.
+    """
     teacher = models[TEACHER]
     total = sum(point.seconds for point in planned if point.not_run is None)
     done, points = 0.0, []
@@ -63,7 +79,7 @@ def measure(
         for at in planned:
             point = Point(at.part, at.model, at.length, at.batch, not_run=at.not_run)
             if at.not_run is None:
-                point = _measured(models[at.model], point, runs, seed)
+                point = timed(models[at.model], point, runs, seed, energy)
                 done += at.seconds
             points.append(point)
             if progress is not None and total:
@@ -86,15 +102,18 @@ def measure(
     )
 
 
-def _measured(model: Any, point: Point, runs: int, seed: int) -> Point:
-    device = device_of(model)
-    generator = torch.Generator().manual_seed(seed)
-    rows = model.get_input_embeddings().weight.shape[0]
-    ids = torch.randint(3, rows, (point.batch, point.length), generator=generator).to(device)
+@torch.no_grad()
+def timed(model: Any, point: Point, runs: int, seed: int, energy: bool = False) -> Point:
+    """A point with its times, or why there are none."""
+    device, joules, no_energy = device_of(model), None, None
+    ids = random_ids(model, point.batch, point.length, seed)
     weights = sum(p.numel() * p.element_size() for p in {*model.parameters(), *model.buffers()})
     before = start_counting(device)
     try:
         made = prefill(model, ids, runs) if point.part == "prefill" else decode(model, ids, runs)
+        most = None if before is None else torch.cuda.max_memory_allocated(device) - before + weights
+        if energy:
+            joules, no_energy = _energy(point.part, model, ids)
     except torch.OutOfMemoryError:
         return replace(point, not_run=OUT_OF_MEMORY)
     except RuntimeError as error:
@@ -116,9 +135,19 @@ def _measured(model: Any, point: Point, runs: int, seed: int) -> Point:
         high=1000 * high,
         runs=len(spent),
         tokens_per_second=tokens / middle,
-        peak_bytes=None if before is None else torch.cuda.max_memory_allocated(device) - before + weights,
+        peak_bytes=most,
         state_bytes=kept,
+        joules_per_token=joules,
+        energy_not_run=no_energy,
     )
+
+
+def _energy(part: str, model: Any, ids: torch.Tensor) -> tuple[float | None, str | None]:
+    """Joules of a token, or why there are none."""
+    try:
+        return per_token(part, model, ids), None
+    except NoReading as error:
+        return None, str(error)
 
 
 def _cpu() -> str:

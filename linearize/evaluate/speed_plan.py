@@ -58,11 +58,13 @@ def plan(
     force: bool = False,
     seconds: float | None = None,
     free: int | None = None,
+    extra: float = 0.0,
 ) -> list[Planned]:
     """Every point with what it should take, from the models' geometry and one short timing of each.
 
     `free` are the bytes to be had (None: asked of the device). A point predicted not to fit is not run unless `force`,
-    and neither is one that would end after `seconds`. Raises EvaluationError for an impossible grid.
+    and neither is one that would end after `seconds`. `extra` seconds are added to each. Raises EvaluationError for an
+    impossible grid.
     """
     _check(models, lengths, batches, parts)
     sizes = memory(models[TEACHER], {name: model for name, model in models.items() if name != TEACHER})
@@ -76,7 +78,7 @@ def plan(
     planned, total = [], 0.0
     for length, batch, part, (name, model) in _points(lengths, batches, parts, models):
         needed = sizes[name].bytes_at(length) * batch + _working_bytes(model, length, batch)
-        spent = _seconds(paces[name], sizes[name], part, length, batch)
+        spent = _seconds(paces[name], sizes[name], part, length, batch) + extra
         reason = _why_not(name, model, length)
         if reason is None and needed > ROOM * free and not force:
             reason = f"{OUT_OF_MEMORY} predicted: {_gib(needed)} of {_gib(free)} that are free"

@@ -5,7 +5,7 @@ was asked for. Where the teacher fails, a cell says nothing of its students: it 
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from ..progress import Progress, Watch
 from ..tasks.budget import Haystack, Question, noise
 from ..tasks.form import Form, chat
 from ..tasks.suite import COUNTS, REPORTABLE, SUITE, SuiteTask, questions, tokens_of
-from . import answers, cells, recall
+from . import answers, cells
 from .cells import Answer
 from .statistics import Interval, bootstrap, wilson
 
@@ -49,7 +49,10 @@ class SuiteCell:
     strict: float
     """Share of answers whose first strings of the answer's kind are right: nothing gained by writing many."""
     likelihood: float | None
-    """Share right by likelihood: every token the arg-max under teacher forcing, or the likeliest choice."""
+    """Share wholly right by likelihood: every token the arg-max under teacher forcing, or the likeliest choice.
+
+    Several answers are forced one after another: see :func:`answers.found_of`.
+    """
     gap: float | None
     """Points by which likelihood exceeds the share that is wholly right when generated."""
     gated: bool
@@ -63,6 +66,10 @@ class SuiteCell:
     difference: float | None = None
     """Score minus the teacher's, over all depths, and its paired bootstrap interval."""
     difference_interval: Interval | None = None
+    parts: float | None = None
+    """Of several answers, the mean share that is right by likelihood, beside `score`; None where there is one."""
+    parts_gap: float | None = None
+    """Points by which it exceeds the score."""
 
     @property
     def reportable(self) -> bool:
@@ -220,7 +227,7 @@ def measure(
         if given is None:
             given = {}
             for name, model in models.items():
-                given[name] = answer(
+                given[name] = answers.answer(
                     model, tokenizer, task, [question for _, question in asked],
                     batch_size=batch_size, heard=meter.hear,
                 )  # fmt: skip
@@ -241,36 +248,6 @@ def measure(
     )
 
 
-def answer(
-    model: Any,
-    tokenizer: Any,
-    task: SuiteTask,
-    asked: Sequence[Question],
-    *,
-    batch_size: int,
-    heard: Callable[[int], None] | None = None,
-) -> list[Answer]:
-    """What one model answers, with its scores: generated, and by likelihood where there is one right continuation."""
-    vocab = len(tokenizer)
-    prompts = [question.ids for question in asked]
-    how: Any = {"batch_size": batch_size, "vocab_size": vocab}
-    ends = answers.ends(model, tokenizer)
-    written = answers.generate(model, prompts, task.max_new_tokens, end=ends, heard=heard, **how)
-    likely: list[bool | None] = [None] * len(asked)
-    if all(question.choices for question in asked):
-        best = answers.rank(model, prompts, [question.choices for question in asked], **how)
-        likely = [index == question.right for index, question in zip(best, asked, strict=True)]
-    elif all(question.answer is not None for question in asked):
-        forced = [recall.Prompt(question.ids, question.answer or [], 0.0) for question in asked]
-        likely = list(recall.score(model, forced, **how))
-    out = []
-    for question, ids, right in zip(asked, written, likely, strict=True):
-        text = tokenizer.decode(ids, skip_special_tokens=True)
-        score = task.score(question, text, ids)
-        out.append(Answer(text, score.value, score.contains, score.strict, right, score.prefix))
-    return out
-
-
 def notes(config: Suite, haystack: Haystack, tasks: Sequence[SuiteTask], samples: int) -> list[str]:
     """The rules that a reader of the figures has to know."""
     form = "raw text, no chat template"
@@ -284,6 +261,13 @@ def notes(config: Suite, haystack: Haystack, tasks: Sequence[SuiteTask], samples
         "Keys and words are drawn from linearize's own lists, not from wonderwords.",
         "Likelihood: every answer token the arg-max under teacher forcing; of QA, the likeliest of the six places.",
     ]
+    if several := [task.label for task in tasks if task.several and task.metric == "contains"]:
+        told.append(
+            f"Likelihood of several answers ({', '.join(several)}): they are forced one after another (MQ in the order "
+            "asked, MV and CWE of first appearance, VT of the chain, FWE of frequency), with the commas or numbers "
+            "between them given; an answer is right where every arg-max goes on with any answer still due, so that "
+            "order does not count. Each: share of answers; the figure before it: all of them right."
+        )
     if any(task.name == "cwe" for task in tasks):
         told.append("CWE: a solved list stands in front, which lm-eval leaves out.")
     return told
@@ -339,8 +323,10 @@ def _cell_of(
     hits = "".join(str(int(score == 1)) for score in scores)
     known = [row.likelihood for row in rows if row.likelihood is not None]
     likelihood = sum(known) / len(known) if known else None
+    shares = [row.parts for row in rows if row.parts is not None]
+    parts, score = (sum(shares) / len(shares) if shares else None), sum(scores) / len(rows)
     return SuiteCell(
-        task.name, task.label, length, depth, model, len(rows), sum(scores) / len(rows), *_interval(task, scores),
+        task.name, task.label, length, depth, model, len(rows), score, *_interval(task, scores),
         correct=hits.count("1"),
         strict=sum(row.strict for row in rows) / len(rows),
         likelihood=likelihood,
@@ -349,6 +335,8 @@ def _cell_of(
         tokens=sum(tokens_of(task, question) for question in asked) / len(rows),
         digest=cells.digest(asked),
         hits=hits,
+        parts=parts,
+        parts_gap=None if parts is None else 100 * (parts - score),
     )  # fmt: skip
 
 

@@ -76,6 +76,13 @@ def decode(model: Any, ids: torch.Tensor, runs: int) -> tuple[list[float], int]:
     return spent, kept_bytes(cache)
 
 
+def random_ids(model: Any, batch: int, length: int, seed: int) -> torch.Tensor:
+    """[batch, length] on the model's device."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = model.get_input_embeddings().weight.shape[0]
+    return torch.randint(3, rows, (batch, length), generator=generator).to(device_of(model))
+
+
 def read_prompt(model: Any, ids: torch.Tensor) -> Any:
     # Without this every row would have [T, vocabulary] logits, which no reader of a prompt wants.
     return model(input_ids=ids, use_cache=True, logits_to_keep=1)

@@ -1,10 +1,13 @@
-"""The sections on ablations, integrity gates and lm-eval tasks."""
+"""The sections on ablations, integrity gates, free continuation and lm-eval tasks."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
+from ..evaluate.continuation import TEXT
 from . import plots, words
 from .blocks import Block, Figure, Figures, Section, Words, missing
+from .continuation import TITLE, table
 from .names import label, of
 from .plots import Dot
 from .record import Run
@@ -98,6 +101,20 @@ def gates(runs: Sequence[Run]) -> Section:
         note = f"All together: {found['status']}. One that was not run makes the whole incomplete."
         blocks.append(Table(of(run, runs, "Integrity gates"), note, header, rows))
     return Section("gates", "Gates", blocks or [missing("integrity gates", "linearize eval --gates")])
+
+
+def written_on(runs: Sequence[Run]) -> Section:
+    blocks: list[Block] = []
+    for run in runs:
+        if run.continuation is None:
+            if len(runs) > 1:
+                blocks.append(missing(f"free continuation of {run.name}"))
+            continue
+        made = table(run.continuation)
+        named = [[row[0] if row[0] == TEXT else label(run, runs, row[0]), *row[1:]] for row in made.rows]
+        blocks.append(replace(made, title=of(run, runs, made.title), rows=named))
+    command = "evaluate.continuation.prompts=100"
+    return Section("continuation", TITLE, blocks or [missing("free continuation", command)])
 
 
 def lm_eval(runs: Sequence[Run]) -> Section:

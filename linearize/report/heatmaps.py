@@ -172,8 +172,8 @@ def _suite_table(run: Run, suite: Mapping[str, Any], head: str) -> Table:
                 cell["model"],
                 between + (" (teacher below gate)" if cell.get("gated") else ""),
                 _share(cell, "strict"),
-                _share(cell, "likelihood"),
-                "" if cell.get("gap") is None else f"{cell['gap']:+.0f}",
+                _with_each(_share(cell, "likelihood"), _share(cell, "parts")),
+                _with_each(_points(cell, "gap"), _points(cell, "parts_gap")),
                 str(cell["samples"]),
                 f"{cell['tokens']:,.0f}" if cell.get("tokens") is not None else "",
             ]
@@ -181,7 +181,8 @@ def _suite_table(run: Run, suite: Mapping[str, Any], head: str) -> Table:
     hay = suite.get("haystack") or {}
     note = f"Seed {suite.get('seed')}; haystack {hay.get('name') or 'not named'}"
     note += f", sha256 {hay['sha256']}." if hay.get("sha256") else "."
-    note += " Strict: the first string of the answer's type is the answer. Gap: likelihood minus generation, points."
+    note += " Strict: the first string of the answer's type is the answer. Gap: likelihood minus generation, points. "
+    note += "Of several answers: all of them right, then each."
     header = ["task", "length", "depth", "model", "score", "strict", "likelihood", "gap", "prompts", "tokens"]
     return Table(f"{head}Recall suite", note, header, rows)
 
@@ -193,6 +194,14 @@ def _left_out(suite: Mapping[str, Any], head: str) -> Table:
         for entry in suite["not_run"]
     ]
     return Table(f"{head}Recall suite, not run", "Nothing is said of these.", ["task", "length", "why"], rows)
+
+
+def _with_each(whole: str, each: str) -> str:
+    return f"{whole}, each {each}" if each else whole
+
+
+def _points(cell: Mapping[str, Any], key: str) -> str:
+    return "" if cell.get(key) is None else f"{cell[key]:+.0f}"
 
 
 def _share(cell: Mapping[str, Any], key: str) -> str:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ..evaluate import TEACHER, Results
+from ..evaluate import TEACHER, Continuations, Results
 from ..evaluate.speed import SpeedResults
 from ..files import sha256_of
 from ..modeling.errors import EvaluationError
@@ -52,6 +52,12 @@ class Run:
     def section(self, name: str) -> Any:
         """An optional part of the results, None where it was not run."""
         return self.record["results"].get(name) or None
+
+    @property
+    def continuation(self) -> Continuations | None:
+        """What the models wrote on freely, None where it was not run."""
+        found = self.section("continuation")
+        return Continuations.from_dict(found) if found else None
 
     @property
     def recipe(self) -> Mapping[str, Any]:

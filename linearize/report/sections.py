@@ -12,7 +12,7 @@ from ..evaluate.speed import Point
 from ..words import bytes_text
 from . import plots, words
 from .blocks import Block, Code, Figure, Figures, Points, Section, Words, missing
-from .checks import ablations, gates, lm_eval
+from .checks import ablations, gates, lm_eval, written_on
 from .costs import milliseconds
 from .heatmaps import recall_section
 from .names import colours, merged, of
@@ -40,6 +40,7 @@ def sections(runs: Sequence[Run]) -> list[Section]:
         costs(runs, series),
         ablations(runs, series),
         gates(runs),
+        written_on(runs),
         lm_eval(runs),
         _provenance(runs),
     ]

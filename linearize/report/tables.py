@@ -5,27 +5,18 @@
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from ..evaluate import TEACHER, Cell, Results, SuiteCell
 from ..evaluate.likelihood import difference
 from ..evaluate.recall import GATE
-from ..evaluate.statistics import Interval, mcnemar, wilson
+from ..evaluate.statistics import mcnemar, wilson
 from ..tasks.suite import SUITE
 from ..words import bytes_text
+from .continuation import continuation
+from .table import Table, bracketed
 
 MEMORY_LENS = (1024, 8192, 32768)
-
-
-@dataclass(frozen=True)
-class Table:
-    """A title, one line on how it was measured, the names of the columns, and the cells row by row."""
-
-    title: str
-    note: str
-    header: list[str]
-    rows: list[list[str]]
 
 
 def tables(
@@ -36,6 +27,7 @@ def tables(
     made += [
         suite(results),
         suite_not_run(results),
+        continuation(results),
         lm_eval(results),
         comparison(results),
         ablations(results),
@@ -69,10 +61,10 @@ def fidelity(results: Results) -> Table:
                 [
                     f"{length:,}",
                     name,
-                    f"{measured.ppl:.2f} {_between(inner['ppl'], '.2f')}",
-                    "" if own else _between(inner["ppl_difference"], "+.2f"),
-                    "0" if own else f"{measured.kl:.3f} {_between(inner['kl'], '.3f')}",
-                    "1" if own else f"{measured.top1:.3f} {_between(inner['top1'], '.3f')}",
+                    f"{measured.ppl:.2f} {bracketed(inner['ppl'], '.2f')}",
+                    "" if own else bracketed(inner["ppl_difference"], "+.2f"),
+                    "0" if own else f"{measured.kl:.3f} {bracketed(inner['kl'], '.3f')}",
+                    "1" if own else f"{measured.top1:.3f} {bracketed(inner['top1'], '.3f')}",
                     f"{measured.sequences} x {length:,}",
                 ]
             )
@@ -124,10 +116,10 @@ def by_source(results: Results) -> Table:
     for length, by_model in results.likelihood.items():
         for name, measured in by_model.items():
             for text in measured.sources if len(measured.sources) > 1 else ():
-                told = [f"{text.ppl:.2f} {_between(text.intervals['ppl'], '.2f')}", "0", "1"]
+                told = [f"{text.ppl:.2f} {bracketed(text.intervals['ppl'], '.2f')}", "0", "1"]
                 if name != TEACHER:
-                    told[1] = f"{text.kl:.3f} {_between(text.intervals['kl'], '.3f')}"
-                    told[2] = f"{text.top1:.3f} {_between(text.intervals['top1'], '.3f')}"
+                    told[1] = f"{text.kl:.3f} {bracketed(text.intervals['kl'], '.3f')}"
+                    told[2] = f"{text.top1:.3f} {bracketed(text.intervals['top1'], '.3f')}"
                 rows.append([f"{length:,}", text.name, name, *told, f"{text.sequences} x {length:,}"])
     header = ["length", "text", "model", "perplexity", "KL", "top-1", "tokens"]
     return Table("Fidelity by text", "Each held-out text by itself [95 % bootstrap].", header, rows)
@@ -180,7 +172,7 @@ def recall(results: Results) -> Table:
     counts: dict[tuple[str, int], int] = {}
     for cell in results.recall:
         key = (cell.task, cell.length)
-        between = _between((100 * cell.low, 100 * cell.high), ".0f")
+        between = bracketed((100 * cell.low, 100 * cell.high), ".0f")
         cells.setdefault(key, {})[cell.model] = f"{100 * cell.share:.0f} % {between}"
         counts[key] = cell.samples
     rows = [
@@ -246,11 +238,11 @@ def suite_not_run(results: Results) -> Table:
 
 
 def _score(cell: SuiteCell) -> str:
-    told = f"{100 * cell.score:.0f} % {_between((100 * cell.low, 100 * cell.high), '.0f')}"
+    told = f"{100 * cell.score:.0f} % {bracketed((100 * cell.low, 100 * cell.high), '.0f')}"
     if SUITE[cell.task].several:
         low, high = wilson(cell.correct, cell.samples)
         told += (
-            f", whole {100 * cell.correct / cell.samples:.0f} % {_between((100 * low, 100 * high), '.0f')}"
+            f", whole {100 * cell.correct / cell.samples:.0f} % {bracketed((100 * low, 100 * high), '.0f')}"
         )
     return told + (f", strict {100 * cell.strict:.0f} %" if abs(cell.strict - cell.score) > 1e-9 else "")
 
@@ -259,13 +251,16 @@ def _apart(cell: SuiteCell) -> str:
     if cell.difference is None or cell.difference_interval is None:
         return ""
     low, high = cell.difference_interval
-    return f"{100 * cell.difference:+.0f} {_between((100 * low, 100 * high), '+.0f')}"
+    return f"{100 * cell.difference:+.0f} {bracketed((100 * low, 100 * high), '+.0f')}"
 
 
 def _likely(cell: SuiteCell) -> str:
     if cell.likelihood is None or cell.gap is None:
         return ""
-    return f"{100 * cell.likelihood:.0f} % ({cell.gap:+.0f})"
+    told = f"{100 * cell.likelihood:.0f} % ({cell.gap:+.0f})"
+    if cell.parts is None or cell.parts_gap is None:
+        return told
+    return f"{told}, each {100 * cell.parts:.0f} % ({cell.parts_gap:+.0f})"
 
 
 def comparison(results: Results) -> Table:
@@ -275,7 +270,7 @@ def comparison(results: Results) -> Table:
     for other in others:
         for length, by_model in results.likelihood.items():
             value, interval = difference(by_model[first], by_model[other], seed=results.seed)
-            told = f"{value:+.3f} {_between(interval, '+.3f')}"
+            told = f"{value:+.3f} {bracketed(interval, '+.3f')}"
             rows.append(["KL", f"{length:,}", other, told, f"{by_model[first].sequences} windows"])
         rows += [_recall_row(results, first, cell) for cell in results.recall if cell.model == other]
     note = (
@@ -304,7 +299,7 @@ def length_gate(results: Results) -> Table:
     for row in results.length_gate or []:
         told = ""
         if row.difference is not None:
-            told = f"{row.difference:+.3f} {_between(row.interval or (math.nan, math.nan), '+.3f')}"
+            told = f"{row.difference:+.3f} {bracketed(row.interval or (math.nan, math.nan), '+.3f')}"
         rows.append(
             [
                 f"{row.length:,} ({row.factor}x)",
@@ -366,8 +361,8 @@ def ablations(results: Results) -> Table:
             [
                 row.name,
                 f"{row.length:,}",
-                f"{row.kl:.3f} {_between(row.kl_interval, '.3f')}",
-                f"{row.kl_difference:+.3f} {_between(row.difference_interval, '+.3f')}",
+                f"{row.kl:.3f} {bracketed(row.kl_interval, '.3f')}",
+                f"{row.kl_difference:+.3f} {bracketed(row.difference_interval, '+.3f')}",
                 f"{row.ppl:.2f}",
                 str(row.windows),
             ]
@@ -390,10 +385,3 @@ def gates(results: Results) -> Table:
 
 def _thousands(length: int) -> str:
     return f"{length // 1024}K" if length % 1024 == 0 else f"{length:,}"
-
-
-def _between(interval: Interval, form: str) -> str:
-    low, high = interval
-    if math.isnan(low):
-        return "[not known]"
-    return f"[{low:{form}}, {high:{form}}]"

@@ -9,8 +9,10 @@ import torch
 
 from ..evaluate import TEACHER
 from ..evaluate.likelihood import difference
+from ..evaluate.speed import SpeedResults
 from ..evaluate.statistics import bootstrap, wilson
 from ..words import bytes_text
+from .continuation import sentences
 from .record import Run
 from .tables import GATE
 
@@ -22,6 +24,7 @@ OPTIONAL = {
     "gates": "integrity gates",
     "suite": "the recall suite by depth",
     "ablations": "ablations",
+    "continuation": "free continuation",
     "lm_eval": "lm-eval tasks",
 }
 
@@ -31,7 +34,7 @@ def summary(run: Run) -> list[str]:
     beside = with_control(run)
     used, lines = (
         linear_branch(beside),
-        [converted(run), *fidelity(run), *recall(run), *gaps(run), *memory(run)],
+        [converted(run), *fidelity(run), *recall(run), *gaps(run), *written_on(run), *memory(run)],
     )
     lines += [*speed(run), *gates(run)]
     if used:
@@ -146,8 +149,8 @@ def gaps(run: Run) -> Iterator[str]:
     wide = [c for c in ours if _comes_apart(c)]
     if not wide:
         yield (
-            f"In all {len(ours)} lines of the suite that have one answer and that the teacher masters, the student's "
-            f"share by likelihood is within {LARGE_GAP} points of what it writes, or within its interval."
+            f"In all {len(ours)} lines of the suite that the teacher masters, the student's share wholly right "
+            f"by likelihood is within {LARGE_GAP} points of what it writes, or within its interval."
         )
         return
     widest = max(wide, key=lambda c: abs(c["gap"]))
@@ -169,6 +172,11 @@ def _comes_apart(cell: Mapping[str, Any]) -> bool:
     """Whether the gap is large, and more than the count of prompts explains."""
     low, high = wilson(cell["correct"], cell["samples"])
     return abs(cell["gap"]) >= LARGE_GAP and not low <= cell["likelihood"] <= high
+
+
+def written_on(run: Run) -> Iterator[str]:
+    """What the student writes on freely, beside the teacher."""
+    yield from sentences(run.continuation, run.students[0] if run.students else None)
 
 
 def memory(run: Run) -> Iterator[str]:
@@ -201,6 +209,25 @@ def speed(run: Run) -> Iterator[str]:
         for part in ("prefill", "decode", "memory")
     ]
     yield f"Where it is ahead of the teacher, at batch {batch} on {run.speed.device}: {', '.join(ahead)}."
+    yield from full_card(run.speed)
+
+
+def full_card(speed: SpeedResults) -> Iterator[str]:
+    """Both models at their own largest batch: a protocol, and so a sentence, of its own."""
+    found = {entry.model: entry for entry in speed.matched_memory.models} if speed.matched_memory else {}
+    ours, theirs = found.get("student"), found.get(TEACHER)
+    if speed.matched_memory is None or ours is None or theirs is None:
+        return
+    rates = ours.rate("decode"), theirs.rate("decode")
+    more = (
+        f", which decodes {rates[0] / rates[1]:.2f} times its tokens a second"
+        if rates[0] and rates[1]
+        else ""
+    )
+    yield (
+        f"By another protocol, matched memory on {speed.device}: at {speed.matched_memory.length:,} tokens the card "
+        f"holds {ours.batch:,} rows of the student and {theirs.batch:,} of the teacher{more}."
+    )
 
 
 def gates(run: Run) -> Iterator[str]:

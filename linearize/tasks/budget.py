@@ -37,6 +37,8 @@ class Question:
     """Start of the needle that is asked for, as a share of the prompt's tokens."""
     answer: list[int] | None = None
     """The tokens of the one right continuation, where there is one."""
+    series: tuple[tuple[list[int], list[int]], ...] = ()
+    """Of several answers, in the order that they are forced in: the tokens before each, and its own."""
     choices: tuple[tuple[int, ...], ...] = ()
     """Continuations to rank, where the task is multiple choice; `right` is the index of the true one."""
     right: int = 0

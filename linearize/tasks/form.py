@@ -4,11 +4,12 @@ Plain text is what a base model continues. A chat model gets the same words in i
 answer's prefix is the user's turn, and the prefix begins the reply.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ..modeling.errors import DataError
-from .recall import Tokenizer, piece, prefix
+from .recall import Tokenizer, behind_letter, piece, prefix
 
 _MARK = "(the question stands here)"
 
@@ -78,6 +79,14 @@ class Counter:
 
     def continuation(self, text: str) -> list[int]:
         return piece(self.tokenizer, f" {text}")
+
+    def series(self, texts: Sequence[str], joints: Sequence[str]) -> tuple[tuple[list[int], list[int]], ...]:
+        """Several continuations one after another: of each, the tokens of what stands before it, and its own."""
+        pairs = zip(joints, texts, strict=True)
+        return tuple(
+            (behind_letter(self.tokenizer, joint) if joint else [], self.continuation(text))
+            for joint, text in pairs
+        )
 
     @property
     def opening(self) -> list[int]:

@@ -219,10 +219,16 @@ def piece(tokenizer: Tokenizer, text: str) -> list[int]:
 
     A tokenizer of the SentencePiece kind opens a string with a space of its own; behind a letter it does not.
     """
-    if text[:1].isspace():
-        before, both = (tokenizer.encode(s, add_special_tokens=False) for s in ("a", f"a{text}"))
-        if both[: len(before)] == before:
-            return both[len(before) :]
+    return behind_letter(tokenizer, text) if text[:1].isspace() else _encoded(tokenizer, text)
+
+
+def behind_letter(tokenizer: Tokenizer, text: str) -> list[int]:
+    """The tokens of white space or punctuation, and what follows, where a letter stands before it."""
+    before, both = (_encoded(tokenizer, s) for s in ("a", f"a{text}"))
+    return both[len(before) :] if both[: len(before)] == before else _encoded(tokenizer, text)
+
+
+def _encoded(tokenizer: Tokenizer, text: str) -> list[int]:
     return tokenizer.encode(text, add_special_tokens=False)
 
 

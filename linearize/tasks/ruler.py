@@ -15,6 +15,7 @@ import hashlib
 import importlib.util
 import math
 import random
+import re
 import string
 import uuid
 from collections.abc import Callable, Iterator
@@ -178,11 +179,13 @@ class Niah:
             limit=text.words if text else None,
         )
         single = len(references) == 1
+        order = references if self.asked > 1 else sorted(references, key=body.index)
         return Question(
             count.ids(body),
             references,
             count.depth(body, sought),
             count.continuation(references[0]) if single else None,
+            () if single else count.series(order, _commas(len(order))),
         )
 
     def _text(self, haystack: Haystack | None) -> Haystack | None:
@@ -228,6 +231,11 @@ class Niah:
             tail.format(type_needle_v=kind, query=query),
             prefix,
         )
+
+
+def _commas(count: int) -> list[str]:
+    """What stands before each of several answers, as RULER lists the keys that it asks for."""
+    return ["", *[","] * (count - 2), ", and"]
 
 
 class _Others:
@@ -276,7 +284,8 @@ def variable_tracking(ask: Ask) -> Question:
         rung=lambda k: 10 * k if k else 1,
         extra=len(count.continuation(" ".join(names.names))),
     )
-    return Question(count.ids(body), tuple(names.names), count.depth(body, names.lines[0]))
+    series = count.series(names.names, [" ", *[""] * HOPS])  # spaced as the example's
+    return Question(count.ids(body), tuple(names.names), count.depth(body, names.lines[0]), series=series)
 
 
 class _Chain:
@@ -335,7 +344,10 @@ def common_words(ask: Ask) -> Question:
         extra=len(count.continuation(" ".join(f"{i}. {word}" for i, word in enumerate(words[:10], 1)))),
         limit=len(words),
     )
-    return Question(count.ids(body), tuple(words[:10]))
+    listed = re.findall(r"\d+\. (\S+)", body[len(head) :])
+    order = sorted(words[:10], key=listed.index)
+    series = count.series(order, [f" {i}." for i in range(1, 11)])  # numbered, as the example's
+    return Question(count.ids(body), tuple(words[:10]), series=series)
 
 
 def _numbered(words: list[str], often: int, seldom: int, rng: random.Random) -> tuple[str, list[str]]:
@@ -371,4 +383,4 @@ def frequent_words(ask: Ask) -> Question:
         name="fwe",
         rung=lambda k: least + k * step,
     )
-    return Question(count.ids(body), tuple(words[1:4]))
+    return Question(count.ids(body), tuple(words[1:4]), series=count.series(words[1:4], _commas(3)))
