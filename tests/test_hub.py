@@ -293,6 +293,7 @@ def finished(tmp_path_factory):
         "evaluate.recall_lens=[128]",
         "evaluate.recall_samples=2",
         "evaluate.generate_tokens=0",
+        "evaluate.gates=false",
     ]
     folder = tmp_path_factory.mktemp("runs") / "mine"
     run(Recipe.resolve("books-5m", "lolcats", [*words, f"output={folder}"]))

@@ -59,6 +59,7 @@ def test_the_python_runs(tmp_path):
         "evaluate.sequences=2",
         "evaluate.recall_lens=[128]",
         "evaluate.recall_samples=2",
+        "evaluate.gates=false",
     ]
     small = f"""
 import linearize
