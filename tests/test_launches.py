@@ -3,13 +3,14 @@
 import json
 import types
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
 
 from linearize.modeling import launches, tuned
 from linearize.modeling.errors import LinearizeError
-from linearize.modeling.launches import Launch, launch
+from linearize.modeling.launches import Launch, launch, no_room
 from linearize.modeling.tuned import Ask, Row, listening, nearest, using
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -100,6 +101,31 @@ def test_the_first_row_that_fits_the_card_is_taken(card):
     assert launch("invented", GPU) == NARROW
     card("Tesla T4", 48)
     assert launch("invented", GPU) == LAST  # nothing fits; the least demanding is what can be tried
+
+
+class OnGpu(NamedTuple):
+    """Stands for a tensor of a GPU."""
+
+    bytes: int = 2
+    device: torch.device = GPU
+
+    def element_size(self) -> int:
+        return self.bytes
+
+
+def test_a_card_without_the_room_runs_the_reference_and_says_so(card):
+    assert {no_room(name, OnGpu(4)) for name in launches.LAUNCHES_OF} == {None}  # an H100 has it
+    card("NVIDIA GeForce RTX 4090", 99)
+    taken = {name for name in launches.LAUNCHES_OF if no_room(name, OnGpu()) is None}
+    assert {"mapped_attention", "joint_step", "salient_step"} <= taken
+    assert "averaged_attention" not in taken
+    assert no_room("averaged_attention", OnGpu()) == (
+        "its kernels take 160 KB of shared memory, and the GPU gives a program 99"
+    )
+    assert no_room("mapped_attention", OnGpu(4)) is not None  # fp32 takes twice as much
+    card("NVIDIA A100-SXM4-80GB", 163)
+    assert {no_room(name, OnGpu()) for name in launches.LAUNCHES_OF} == {None}
+    assert no_room("convolved_attention", torch.zeros(1)) is None  # on a CPU something else stands against it
 
 
 def test_fp32_takes_twice_the_memory(card):

@@ -251,8 +251,49 @@ def widths_of(q: Tensor, v: Tensor | None = None, weight: Tensor | None = None) 
 def shared_memory(device: torch.device) -> int:
     """Bytes of shared memory that one program may take; without a GPU, a data-centre card's."""
     if device.type != "cuda":
-        return 227 * 1024
+        return HOPPER
     return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+
+
+HOPPER = 227 * 1024
+# Kernels whose names begin so -> the most shared memory that one takes for 16-bit inputs and heads of 128, as compiled
+# for sm_90. Kernels of other names take less than any of them.
+MOST_SHARED = {
+    "joint_step": 75_776,
+    "joint": 90_368,
+    "salient_step": 71_680,
+    "selected_features": 131_072,
+    "selected": 114_944,
+    "gated_liger": 163_840,
+    "gated_window": 98_304,
+    "gated_lawcat": 132_096,
+}
+# Operation -> the families that it launches, forward and backward.
+LAUNCHES_OF = {
+    **dict.fromkeys(("mapped_attention", "mapped_error"), ("joint",)),
+    **dict.fromkeys(("kept_attention", "future_attention", "self_saliency"), ("selected",)),
+    "routed_prefill": ("selected", "selected_features"),
+    "averaged_attention": ("gated_liger", "gated_window"),
+    "convolved_attention": ("gated_lawcat",),
+    **dict.fromkeys(
+        ("window_step", "joint_step", "liger_step", "lawcat_step", "still_step"), ("joint_step",)
+    ),
+    "salient_step": ("salient_step",),
+}
+
+
+def no_room(operation: str, x: Tensor) -> str | None:
+    """Why the GPU of x has too little shared memory for an operation's kernels, in words; None where it has enough."""
+    if (
+        torch.compiler.is_compiling()
+        or x.device.type != "cuda"
+        or (room := shared_memory(x.device)) >= HOPPER
+    ):
+        return None
+    need = max(MOST_SHARED[family] for family in LAUNCHES_OF[operation]) * x.element_size() // 2
+    if need <= room:
+        return None
+    return f"its kernels take {need // 1024} KB of shared memory, and the GPU gives a program {room // 1024}"
 
 
 # Gated linear attention: C and CS, tokens of a tile and of a segment, are those of the row of sums or states for all

@@ -24,6 +24,7 @@ from .gated import (
     joined_chunked,
     joined_recurrent,
 )
+from .launches import no_room
 from .lola import Sparse, hand_over_all, sparse_chunked, sparse_recurrent
 from .mapped import mapped_composed, mapped_error_composed, mapped_refusal
 from .mixer import Fit
@@ -104,6 +105,7 @@ def mapped_attention(
     """``mapped_composed``; with ``pending`` tokens held back, linear keys lie behind ``stop``."""
     reasons = (
         refusal(q, k, v),
+        no_room("mapped_attention", q),
         "tokens that may be taken back are not fused" if pending else None,
         _through_state(terms.get("stop"), q, k, v, map_q.weight, map_k.weight),
         mapped_refusal(k, v, map_q, map_k, softcap, state),
@@ -128,7 +130,7 @@ def mapped_error(
     """``mapped_error_composed``: what a transfer minimises."""
     frozen = None if not any(x.requires_grad for x in (q, k, v)) else "q, k or v ask for gradients"
     refused = mapped_refusal(k, v, map_q, map_k, softcap, None)
-    if use_kernel("mapped_error", refusal(q, k, v), frozen, refused):
+    if use_kernel("mapped_error", refusal(q, k, v), no_room("mapped_error", q), frozen, refused):
         from .triton_mapped import mapped_error_kernel
 
         return mapped_error_kernel(q, k, v, map_q, map_k, *factors, **terms)
@@ -163,6 +165,7 @@ def kept_attention(
     if use_kernel(
         "kept_attention",
         refusal(q, k, v, score),
+        no_room("kept_attention", q),
         _unlike(q, k, v),
         "a soft-cap is set" if softcap is not None else None,
         "a chunk continues a state" if kept is not None else None,
@@ -187,6 +190,7 @@ def future_attention(
     if use_kernel(
         "future_attention",
         refusal(q, k),
+        no_room("future_attention", q),
         _unlike(q, k),
         "a soft-cap is set" if softcap is not None else None,
         _no_tile(64, k.shape[-1]),
@@ -202,6 +206,7 @@ def self_saliency(q: Tensor, k: Tensor, *, scale: float, window: int, softcap: f
     if use_kernel(
         "self_saliency",
         refusal(q, k),
+        no_room("self_saliency", q),
         _unlike(q, k),
         "a soft-cap is set" if softcap is not None else None,
         _no_tile(window, k.shape[-1]),
@@ -215,7 +220,9 @@ def self_saliency(q: Tensor, k: Tensor, *, scale: float, window: int, softcap: f
 def joint_step(q: Tensor, k: Tensor, v: Tensor, *state: Tensor, **terms: Any) -> Tensor | None:
     """y [B, 1, H, V] of a window joined with sums; ``triton_decode.joint_step`` says what it takes and writes."""
     tied = terms["sums"][1].shape[1] != q.shape[2]
-    if not use_kernel("joint_step", refusal(q, k, v), _few_heads(q, k) if tied else None):
+    if not use_kernel(
+        "joint_step", refusal(q, k, v), no_room("joint_step", q), _few_heads(q, k) if tied else None
+    ):
         return None
     from .triton_decode import joint_step as step
 
@@ -226,7 +233,7 @@ def liger_step(
     q: Tensor, k: Tensor, v: Tensor, *state: Tensor, against: str | None, **terms: Any
 ) -> Tensor | None:
     """y [B, 1, H, V] of a fading recurrence beside a window; ``against``: why the kernel cannot, if it cannot."""
-    if not use_kernel("liger_step", refusal(q, k, v), against, _few_heads(q, k)):
+    if not use_kernel("liger_step", refusal(q, k, v), no_room("liger_step", q), against, _few_heads(q, k)):
         return None
     from .triton_decode_liger import liger_step as step
 
@@ -237,7 +244,7 @@ def lawcat_step(
     q: Tensor, k: Tensor, v: Tensor, *state: Tensor, against: str | None, **terms: Any
 ) -> Tensor | None:
     """y [B, 1, H, V] of normalised fading sums after a convolution; ``against`` as in :func:`liger_step`."""
-    if not use_kernel("lawcat_step", refusal(q, k, v), against):
+    if not use_kernel("lawcat_step", refusal(q, k, v), no_room("lawcat_step", q), against):
         return None
     from .triton_decode_lawcat import lawcat_step as step
 
@@ -246,7 +253,7 @@ def lawcat_step(
 
 def salient_step(q: Tensor, k: Tensor, v: Tensor, *state: Tensor, **terms: Any) -> Tensor | None:
     """y [B, 1, H, V] against a kept set and the local span, which hands its oldest chunk over when it is due."""
-    if not use_kernel("salient_step", refusal(q, k, v), _few_heads(q, k)):
+    if not use_kernel("salient_step", refusal(q, k, v), no_room("salient_step", q), _few_heads(q, k)):
         return None
     from .triton_decode_salient import salient_step as step
 
@@ -258,7 +265,7 @@ def still_step(
 ) -> Tensor | None:
     """y [B, 1, H, V] against picked tokens, the local span and the sums of all others; ``against`` as in
     :func:`liger_step`."""
-    if not use_kernel("still_step", refusal(q, k, v), against):
+    if not use_kernel("still_step", refusal(q, k, v), no_room("still_step", q), against):
         return None
     from .triton_decode_still import still_step as step
 
@@ -272,7 +279,7 @@ def _few_heads(q: Tensor, k: Tensor) -> str | None:
 
 def window_step(q: Tensor, k: Tensor, v: Tensor, *state: Tensor, **terms: Any) -> Tensor | None:
     """y [B, 1, H, V] of a window and its sinks; the same kernel without sums."""
-    if not use_kernel("window_step", refusal(q, k, v)):
+    if not use_kernel("window_step", refusal(q, k, v), no_room("window_step", q)):
         return None
     from .triton_decode import joint_step as step
 
@@ -294,6 +301,7 @@ def averaged_attention(
     rough = terms.hgrn2 and q.dtype != torch.float32  # 0.017 of a norm on an H100, where 0.015 is allowed
     reasons = (
         refusal(*inputs),
+        no_room("averaged_attention", q),
         _uneven(*inputs),
         _through_state(stop, *inputs),
         "hgrn2 in half precision misses its tolerance" if rough else None,
@@ -321,7 +329,13 @@ def convolved_attention(
     """``convolved.convolved_composed``: LAWCAT's layer without a window, from raw inputs."""
     parts = (taps_q, taps_k, map_q, map_k)
     through = _through_state(stop, *(x for x in (q, k, v, logits, *parts) if x is not None))
-    if not use_kernel("convolved_attention", refusal(q, k, v, logits), _uneven(q, k, v), through):
+    if not use_kernel(
+        "convolved_attention",
+        refusal(q, k, v, logits),
+        no_room("convolved_attention", q),
+        _uneven(q, k, v),
+        through,
+    ):
         return convolved_composed(q, k, v, logits, *parts, stop=stop, **terms)
     from .triton_gated_convolved import convolved_kernel
 
@@ -370,6 +384,7 @@ def routed_prefill(
     widths = map_q.feature_dim // map_q.halves, map_k.feature_dim // map_k.halves
     reasons = (
         refusal(q, k, v, score),
+        no_room("routed_prefill", q),
         _unlike(q, k, v),
         "a soft-cap is set" if softcap is not None else None,
         _no_tile(chunk, k.shape[-1], v.shape[-1]),
