@@ -128,7 +128,7 @@ def attempt(words: list[str], run: Path, fault: Fault | None, scratch: Path) -> 
 
 
 def _child(words: list[str], moments: _Moments, log: Path) -> None:
-    code = 70
+    code, begun = 70, False
     try:
         with log.open("w") as sink:
             os.dup2(sink.fileno(), 2)
@@ -142,14 +142,19 @@ def _child(words: list[str], moments: _Moments, log: Path) -> None:
             module.save_file = moments.halfway(module.save_file)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         sys.addaudithook(moments.hook)
+        begun = True
         app(words)
     except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else 1
-    except BaseException:
+    except BaseException as error:
         import traceback
 
         moments.busy = True
-        traceback.print_exc()
+        if isinstance(error, KeyboardInterrupt) and not begun:
+            code = 130
+            print("interrupted; the command had not begun", file=sys.stderr)
+        else:
+            traceback.print_exc()
     finally:
         moments.busy = True
         if moments.fault is None:  # so that faults can be aimed at all there is
