@@ -70,6 +70,7 @@ KEYS = st.sampled_from(sorted(flatten(Recipe.resolve().to_dict())))
 def examples(count):
     return settings(
         max_examples=count * MORE,
+        derandomize=MORE == 1,  # the suite tries the same inputs every time; LINEARIZE_FUZZ looks for others
         deadline=None,
         database=None,
         suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
