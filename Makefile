@@ -50,6 +50,7 @@ clean:
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[report]'
 	touch $@
 
+# All that the demo needs is among it.
 .venv/test: pyproject.toml constraints.txt | .venv/bin/python
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[test]'
-	touch $@
+	touch $@ .venv/demo
