@@ -26,7 +26,7 @@ def generate(
 ) -> str:
     """The text that `model` writes after `prompt`, without the prompt; greedy unless `do_sample`.
 
-    `static` decodes with states written in place, on a GPU from a CUDA graph: the same text, sooner.
+    `static` decodes with a static cache, on a GPU from a CUDA graph: the same text, sooner.
     `state` (:mod:`linearize.state`) stands for a text read before: the prompt goes on from there. `seed` makes
     sampling repeatable and leaves the global generators as they were; `options` (temperature, top_p, num_beams,
     ...) go to `model.generate()`.

@@ -268,7 +268,7 @@ MOST_SHARED = {
     "gated_window": 98_304,
     "gated_lawcat": 132_096,
 }
-# Operation -> the families that it launches, forward and backward.
+# Operation -> the families that it launches, forward and backward; of small steps, one that takes more than they do.
 LAUNCHES_OF = {
     **dict.fromkeys(("mapped_attention", "mapped_error"), ("joint",)),
     **dict.fromkeys(("kept_attention", "future_attention", "self_saliency"), ("selected",)),
