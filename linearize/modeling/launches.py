@@ -30,11 +30,13 @@ class Launch(NamedTuple):
 TABLE: dict[str, list[Launch]] = {
     "joint_states": [Launch({"EVERY": 1}, 4, 2)],
     "joint_outputs": [Launch({"BK": 64}, 4, 1)],
-    "joint_queries_transfer": [Launch({"BK": 64}, 4, 1)],
-    "joint_queries_full": [Launch({"BK": 32}, 4, 1)],
-    "joint_keys": [Launch({}, 4, 1)],
+    "joint_outputs_near": [Launch({"maxnreg": 168}, 4, 1)],
+    "joint_outputs_near_terraced": [Launch({"maxnreg": 168}, 4, 1)],
+    "joint_queries_transfer": [Launch({}, 4, 1)],
+    "joint_queries_full": [Launch({}, 4, 2)],
+    "joint_keys": [Launch({}, 4, 2)],
     "joint_values": [Launch({"BI": 32}, 4, 2)],
-    "joint_inputs": [Launch({"BI": 32}, 4, 1)],
+    "joint_inputs": [Launch({"BI": 64}, 4, 1)],
     "joint_maps": [Launch({}, 4, 2)],
 }
 

@@ -24,94 +24,177 @@ from .triton_common import (
     first_in_window,
     hedgehog_rows,
     in_window,
-    load_columns,
-    load_matrix,
-    load_rows,
-    load_transposed,
     softmax_of,
     store_rows,
 )
-from .triton_joint_sums import BT, Sums, add_sums, from_z, joint_sums, strides, widths
+from .triton_joint_sums import BT, Sums, add_sums, from_z, joint_sums, of_type, read_by, widths
+from .triton_tiles import matrices, matrix, tile, tiles
 
 
 @triton.jit(do_not_specialize=["T", "stored", "run", "runs"])
 def joint_outputs(
     q, k, v, w_q, w_k, g, beta, S, Z, base_S, base_Z, teacher, lengths, y, den, peak, e, loss,
-    qb, qt, qh, kb, kt, kh, vb, vt, vh, tb, tt, th, T, stored, run, runs, scale,
-    D: tl.constexpr, V: tl.constexpr, F: tl.constexpr, FP: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
-    BT: tl.constexpr,
-    GROUP: tl.constexpr, EVERY: tl.constexpr, W: tl.constexpr, TERRACED: tl.constexpr, HAS_BASE: tl.constexpr,
-    HAS_BETA: tl.constexpr, SAVE: tl.constexpr, TRANSFER: tl.constexpr, HAS_LENGTHS: tl.constexpr,
-    BK: tl.constexpr, PRECISION: tl.constexpr,
+    T, stored, run, runs, scale,
+    V: tl.constexpr, F: tl.constexpr, FP: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BT: tl.constexpr,
+    GROUP: tl.constexpr, EVERY: tl.constexpr, MIXED: tl.constexpr, W: tl.constexpr, TERRACED: tl.constexpr,
+    HAS_BASE: tl.constexpr, HAS_BETA: tl.constexpr, SAVE: tl.constexpr, TRANSFER: tl.constexpr,
+    HAS_LENGTHS: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """y [B, T, H, V] of one tile of one head; SAVE: also den and peak [B, H, T], the row's window maximum in log2.
-
-    TRANSFER: y is y - teacher instead, zero past a row's length, with e = (y - teacher) . y / den [B, H, T] and
-    loss [2, programs], the sums of squares of y - teacher and of teacher.
-    """
+    """y [B, T, H, V] of one tile of one head; ``finish`` has what SAVE and TRANSFER write."""
     h, n, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    heads = tl.num_programs(0)
-    b64, group = tl.cast(b, tl.int64), tl.cast(h // GROUP, tl.int64)
-    q += b64 * qb + tl.cast(h, tl.int64) * qh
-    k += b64 * kb + group * kh
-    v += b64 * vb + group * vh
-    token, near = tl.arange(0, BT), tl.arange(0, BK)
+    heads, group = tl.num_programs(0), h // GROUP
+    near = tl.arange(0, BK)
     i0 = n * BT
-    query = i0 + token
-    rows = load_rows(q, i0, qt, T, D, BD, BT)
-    w = load_matrix(w_q + h * D * F, D, F, BD, FP)
+    query = i0 + tl.arange(0, BT)
+    rows = tile(q, b, i0, h, BT, BD)
     edge = tl.minimum(first_in_window(i0, W, TERRACED), i0) // BT // EVERY  # the sums of whole linear tiles
-    at = (b64 * heads + h) * stored + edge
-    base = (b64 * heads + h) * runs + edge * EVERY // run
+    at = (b * heads + h) * stored + edge
+    base = (b * heads + h) * runs + edge * EVERY // run
     acc, mass = tl.zeros([BT, BV], tl.float32), tl.zeros([BT], tl.float32)
     top = tl.full([BT], float("-inf"), tl.float32)
     if W > 0:  # first: its maximum rescales what was summed before, and the linear terms must not be
         top = tl.full([BT], -1e30, tl.float32)
         for j0 in range(first_in_window(i0, W, TERRACED) // BK * BK, tl.minimum(i0 + BT, T), BK):
-            kT = load_columns(k, j0, kt, T, D, BD, BK)
-            values = load_rows(v, j0, vt, T, V, BV, BK)
+            kT = tile(k, b, j0, group, BK, BD).T
             seen = in_window(query[:, None], (j0 + near)[None, :], W, TERRACED)
             scores = tl.where(seen, tl.dot(rows, kT, input_precision=PRECISION) * (scale * LOG2E), -1e30)
             higher = tl.maximum(top, tl.max(scores, 1))
             p = tl.where(seen, tl.exp2(scores - higher[:, None]), 0.0)
             shrink = tl.exp2(top - higher)
             mass = mass * shrink + tl.sum(p, 1)
-            acc = acc * shrink[:, None] + tl.dot(p.to(values.dtype), values, input_precision=PRECISION)
+            values = tile(v, b, j0, group, BK, BV)
+            acc = tl.dot(p.to(values.dtype), values, acc * shrink[:, None], input_precision=PRECISION)
             top = higher
         factor = tl.load(g + h)
         acc, mass = acc * factor, mass * factor
-    plus, minus = hedgehog_rows(tl.dot(rows, w, input_precision=PRECISION), F)
+    plus, minus = hedgehog_rows(tl.dot(rows, matrix(w_q, h, BD, FP), input_precision=PRECISION), F)
     if HAS_BETA:
         plus, minus = plus * tl.load(beta + h), minus * tl.load(beta + h)
     mass += from_z(plus, minus, Z, at, base_Z, base, HAS_BASE, F, FP)
     plus, minus = plus.to(rows.dtype), minus.to(rows.dtype)
-    acc = add_sums(acc, plus, minus, S, at, F, FP, V, BV, PRECISION)
+    acc = add_sums(acc, plus, minus, S, at, FP, BV, PRECISION)
     if HAS_BASE:
-        acc = add_sums(acc, plus, minus, base_S, base, F, FP, V, BV, PRECISION)
-    # What lies between those tiles and the windows of the last rows.
-    newest = first_in_window(tl.minimum(i0 + BT, T) - 1, W, TERRACED)
-    wT = load_transposed(w_k + h * D * F, D, F, BD, FP)
-    for j0 in range(edge * EVERY * BT, newest, BK):
-        kT = load_columns(k, j0, kt, T, D, BD, BK)
-        values = load_rows(v, j0, vt, T, V, BV, BK)
-        logits = tl.dot(wT, kT, input_precision=PRECISION)
-        a = tl.dot(plus, softmax_of(logits, 0, F).to(rows.dtype), input_precision=PRECISION)
-        a = tl.dot(minus, softmax_of(-logits, 0, F).to(rows.dtype), a, input_precision=PRECISION)
-        key = (j0 + near)[None, :]
-        a = tl.where((key <= query[:, None]) & (key < first_in_window(query, W, TERRACED)[:, None]), a, 0.0)
-        mass += tl.sum(a, 1)
-        acc += tl.dot(a.to(values.dtype), values, input_precision=PRECISION)
+        acc = add_sums(acc, plus, minus, base_S, base, FP, BV, PRECISION)
+    if MIXED:
+        # What lies between those tiles and the windows of the last rows.
+        newest = first_in_window(tl.minimum(i0 + BT, T) - 1, W, TERRACED)
+        for j0 in range(edge * EVERY * BT, newest, BK):
+            kT = tile(k, b, j0, group, BK, BD).T
+            logits = tl.dot(matrix(w_k, h, BD, FP).T, kT, input_precision=PRECISION)
+            a = tl.dot(plus, softmax_of(logits, 0, F).to(rows.dtype), input_precision=PRECISION)
+            a = tl.dot(minus, softmax_of(-logits, 0, F).to(rows.dtype), a, input_precision=PRECISION)
+            key = (j0 + near)[None, :]
+            a = tl.where(
+                (key <= query[:, None]) & (key < first_in_window(query, W, TERRACED)[:, None]), a, 0.0
+            )
+            mass += tl.sum(a, 1)
+            acc = tl.dot(a.to(rows.dtype), tile(v, b, j0, group, BK, BV), acc, input_precision=PRECISION)
     if W == 0:
         mass += 1e-12
-    result = acc / mass[:, None]
+    finish(
+        acc / mass[:, None], mass, top, teacher, lengths, y, den, peak, e, loss, b, n, h, i0, T,
+        V, BV, BT, SAVE, TRANSFER, HAS_LENGTHS,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["T", "stored", "run", "runs"])
+def joint_outputs_near(
+    q, k, v, both_k, both_v, w_q, w_k, g, beta, S, Z, base_S, base_Z, teacher, lengths, y, den, peak, e, loss,
+    T, stored, run, runs, scale,
+    V: tl.constexpr, F: tl.constexpr, FP: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BT: tl.constexpr,
+    GROUP: tl.constexpr, TERRACED: tl.constexpr, HAS_BASE: tl.constexpr,
+    HAS_BETA: tl.constexpr, SAVE: tl.constexpr, TRANSFER: tl.constexpr, HAS_LENGTHS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """``joint_outputs`` for a window as long as a tile, with the sums of every tile.
+
+    The tile and the one before are all that is not in the sums: nothing is a loop, nothing is rescaled, and few
+    registers are held at once.
+    """
+    h, n, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    heads, group = tl.num_programs(0), h // GROUP
+    i0 = n * BT
+    query = i0 + tl.arange(0, BT)
+    rows = tile(q, b, i0, h, BT, BD)
+    edge = tl.maximum(n - 1, 0)
+    at = (b * heads + h) * stored + edge
+    base = (b * heads + h) * runs + edge // run
+    factor, sharp = tl.load(g + h), scale * LOG2E
+    if TERRACED:
+        key = i0 - BT + tl.arange(0, 2 * BT)
+        scores = (
+            tl.dot(rows, tile(both_k, b, i0 - BT, group, 2 * BT, BD).T, input_precision=PRECISION) * sharp
+        )
+        scores = tl.where((key[None, :] <= query[:, None]) & (key >= 0)[None, :], scores, -1e30)
+        top = tl.max(scores, 1)
+        p = tl.exp2(scores - top[:, None])
+        mass = tl.sum(p, 1) * factor
+        p = (p * factor).to(rows.dtype)
+        acc = tl.dot(p, tile(both_v, b, i0 - BT, group, 2 * BT, BV), input_precision=PRECISION)
+    plus, minus = hedgehog_rows(tl.dot(rows, matrix(w_q, h, BD, FP), input_precision=PRECISION), F)
+    if HAS_BETA:
+        plus, minus = plus * tl.load(beta + h), minus * tl.load(beta + h)
+    linear = from_z(plus, minus, Z, at, base_Z, base, HAS_BASE, F, FP)
+    plus, minus = plus.to(rows.dtype), minus.to(rows.dtype)
+    if TERRACED:
+        mass += linear
+        acc = add_sums(acc, plus, minus, S, at, FP, BV, PRECISION)
+        if HAS_BASE:
+            acc = add_sums(acc, plus, minus, base_S, base, FP, BV, PRECISION)
+    else:
+        # The weights of keys that some rows' windows hold and others' do not, before anything is summed; the features
+        # are made a second time when they are read again, as both together would not fit into registers.
+        kT = tile(k, b, i0 - BT, group, BT, BD).T
+        logits = tl.dot(matrix(w_k, h, BD, FP).T, kT, input_precision=PRECISION)
+        a = tl.dot(plus, softmax_of(logits, 0, F).to(rows.dtype), input_precision=PRECISION)
+        a = tl.dot(minus, softmax_of(-logits, 0, F).to(rows.dtype), a, input_precision=PRECISION)
+        key = i0 + tl.arange(0, BT)
+        later = key[None, :] > query[:, None]  # of the keys one tile back: those in the window
+        a = tl.where(later | (n == 0), 0.0, a)
+        linear += tl.sum(a, 1)
+        old = tl.dot(rows, tile(k, b, i0 - BT, group, BT, BD).T, input_precision=PRECISION) * sharp
+        new = tl.dot(rows, tile(k, b, i0, group, BT, BD).T, input_precision=PRECISION) * sharp
+        old, new = tl.where(later & (n > 0), old, -1e30), tl.where(later, -1e30, new)
+        top = tl.maximum(tl.max(old, 1), tl.max(new, 1))
+        old, new = tl.exp2(old - top[:, None]), tl.exp2(new - top[:, None])
+        mass = (tl.sum(old, 1) + tl.sum(new, 1)) * factor + linear
+        old, new = (old * factor + a).to(rows.dtype), (new * factor).to(rows.dtype)
+        acc = tl.dot(old, tile(v, b, i0 - BT, group, BT, BV), input_precision=PRECISION)
+        acc = tl.dot(new, tile(v, b, i0, group, BT, BV), acc, input_precision=PRECISION)
+        again = tl.dot(rows, matrix(w_q, h, BD, FP), input_precision=PRECISION)
+        for half in tl.static_range(2):
+            phi = softmax_of(again if half == 0 else -again, 1, F)
+            if HAS_BETA:
+                phi *= tl.load(beta + h)
+            phi = phi.to(rows.dtype)
+            acc = tl.dot(phi, matrix(S, 2 * at + half, FP, BV), acc, input_precision=PRECISION)
+            if HAS_BASE:
+                acc = tl.dot(phi, matrix(base_S, 2 * base + half, FP, BV), acc, input_precision=PRECISION)
+    finish(
+        acc / mass[:, None], mass, top, teacher, lengths, y, den, peak, e, loss, b, n, h, i0, T,
+        V, BV, BT, SAVE, TRANSFER, HAS_LENGTHS,
+    )  # fmt: skip
+
+
+@triton.jit
+def finish(
+    result, mass, top, teacher, lengths, y, den, peak, e, loss, b, n, h, i0, T,
+    V: tl.constexpr, BV: tl.constexpr, BT: tl.constexpr, SAVE: tl.constexpr, TRANSFER: tl.constexpr,
+    HAS_LENGTHS: tl.constexpr,
+):  # fmt: skip
+    """Store y [B, T, H, V]; SAVE: also den and peak [B, H, T], the row's window maximum in log2.
+
+    TRANSFER: y is (y - teacher) / den instead, zero past a row's length, with e = (y - teacher) . y / den [B, H, T] and
+    loss [2, programs], the sums of squares of y - teacher and of teacher.
+    """
+    heads, b64 = tl.num_programs(0), tl.cast(b, tl.int64)
+    query = i0 + tl.arange(0, BT)
     line = (b64 * heads + h) * T
     if SAVE:
         tl.store(den + line + query, mass, mask=query < T)
         tl.store(peak + line + query, top, mask=query < T)
     if TRANSFER:
-        target = load_rows(teacher + b64 * tb + tl.cast(h, tl.int64) * th, i0, tt, T, V, BV, BT).to(
-            tl.float32
-        )
+        target = tile(teacher, b, i0, h, BT, BV).to(tl.float32)
         real = query < T
         if HAS_LENGTHS:
             real = query < tl.load(lengths + b)
@@ -122,13 +205,13 @@ def joint_outputs(
         programs = tl.cast(tl.num_programs(2), tl.int64) * tl.num_programs(1) * heads
         tl.store(loss + program, tl.sum(tl.sum(gap * gap, 1), 0))
         tl.store(loss + programs + program, tl.sum(tl.sum(target * target, 1), 0))
-        result = gap
+        result = gap / mass[:, None]
     store_rows(y + (b64 * T * heads + h) * V, result, i0, heads * V, T, V, BV, BT)
 
 
 class Forward(NamedTuple):
     y: Tensor
-    """[B, T, H, V]; with a teacher y - teacher."""
+    """[B, T, H, V]; with a teacher (y - teacher) / den."""
     den: Tensor | None
     peak: Tensor | None
     """[B, H, T] fp32."""
@@ -161,26 +244,42 @@ def joint_forward(
     """The forward pass; q [B, T, H, K], k [B, T, G, K], v [B, T, G, V], maps [H, K, f] in the dtype of q, g and beta
     [H] fp32, teacher [B, T, H, V], lengths and stop [B]."""
     settings = settings or {}
-    setting = settings.get("joint_outputs") or launch("joint_outputs", q.device, **widths_of(q, v, w_q))
     sums = joint_sums(k, w_k, v, state=state, stop=stop, final=final, setting=settings.get("joint_states"))
+    near = window == BT and sums.every == 1
+    name = "joint_outputs" + ("_near_terraced" if near and terraced else "_near" if near else "")
+    setting = settings.get(name) or launch(name, q.device, **widths_of(q, v, w_q))
     batch, time, heads = q.shape[:3]
-    tiles, transfer = triton.cdiv(time, BT), teacher is not None
+    count, transfer = triton.cdiv(time, BT), teacher is not None
     exact: dict[str, Any] = {"dtype": torch.float32, "device": q.device}
     y = torch.empty(batch, time, heads, v.shape[-1], dtype=v.dtype, device=q.device)
     den = torch.empty(batch, heads, time, **exact) if save else None
     peak = torch.empty(batch, heads, time, **exact) if save else None
     e = torch.empty(batch, heads, time, **exact) if transfer else None
-    loss = torch.empty(2, batch * tiles * heads, **exact) if transfer else None
+    loss = torch.empty(2, batch * count * heads, **exact) if transfer else None
+    shape = widths(q, v, w_q)
+    read = read_by(sums, shape, window, terraced)
+    of_q = tiles(q, BT)
+    keys = [tiles(x, BT if near else setting.blocks["BK"]) for x in (k, v)]
+    if near:  # two tiles at once, which only terraced windows ask for
+        keys += [tiles(x, 2 * BT) for x in (k, v)] if terraced else keys
     # An argument that a variant does not read still has to be a tensor: `g` stands in.
-    joint_outputs[(heads, tiles, batch)](
-        q, k, v, w_q, w_k, g, g if beta is None else beta, sums.S, sums.Z,
-        g if sums.base_S is None else sums.base_S, g if sums.base_Z is None else sums.base_Z,
-        g if teacher is None else teacher, g if lengths is None else lengths, y,
+    arguments = (
+        of_q, *keys, *(matrices(w, shape["BD"], shape["FP"]) for w in (w_q, w_k)),
+        g, g if beta is None else beta, *read.tensors,
+        of_q if teacher is None else tiles(teacher, BT), g if lengths is None else lengths, y,
         g if den is None else den, g if peak is None else peak, g if e is None else e, g if loss is None else loss,
-        *strides(q), *strides(k), *strides(v), *((0, 0, 0) if teacher is None else strides(teacher)),
-        time, sums.S.shape[2], sums.run, 1 if sums.base_S is None else sums.base_S.shape[2], scale,
-        **widths(q, v, w_q), BT=BT, GROUP=heads // k.shape[2], EVERY=sums.every, W=window or 0, TERRACED=terraced,
-        HAS_BASE=sums.base_S is not None, HAS_BETA=beta is not None and bool(window), SAVE=save, TRANSFER=transfer,
-        HAS_LENGTHS=lengths is not None, **setting.options,
+        time, *read.places, scale,
     )  # fmt: skip
+    constants: dict[str, Any] = {name: value for name, value in shape.items() if name != "D"}
+    constants |= dict(
+        BT=BT, GROUP=heads // k.shape[2], TERRACED=terraced,
+        HAS_BETA=beta is not None and bool(window), SAVE=save, TRANSFER=transfer, HAS_LENGTHS=lengths is not None,
+    )  # fmt: skip
+    grid = heads, count, batch
+    if near:
+        joint_outputs_near[grid](
+            *arguments, **constants, HAS_BASE=read.options["HAS_BASE"], **of_type(setting, q)
+        )
+    else:
+        joint_outputs[grid](*arguments, **constants, **read.options, W=window or 0, **of_type(setting, q))
     return Forward(y, den, peak, e, None if loss is None else loss.sum(1), sums)

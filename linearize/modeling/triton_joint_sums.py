@@ -14,9 +14,11 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.nn import functional
 
 from .launches import Launch, launch, widths_of
-from .triton_common import load_columns, load_matrix, load_rows, load_transposed, softmax_of
+from .triton_common import softmax_of
+from .triton_tiles import block, matrices, matrix, tile, tiles, whole
 
 BT = 64  # tokens of a tile: one warp group's rows of a matrix instruction
 PROGRAMS = 528  # enough to fill a large GPU twice over (132 multiprocessors, two programs each)
@@ -24,33 +26,28 @@ PROGRAMS = 528  # enough to fill a large GPU twice over (132 multiprocessors, tw
 
 @triton.jit(do_not_specialize=["T", "stored", "run"])
 def joint_states(
-    x, w, val, den, e, S, Z, total_S, total_Z, stop,
-    xb, xt, xh, vb, vt, vh, T, stored, run,
-    D: tl.constexpr, V: tl.constexpr, F: tl.constexpr, FP: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
+    x, w, val, e, S, Z, total_S, total_Z, stop, T, stored, run,
+    V: tl.constexpr, F: tl.constexpr, FP: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
     BT: tl.constexpr,
     GROUP: tl.constexpr, EVERY: tl.constexpr, REVERSE: tl.constexpr, HAS_STOP: tl.constexpr,
     TOTALS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """S [B, H, stored, 2F, V] and Z [B, H, stored, 2F] before every EVERY-th tile of a run of ``run`` tiles; after it
-    and to the run's end with REVERSE, where x is q, val dy. Totals of the run: [B, H, runs, 2F, V] fp32.
+    and to the run's end with REVERSE, where x is q, val u. Totals of the run: [B, H, runs, 2F, V] fp32.
 
     A program makes one half of the features: both halves' sums would not fit into registers.
     """
     half, part, b = tl.program_id(0) % 2, tl.program_id(1), tl.program_id(2)
     h, heads, runs = tl.program_id(0) // 2, tl.num_programs(0) // 2, tl.num_programs(1)
-    x += tl.cast(b, tl.int64) * xb + tl.cast(h // GROUP, tl.int64) * xh
-    val += tl.cast(b, tl.int64) * vb + tl.cast(h // GROUP, tl.int64) * vh
     row = (tl.cast(b, tl.int64) * heads + h) * T
-    out = (tl.cast(b, tl.int64) * heads + h) * stored
-    w = load_transposed(w + h * D * F, D, F, BD, FP)
+    out = (b * heads + h) * stored
+    wT = matrix(w, h, BD, FP).T
     sign = 1.0 - 2.0 * half
     f, channel, token = tl.arange(0, FP), tl.arange(0, BV), tl.arange(0, BT)
     end = T
     if HAS_STOP:
         end = tl.load(stop + b).to(tl.int32)
     acc, z = tl.zeros([FP, BV], tl.float32), tl.zeros([FP], tl.float32)
-    place = half * F * V + f[:, None] * V + channel[None, :]
-    inside = (f < F)[:, None] & (channel < V)[None, :]
     first = part * run
     last = tl.minimum(first + run, (T + BT - 1) // BT)
     for i in range(first, last):
@@ -58,29 +55,35 @@ def joint_states(
         if REVERSE:
             n = first + last - 1 - i
         elif n % EVERY == 0:
-            at = out + n // EVERY
-            tl.store(S + at * 2 * F * V + place, acc.to(S.dtype.element_ty), mask=inside)
-            tl.store(Z + at * 2 * F + half * F + f, z, mask=f < F)
-        xT = load_columns(x, n * BT, xt, end, D, BD, BT)
-        values = load_rows(val, n * BT, vt, end, V, BV, BT)
+            keep_sums(S, Z, acc, z, 2 * (out + n // EVERY) + half, F, FP, BV)
+        xT = tile(x, b, n * BT, h // GROUP, BT, BD).T
+        values = tile(val, b, n * BT, h // GROUP, BT, BV)
         live = n * BT + token < end
-        phi = softmax_of(sign * tl.dot(w, xT, input_precision=PRECISION), 0, F)
+        if HAS_STOP:  # what comes after it may be anything
+            values = tl.where(live[:, None], values, 0.0)
+        phi = softmax_of(sign * tl.dot(wT, xT, input_precision=PRECISION), 0, F)
         if REVERSE:
             weight = tl.load(e + row + n * BT + token, mask=live, other=0.0)
             z += tl.sum(phi * weight[None, :], 1)
-            phi *= (1.0 / tl.load(den + row + n * BT + token, mask=live, other=1.0))[None, :]
         else:
             phi = tl.where(live[None, :], phi, 0.0)
             z += tl.sum(phi, 1)
         acc = tl.dot(phi.to(values.dtype), values, acc, input_precision=PRECISION)
         if REVERSE and n % EVERY == 0:
-            at = out + n // EVERY
-            tl.store(S + at * 2 * F * V + place, acc.to(S.dtype.element_ty), mask=inside)
-            tl.store(Z + at * 2 * F + half * F + f, z, mask=f < F)
+            keep_sums(S, Z, acc, z, 2 * (out + n // EVERY) + half, F, FP, BV)
     if TOTALS:
         at = (tl.cast(b, tl.int64) * heads + h) * runs + part
-        tl.store(total_S + at * 2 * F * V + place, acc, mask=inside)
+        place = half * F * V + f[:, None] * V + channel[None, :]
+        tl.store(total_S + at * 2 * F * V + place, acc, mask=(f < F)[:, None] & (channel < V)[None, :])
         tl.store(total_Z + at * 2 * F + half * F + f, z, mask=f < F)
+
+
+@triton.jit
+def keep_sums(S, Z, acc, z, at, F: tl.constexpr, FP: tl.constexpr, BV: tl.constexpr):
+    """Store one half's sums, acc [FP, BV] and z [FP], as number ``at``."""
+    f = tl.arange(0, FP)
+    S.store([at, 0, 0], acc.to(S.dtype).reshape(1, FP, BV))
+    tl.store(Z + tl.cast(at, tl.int64) * F + f, z, mask=f < F)
 
 
 @triton.jit(do_not_specialize=["runs"])
@@ -103,14 +106,10 @@ def joint_scan(
 
 
 @triton.jit
-def add_sums(
-    acc, plus, minus, S, at,
-    F: tl.constexpr, FP: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+def add_sums(acc, plus, minus, S, at, FP: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr):
     """acc [tokens, BV] with the sums number ``at`` read by features [tokens, F]."""
-    acc = tl.dot(plus, load_matrix(S + at * 2 * F * V, F, V, FP, BV), acc, input_precision=PRECISION)
-    rest = load_matrix(S + at * 2 * F * V + F * V, F, V, FP, BV)
-    return tl.dot(minus, rest, acc, input_precision=PRECISION)
+    acc = tl.dot(plus, matrix(S, 2 * at, FP, BV), acc, input_precision=PRECISION)
+    return tl.dot(minus, matrix(S, 2 * at + 1, FP, BV), acc, input_precision=PRECISION)
 
 
 @triton.jit
@@ -127,28 +126,31 @@ def from_z(plus, minus, Z, at, base_Z, base, HAS_BASE: tl.constexpr, F: tl.const
 
 @triton.jit
 def sums_gradient(
-    d_plus, d_minus, x, weight, S, at, z,
-    F: tl.constexpr, FP: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr,
+    d_plus, d_minus, x, S, at, FP: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr
 ):  # fmt: skip
-    """The features' gradients [tokens, F] with x S^T - weight z of the sums number ``at``; x [tokens, BV]."""
+    """The features' gradients [tokens, F] with x S^T of the sums number ``at``; x [tokens, BV]."""
+    d_plus = tl.dot(x, matrix(S, 2 * at, FP, BV).T, d_plus, input_precision=PRECISION)
+    return d_plus, tl.dot(x, matrix(S, 2 * at + 1, FP, BV).T, d_minus, input_precision=PRECISION)
+
+
+@triton.jit
+def minus_z(d_plus, d_minus, weight, z, at, F: tl.constexpr, FP: tl.constexpr):
+    """The features' gradients less weight z of the sums number ``at``; weight [tokens]."""
     f = tl.arange(0, FP)
-    plus = load_transposed(S + at * 2 * F * V, F, V, FP, BV)
-    d_plus = tl.dot(x, plus, d_plus, input_precision=PRECISION)
-    minus = load_transposed(S + at * 2 * F * V + F * V, F, V, FP, BV)
-    d_minus = tl.dot(x, minus, d_minus, input_precision=PRECISION)
-    d_plus -= weight[:, None] * tl.load(z + at * 2 * F + f, mask=f < F, other=0.0)[None, :]
-    return d_plus, d_minus - weight[:, None] * tl.load(z + at * 2 * F + F + f, mask=f < F, other=0.0)[None, :]
+    z += tl.cast(at, tl.int64) * 2 * F
+    d_plus -= weight[:, None] * tl.load(z + f, mask=f < F, other=0.0)[None, :]
+    return d_plus, d_minus - weight[:, None] * tl.load(z + F + f, mask=f < F, other=0.0)[None, :]
 
 
 class Sums(NamedTuple):
     """Stored sums of a pass: within each run of tiles, and of everything before (or after) each run."""
 
     S: Tensor
-    """[B, H, stored, F, V], F both halves."""
+    """[B, H, stored, 2, F, V], both halves of the features, V up to whole 16 bytes."""
     Z: Tensor
-    """[B, H, stored, F] fp32."""
+    """[B, H, stored, 2 F] fp32."""
     base_S: Tensor | None
-    """[B, H, runs, F, V]; None where each row is one run."""
+    """[B, H, runs, 2, F, V]; None where each row is one run."""
     base_Z: Tensor | None
     run: int
     """Tiles of a run."""
@@ -156,6 +158,35 @@ class Sums(NamedTuple):
     """Tiles between two stored sums."""
     final: tuple[Tensor, Tensor] | None = None
     """(S, z) fp32 of everything."""
+
+
+class Read(NamedTuple):
+    """Sums as kernels are given them."""
+
+    tensors: tuple[Any, ...]
+    """S, Z, base_S, base_Z."""
+    places: tuple[int, int, int]
+    """stored, run, runs."""
+    options: dict[str, Any]
+
+
+def read_by(sums: Sums, shape: dict[str, Any], window: int | None, terraced: bool) -> Read:
+    """``shape`` are the compile-time widths of the kernel. MIXED: a tile may lie in the windows of some rows of another
+    and not of all, or between them and the sums."""
+    S, has_base = matrices(sums.S, shape["FP"], shape["BV"]), sums.base_S is not None
+    base_S = S if sums.base_S is None else matrices(sums.base_S, shape["FP"], shape["BV"])
+    places = sums.S.shape[2], sums.run, 1 if sums.base_S is None else sums.base_S.shape[2]
+    tensors = S, sums.Z, base_S, sums.Z if sums.base_Z is None else sums.base_Z
+    mixed = not (terraced and window and window % BT == 0 and sums.every == 1)
+    return Read(tensors, places, {"EVERY": sums.every, "HAS_BASE": has_base, "MIXED": mixed})
+
+
+def of_type(setting: Launch, x: Tensor) -> dict[str, Any]:
+    """The options of a launch; registers are capped for 16-bit inputs alone."""
+    options = setting.options
+    if x.dtype == torch.float32:
+        options.pop("maxnreg", None)
+    return options
 
 
 def precision_of(x: Tensor) -> str:
@@ -171,8 +202,8 @@ def widths(x: Tensor, v: Tensor, w: Tensor) -> dict[str, Any]:
         "V": value,
         "F": w.shape[-1],
         "FP": features_padded(x, w),
-        "BD": max(16, triton.next_power_of_2(key)),
-        "BV": max(16, triton.next_power_of_2(value)),
+        "BD": block(key),
+        "BV": block(value),
         "PRECISION": precision_of(x),
     }
 
@@ -180,7 +211,7 @@ def widths(x: Tensor, v: Tensor, w: Tensor) -> dict[str, Any]:
 def features_padded(x: Tensor, w: Tensor) -> int:
     """Channels of half a map as programs hold them. Beside heads of 128 no fewer than a matrix instruction's 64 rows:
     Triton 3.6 was seen to compile fewer wrongly there."""
-    return 64 if x.shape[-1] > 64 else max(16, triton.next_power_of_2(w.shape[-1]))
+    return 64 if x.shape[-1] > 64 else block(w.shape[-1])
 
 
 def last_contiguous(x: Tensor) -> Tensor:
@@ -197,59 +228,67 @@ def joint_sums(
     w: Tensor,
     val: Tensor,
     *,
-    reverse: tuple[Tensor, Tensor] | None = None,
+    reverse: Tensor | None = None,
     state: tuple[Tensor, Tensor] | None = None,
     stop: Tensor | None = None,
     final: bool = False,
     setting: Launch | None = None,
 ) -> Sums:
-    """Sums of phi(x) val^T and of phi(x) before every tile; with ``reverse`` (den, e), after it, of queries.
+    """Sums of phi(x) val^T and of phi(x) before every tile; with ``reverse``, the weights e [B, H, T] of z, after it.
 
     x [B, T, G or H, K], w [H, K, f], val [B, T, G or H, V]; state (S [B, H, F, V], z [B, H, F]) comes before index 0;
     ``stop`` [B]: tokens from there on count for nothing.
     """
     setting = setting or launch("joint_states", x.device, **widths_of(x, val, w))
     batch, time, shape = x.shape[0], x.shape[1], widths(x, val, w)
-    heads, half, dim = len(w), w.shape[-1], val.shape[-1]
+    heads, half = len(w), w.shape[-1]
     every = setting.blocks["EVERY"]
-    tiles = triton.cdiv(time, BT)
-    runs = max(1, min(triton.cdiv(PROGRAMS, 2 * batch * heads), triton.cdiv(tiles, 8)))
-    run = triton.cdiv(triton.cdiv(tiles, runs), every) * every
-    runs, stored = triton.cdiv(tiles, run), triton.cdiv(tiles, every)
+    tiles_a_row = triton.cdiv(time, BT)
+    runs = max(1, min(triton.cdiv(PROGRAMS, 2 * batch * heads), triton.cdiv(tiles_a_row, 8)))
+    run = triton.cdiv(triton.cdiv(tiles_a_row, runs), every) * every
+    runs, stored = triton.cdiv(tiles_a_row, run), triton.cdiv(tiles_a_row, every)
     exact: dict[str, Any] = {"dtype": torch.float32, "device": x.device}
-    S = torch.empty(batch, heads, stored, 2 * half, dim, dtype=x.dtype, device=x.device)
+    dim = whole(val.shape[-1], x.dtype)
+    S = torch.empty(batch, heads, stored, 2, half, dim, dtype=x.dtype, device=x.device)
     Z = torch.empty(batch, heads, stored, 2 * half, **exact)
     totals = runs > 1 or final
-    total_S = torch.empty(batch, heads, runs, 2 * half, dim, **exact) if totals else S
+    total_S = torch.empty(batch, heads, runs, 2, half, dim, **exact) if totals else S
     total_Z = torch.empty(batch, heads, runs, 2 * half, **exact) if totals else Z
-    den, e = reverse or (Z, Z)
+    without_keys = {name: value for name, value in shape.items() if name != "D"}
     joint_states[(2 * heads, runs, batch)](
-        x, w, val, den, e, S, Z, total_S, total_Z, Z if stop is None else stop,
-        *strides(x), *strides(val), time, stored, run,
-        **shape, BT=BT, GROUP=heads // x.shape[2], EVERY=every, REVERSE=reverse is not None,
-        HAS_STOP=stop is not None, TOTALS=totals, num_warps=setting.warps, num_stages=setting.stages,
+        tiles(x, BT), matrices(w, shape["BD"], shape["FP"]), tiles(val, BT), Z if reverse is None else reverse,
+        matrices(S, shape["FP"], shape["BV"]), Z, total_S, total_Z, Z if stop is None else stop,
+        time, stored, run,
+        **(without_keys | {"V": dim}), BT=BT, GROUP=heads // x.shape[2], REVERSE=reverse is not None,
+        HAS_STOP=stop is not None, TOTALS=totals, **of_type(setting, x),
     )  # fmt: skip
     if runs == 1 and state is None:
-        done = (total_S[:, :, 0], total_Z[:, :, 0]) if final else None
+        done = _as_state(total_S[:, :, 0], total_Z[:, :, 0], val) if final else None
         return Sums(S, Z, None, None, run, every, done)
+    before = None if state is None else (_as_sums(state[0].float(), half, dim), state[1].float())
     if not totals:  # one run after a state: nothing is summed before it but the state
-        return Sums(
-            S, Z, state[0].to(x.dtype)[:, :, None].contiguous(), state[1].float()[:, :, None], run, every
-        )
+        assert before is not None
+        return Sums(S, Z, before[0].to(x.dtype)[:, :, None], before[1][:, :, None], run, every)
     parts = []
-    for total, dtype, begin in (
-        (total_S, x.dtype, None if state is None else state[0]),
-        (total_Z, torch.float32, None if state is None else state[1]),
-    ):
+    for i, (total, dtype) in enumerate(((total_S, x.dtype), (total_Z, torch.float32))):
         base = torch.empty(total.shape, dtype=dtype, device=x.device)
         end = torch.empty(total[:, :, 0].shape, **exact)
-        begin = None if begin is None else begin.float().contiguous()
         count = total[0, 0, 0].numel()
         size = min(512, triton.next_power_of_2(count))
         joint_scan[(batch * heads, triton.cdiv(count, size))](
-            total, base, end if begin is None else begin, end, runs, N=count, BN=size,
-            HAS_START=begin is not None, HAS_FINAL=final, REVERSE=reverse is not None, num_warps=4,
+            total, base, end if before is None else before[i].contiguous(), end, runs, N=count, BN=size,
+            HAS_START=before is not None, HAS_FINAL=final, REVERSE=reverse is not None, num_warps=4,
         )  # fmt: skip
         parts.append((base, end))
-    done = (parts[0][1], parts[1][1]) if final else None
+    done = _as_state(parts[0][1], parts[1][1], val) if final else None
     return Sums(S, Z, parts[0][0], parts[1][0], run, every, done)
+
+
+def _as_state(S: Tensor, z: Tensor, val: Tensor) -> tuple[Tensor, Tensor]:
+    """(S [B, H, 2 F, V], z [B, H, 2 F]) of sums [B, H, 2, F, .]."""
+    return S.flatten(2, 3)[..., : val.shape[-1]], z
+
+
+def _as_sums(S: Tensor, half: int, dim: int) -> Tensor:
+    """[B, H, 2, F, dim] of a state's S [B, H, 2 F, V]."""
+    return functional.pad(S, (0, dim - S.shape[-1])).unflatten(2, (2, half)).contiguous()
