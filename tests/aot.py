@@ -110,7 +110,7 @@ def transposed_results(ir: str) -> int:
         operation, operands = made[name]
         if operation == "tt.dot":
             return transposed
-        if operation in ("tt.load", "tt.reduce"):
+        if operation in ("tt.load", "tt.descriptor_load", "tt.reduce"):
             return False
         return any(reaches(x, transposed or operation == "tt.trans", seen) for x in operands)
 

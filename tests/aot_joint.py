@@ -15,99 +15,87 @@ from linearize.modeling.launches import TABLE
 def cases() -> Iterator[Case]:
     # The kinds of a window differ in masks and in what a loop runs over: at small heads one of them will do.
     for width, half, terraced in ((128, 64, False), (128, 64, True), (64, 32, False)):
-        yield from forward_cases(width, half, terraced, TABLE)
-        yield from backward_cases(width, half, terraced, TABLE)
+        yield from forward_cases(width, half, terraced)
+        yield from backward_cases(width, half, terraced)
 
 
-def forward_cases(width: int, half: int, terraced: bool, table: dict[str, Any]) -> Iterator[Case]:
+def common(width: int, half: int, terraced: bool) -> dict[str, Any]:
     shape = dict(D=width, V=width, F=half, FP=half, BD=width, BV=width, BT=64, GROUP=4, PRECISION="ieee")
-    setting = table["joint_states"][0]
-    kind = "terraced" if terraced else "sliding"
-    for reverse in (False, True):
-        if terraced:
-            continue
-        constants = shape | setting.blocks
-        constants |= dict(REVERSE=reverse, HAS_STOP=not reverse, TOTALS=True)
-        yield case(f"joint_states {width} {reverse=}", sums.joint_states, constants, setting)
-    setting = table["joint_outputs"][0]
-    for save, transfer in ((False, False),) if terraced else ((True, False), (True, True)):
-        constants = (
-            shape | setting.blocks | dict(EVERY=1, W=64, TERRACED=terraced, HAS_BASE=True, HAS_BETA=False)
-        )
-        constants |= dict(SAVE=save, TRANSFER=transfer, HAS_LENGTHS=False)
-        name = f"joint_outputs {width} {kind} save={save} transfer={transfer}"
-        yield case(name, forward.joint_outputs, constants, setting)
+    return shape | dict(EVERY=1, MIXED=not terraced, W=64, TERRACED=terraced, HAS_BASE=True, HAS_BETA=False)
 
 
-def backward_cases(width: int, half: int, terraced: bool, table: dict[str, Any]) -> Iterator[Case]:
-    shape = dict(D=width, V=width, F=half, FP=half, BD=width, BV=width, BT=64, GROUP=4, PRECISION="ieee")
-    kind = "terraced" if terraced else "sliding"
-    shape |= dict(EVERY=1, W=64, TERRACED=terraced, HAS_BASE=True, HAS_BETA=False)
-    for mode in ("transfer", "full"):
-        setting = table[f"joint_queries_{mode}"][0]
-        constants = shape | dict(MAPS=True, INPUTS=mode == "full") | setting.blocks
-        yield case(f"joint_queries {width} {kind} {mode}", backward.joint_queries, constants, setting)
-    for name in ("joint_keys", "joint_values", "joint_inputs"):
-        kernel = getattr(keys, name)
-        constants = {key: value for key, value in shape.items() if key in kernel.arg_names} | table[name][
-            0
-        ].blocks
-        yield case(f"{name} {width} {kind}", kernel, constants, table[name][0])
+def forward_cases(width: int, half: int, terraced: bool) -> Iterator[Case]:
+    shape, kind = common(width, half, terraced), "terraced" if terraced else "sliding"
     if not terraced:
-        constants = {name: shape[name] for name in ("D", "F", "FP", "BD", "BT", "GROUP", "PRECISION")}
-        yield case(f"joint_maps {width}", backward.joint_maps, constants, table["joint_maps"][0])
+        for reverse in (False, True):
+            wanted = shape | dict(REVERSE=reverse, HAS_STOP=not reverse, TOTALS=True)
+            yield case(f"joint_states {width} {reverse=}", sums.joint_states, wanted, "joint_states")
+        wanted = shape | dict(SAVE=True, TRANSFER=False, HAS_LENGTHS=False, W=512)
+        yield case(f"joint_outputs {width}", forward.joint_outputs, wanted, "joint_outputs")
+    setting = "joint_outputs_near" + "_terraced" * terraced
+    for save, transfer in ((False, False), (True, True)):
+        wanted = shape | dict(SAVE=save, TRANSFER=transfer, HAS_LENGTHS=False)
+        name = f"joint_outputs_near {width} {kind} {save=} {transfer=}"
+        yield case(name, forward.joint_outputs_near, wanted, setting)
 
 
+def backward_cases(width: int, half: int, terraced: bool) -> Iterator[Case]:
+    shape, kind = common(width, half, terraced), "terraced" if terraced else "sliding"
+    suffix = "_terraced" * terraced
+    for mode in ("transfer", "full"):
+        wanted = shape | dict(MAPS=True, INPUTS=mode == "full")
+        setting = f"joint_queries_{mode}{suffix}"
+        yield case(f"joint_queries {width} {kind} {mode}", backward.joint_queries, wanted, setting)
+    for name in ("joint_keys", "joint_values"):
+        yield case(f"{name} {width} {kind}", getattr(keys, name), shape, name + suffix)
+    if not terraced:
+        yield case(f"joint_inputs {width}", keys.joint_inputs, shape, "joint_inputs")
+        yield case(f"joint_maps {width}", backward.joint_maps, shape, "joint_maps")
+
+
+# What a cap of registers costs: without it, two programs shared a multiprocessor, and took longer.
 SPILLS = {
-    "joint_states 128": 64,
-    "joint_outputs 128": 128,
-    "joint_queries 128 sliding full": 288,
-    "joint_queries 128 terraced full": 288,
-    "joint_values 128": 192,
-    "joint_inputs 128": 32,
+    "joint_outputs_near 128 sliding": 288,
+    "joint_queries 128": 48,
+    "joint_keys 128 terraced": 64,
+    "joint_values 128 terraced": 160,
+    "joint_states 64": 8,
 }
-HALF = {
-    "x",
-    "w",
-    "val",
-    "q",
-    "k",
-    "v",
-    "w_q",
-    "w_k",
-    "S",
-    "base_S",
-    "teacher",
-    "y",
-    "dy",
-    "dq",
-    "dk",
-    "dv",
-    "dx",
-    "R",
-    "base_R",
-}
+HALF = {"y", "dx", "dq", "dk", "dv", "near_k"}
 NUMBERS = {"scale": "fp32", "stop": "*i64", "lengths": "*i64", "best": "*i32"}
+COUNTS = ("T", "stored", "run", "runs", "kb", "kt", "kh")
 
 
-def case(name: str, kernel: Any, constants: dict[str, Any], setting: Any) -> Case:
+def case(name: str, kernel: Any, constants: dict[str, Any], key: str) -> Case:
+    setting = TABLE[key][0]
+    constants = {
+        name: value for name, value in (constants | setting.blocks).items() if name in kernel.arg_names
+    }
+    wide = constants | dict(BD=constants.get("BD", 16), BV=constants.get("BV", 16))
+    tokens = constants.get("BI", 64)
+    tile, near = f"[1, {{}}, 1, {wide['BD']}]", constants.get("BK", 64)
+    described = {
+        **{name: tile.format(tokens) for name in ("q", "u")},
+        **{name: tile.format(near) for name in ("k", "v")},
+        **{name: tile.format(64) for name in ("x", "val", "teacher")},
+        **{name: tile.format(128) for name in ("both_k", "both_v")},
+        **dict.fromkeys(("w", "w_q", "w_k"), f"[1, {wide['BD']}, {constants['FP']}]"),
+        **dict.fromkeys(("S", "base_S", "R", "base_R"), f"[1, {constants['FP']}, {wide['BV']}]"),
+    }
+    if key in ("joint_inputs", "joint_maps"):  # they read what others write
+        described["dx"] = f"[1, 64, 1, {constants['FP']}]"
     arguments = {}
     for argument in kernel.arg_names:
         if argument in constants:
             continue
-        short = len(argument) == 2 and argument[1] in "bth" and argument not in ("dq", "dk", "dv", "dx")
-        if argument in NUMBERS:
-            arguments[argument] = NUMBERS[argument]
-        elif argument in ("T", "stored", "run", "runs", "stored_r", "run_r", "runs_r"):
-            arguments[argument] = "i32"
-        elif short:
-            arguments[argument] = "i32:16"
+        if argument in described:
+            arguments[argument] = f"tensordesc<bf16{described[argument]}>"
+        elif argument in COUNTS:
+            arguments[argument] = "i32:16" if argument[0] == "k" else "i32"
         else:
-            arguments[argument] = "*bf16" if argument in HALF else "*fp32"
-    # Two sums of 64 x 64 or one of 64 x 128 in fp32 fill half of a program's registers. What does not fit beside them
-    # was timed against smaller tiles, which took longer.
+            arguments[argument] = NUMBERS.get(argument, "*bf16" if argument in HALF else "*fp32")
     spills = next((most for kernel, most in SPILLS.items() if name.startswith(kernel)), 0)
-    matrix = constants.get("FP", 64) >= 64 or not name.startswith(
-        "joint_states"
-    )  # else fewer rows than it takes
-    return Case(name, kernel, arguments, constants, setting.warps, setting.stages, matrix, spills)
+    # Else fewer rows than a matrix instruction takes.
+    matrix = constants["FP"] >= 64 or not name.startswith("joint_states")
+    most = constants.pop("maxnreg", None) or setting.blocks.get("maxnreg")
+    return Case(name, kernel, arguments, constants, setting.warps, setting.stages, matrix, spills, most)

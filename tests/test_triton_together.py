@@ -118,5 +118,5 @@ def test_a_rehearsal_ends_where_a_value_is_asked_for(told):
 
 def test_training_of_every_kind_is_found_to_its_last_kernel(told):
     assert told["kept"][-1] == "local_dkv_kernel" and "kept_forward_kernel" in told["kept"]
-    assert told["error"][:2] == ["joint_states", "joint_outputs"] and told["error"][-1] == "joint_maps"
+    assert told["error"][:2] == ["joint_states", "joint_outputs_near"] and told["error"][-1] == "joint_maps"
     assert {"outputs_kernel", "queries_kernel", "keys_kernel", "values_kernel"} <= set(told["convolved"])

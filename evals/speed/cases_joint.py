@@ -12,6 +12,7 @@ from linearize.modeling import backend
 from linearize.modeling.feature_maps import Hedgehog
 from linearize.modeling.launches import Launch
 from linearize.modeling.ops import mapped_attention, mapped_error
+from linearize.modeling.tuned import using
 
 H, G, K, F = 32, 8, 128, 128
 SCALE = K**-0.5
@@ -126,54 +127,32 @@ CASES = [
 ]
 
 
-# Each kernel alone, with one launch setting.
+# A case, where one of its kernels has another setting.
 
 
-def _parts(batch: int, length: int) -> tuple[Any, ...]:
-    (q, k, v), (map_q, map_k, factor) = inputs(batch, length)
-    weights = (m.weight.detach().to(q.dtype) for m in (map_q, map_k))
-    return (q, k, v, *weights, factor.detach(), None)
-
-
-TERMS: dict[str, Any] = dict(scale=SCALE, window=64, terraced=False)
-
-
-def sweep_forward(kernel: str) -> Callable[[Launch, int, int], Callable[[], Any]]:
+def sweep(kernel: str, case: Callable[[int, int], Callable[[], Any]]) -> Callable[..., Callable[[], Any]]:
     def make(setting: Launch, batch: int, length: int) -> Callable[[], Any]:
-        from linearize.modeling.triton_joint import joint_forward
-        from linearize.modeling.triton_joint_sums import joint_sums
+        call = case(batch, length)
 
-        parts = _parts(batch, length)
-        if kernel == "joint_states":
-            return lambda: joint_sums(parts[1], parts[4], parts[2], setting=setting)
-        return lambda: joint_forward(*parts, **TERMS, settings={kernel: setting})
+        def run() -> Any:
+            with using(kernel, setting):
+                return call()
 
-    return make
-
-
-def sweep_backward(kernel: str, inputs: bool) -> Callable[[Launch, int, int], Callable[[], Any]]:
-    """The whole backward pass, where one of its kernels has another setting."""
-
-    def make(setting: Launch, batch: int, length: int) -> Callable[[], Any]:
-        from linearize.modeling.triton_joint import joint_forward
-        from linearize.modeling.triton_joint_backward import joint_backward
-
-        parts = _parts(batch, length)
-        done = joint_forward(*parts, **TERMS, save=True)
-        dy, settings = torch.randn_like(parts[0]), {kernel: setting}
-        return lambda: joint_backward(
-            dy, *parts, done, **TERMS, maps=not inputs, inputs=inputs, settings=settings
-        )
+        return run
 
     return make
 
 
 SWEEPS = {
-    "joint_states": sweep_forward("joint_states"),
-    "joint_outputs": sweep_forward("joint_outputs"),
-    "joint_queries_transfer": sweep_backward("joint_queries", False),
-    "joint_queries_full": sweep_backward("joint_queries", True),
-    "joint_keys": sweep_backward("joint_keys", False),
-    "joint_values": sweep_backward("joint_values", True),
-    "joint_inputs": sweep_backward("joint_inputs", True),
+    kernel: sweep(kernel, case)
+    for case, kernels in (
+        (forward(), ("joint_states", "joint_outputs_near")),
+        (forward(512), ("joint_outputs",)),
+        (forward(kind="terraced"), ("joint_outputs_near_terraced",)),
+        (transfer(teacher=False), ("joint_queries_transfer", "joint_keys", "joint_maps")),
+        (transfer("terraced", teacher=False), ("joint_queries_transfer_terraced", "joint_keys_terraced")),
+        (full(True), ("joint_queries_full", "joint_values", "joint_inputs")),
+        (full(True, "terraced"), ("joint_queries_full_terraced", "joint_values_terraced")),
+    )
+    for kernel in kernels
 }

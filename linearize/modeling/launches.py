@@ -27,20 +27,12 @@ class Launch(NamedTuple):
 
 
 # kernel -> rows from the most to the least demanding; the first that fits is launched.
-TABLE: dict[str, list[Launch]] = {
-    "joint_states": [Launch({"EVERY": 1}, 4, 2)],
-    "joint_outputs": [Launch({"BK": 64}, 4, 1)],
-    "joint_outputs_near": [Launch({"maxnreg": 168}, 4, 1)],
-    "joint_outputs_near_terraced": [Launch({"maxnreg": 168}, 4, 1)],
-    "joint_queries_transfer": [Launch({}, 4, 1)],
-    "joint_queries_full": [Launch({}, 4, 2)],
-    "joint_keys": [Launch({}, 4, 2)],
-    "joint_values": [Launch({"BI": 32}, 4, 2)],
-    "joint_inputs": [Launch({"BI": 64}, 4, 1)],
-    "joint_maps": [Launch({}, 4, 2)],
-}
+TABLE: dict[str, list[Launch]] = {}
 
 # kernel -> settings worth timing on a device, the default first.
+#
+# Joint kernels: ``_near`` is for windows of one tile; ``_terraced`` where the windows of all rows of a tile begin at
+# one key. Registers are capped where three programs or more then share a multiprocessor.
 CANDIDATES: dict[str, list[Launch]] = {
     "joint_states": [
         Launch({"EVERY": every}, warps, stages)
@@ -48,16 +40,24 @@ CANDIDATES: dict[str, list[Launch]] = {
     ],
     # Not 32 keys at once, nor 32 queries in one stage below: Triton 3.6 compiles them wrongly beside heads of 128.
     "joint_outputs": [Launch({"BK": 64}, 4, stages) for stages in (1, 2)],
-    "joint_queries_transfer": [Launch({"BK": 64}, 4, stages) for stages in (1, 2)],
-    "joint_queries_full": [
-        Launch({"BK": size}, 4, stages) for size, stages in ((32, 1), (64, 1), (32, 2), (64, 2))
-    ],
-    "joint_keys": [Launch({}, 4, stages) for stages in (1, 2)],
+    "joint_outputs_near": [Launch({"maxnreg": most}, 4, 1) for most in (168, 255)],
+    "joint_outputs_near_terraced": [Launch({"maxnreg": most}, 4, 1) for most in (168, 255)],
+    "joint_queries_transfer": [Launch({}, 4, stages) for stages in (1, 2)],
+    "joint_queries_transfer_terraced": [Launch({"maxnreg": most}, 4, 1) for most in (168, 255)],
+    "joint_queries_full": [Launch({}, 4, stages) for stages in (2, 1)],
+    "joint_queries_full_terraced": [Launch({}, 4, stages) for stages in (3, 2, 1)],
+    "joint_keys": [Launch({}, 4, stages) for stages in (2, 1)],
+    "joint_keys_terraced": [Launch({"maxnreg": most}, 4, 1) for most in (128, 168)],
     "joint_values": [Launch({"BI": size}, 4, stages) for size, stages in ((32, 2), (64, 1), (64, 2))],
-    "joint_inputs": [
-        Launch({"BI": size}, 4, stages) for size, stages in ((32, 1), (64, 1), (32, 2), (64, 2))
+    "joint_values_terraced": [
+        Launch({"BI": 64, "maxnreg": 168}, 4, 1),
+        Launch({"BI": 64, "maxnreg": 255}, 4, 1),
+        Launch({"BI": 32, "maxnreg": 255}, 4, 2),
     ],
+    "joint_inputs": [Launch({"BI": size}, 4, stages) for size, stages in ((64, 1), (32, 2), (64, 2))],
+    "joint_maps": [Launch({}, 4, stages) for stages in (2, 3)],
 }
+TABLE |= {kernel: rows[:1] for kernel, rows in CANDIDATES.items()}
 
 CANDIDATES["selected_ranks"] = [
     Launch({"rows": 128, "columns": 32}, 4, 2),
@@ -262,7 +262,7 @@ HOPPER = 227 * 1024
 # for sm_90. Kernels of other names take less than any of them.
 MOST_SHARED = {
     "joint_step": 75_776,
-    "joint": 90_368,
+    "joint": 99_360,
     "salient_step": 71_680,
     "selected_features": 131_072,
     "selected": 114_944,

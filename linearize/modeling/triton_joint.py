@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launches import Launch, launch, widths_of
+from .launches import launch, widths_of
 from .triton_common import (
     LOG2E,
     first_in_window,
@@ -239,15 +239,13 @@ def joint_forward(
     save: bool = False,
     teacher: Tensor | None = None,
     lengths: Tensor | None = None,
-    settings: dict[str, Launch] | None = None,
 ) -> Forward:
     """The forward pass; q [B, T, H, K], k [B, T, G, K], v [B, T, G, V], maps [H, K, f] in the dtype of q, g and beta
     [H] fp32, teacher [B, T, H, V], lengths and stop [B]."""
-    settings = settings or {}
-    sums = joint_sums(k, w_k, v, state=state, stop=stop, final=final, setting=settings.get("joint_states"))
+    sums = joint_sums(k, w_k, v, state=state, stop=stop, final=final)
     near = window == BT and sums.every == 1
-    name = "joint_outputs" + ("_near_terraced" if near and terraced else "_near" if near else "")
-    setting = settings.get(name) or launch(name, q.device, **widths_of(q, v, w_q))
+    name = "joint_outputs" + ("_near" if near else "") + ("_terraced" if near and terraced else "")
+    setting = launch(name, q.device, **widths_of(q, v, w_q))
     batch, time, heads = q.shape[:3]
     count, transfer = triton.cdiv(time, BT), teacher is not None
     exact: dict[str, Any] = {"dtype": torch.float32, "device": q.device}

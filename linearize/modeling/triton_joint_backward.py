@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launches import Launch, launch, widths_of
+from .launches import launch, widths_of
 from .triton_common import (
     LOG2E,
     first_in_window,
@@ -67,7 +67,7 @@ def joint_delta(dy, y, den, u, e, gb, gt, gh, T, V: tl.constexpr, BV: tl.constex
 
 @triton.jit(do_not_specialize=["T", "stored", "run", "runs"])
 def joint_queries(
-    q, k, v, u, w_q, w_k, g, beta, S, Z, base_S, base_Z, peak, e, dx, dq, c, best, peaks_k,
+    q, k, v, u, w_q, w_k, g, beta, S, Z, base_S, base_Z, peak, e, dx, dq, c, best, near_k,
     kb, kt, kh, T, stored, run, runs, scale,
     D: tl.constexpr, V: tl.constexpr, F: tl.constexpr, FP: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
     BT: tl.constexpr,
@@ -140,7 +140,7 @@ def joint_queries(
                 acc = tl.dot(ds.to(upon.dtype), keys, acc, input_precision=PRECISION)
             tl.store(best + line, where, mask=query < T)
             column = tl.arange(0, BD)
-            place = peaks_k + b64 * kb + group * kh + tl.cast(where, tl.int64)[:, None] * kt + column[None, :]
+            place = near_k + b64 * kb + group * kh + tl.cast(where, tl.int64)[:, None] * kt + column[None, :]
             peaks = tl.load(place, mask=(query < T)[:, None] & (column < D)[None, :], other=0.0)
             acc = (acc - share[:, None] * peaks.to(tl.float32)) * scale
         acc = tl.dot(gradient, matrix(w_q, h, BD, FP).T, acc, input_precision=PRECISION)
@@ -210,14 +210,12 @@ def joint_backward(
     terraced: bool,
     maps: bool,
     inputs: bool,
-    settings: dict[str, Launch] | None = None,
 ) -> Gradients:
     """Gradients after ``joint_forward(..., save=True)``, of the maps, of q, k and v, or of both.
 
     With a teacher ``dy`` is what the forward left, (y - teacher) / den, and ``done.e`` is set: the gradients are those
     of half the sum of squares of y - teacher.
     """
-    settings = settings or {}
     batch, time, heads = q.shape[:3]
     groups, half, tiles_a_row = k.shape[2], w_q.shape[-1], triton.cdiv(q.shape[1], BT)
     assert done.den is not None and done.peak is not None
@@ -247,17 +245,16 @@ def joint_backward(
     now = read_by(sums, shape, window, terraced)
     near = [tiles(x, BT) for x in (q, k, v, u)]
     maps_of = [matrices(w, shape["BD"], shape["FP"]) for w in (w_q, w_k)]
-    setting = settings.get("joint_queries") or launch(
-        f"joint_queries_{'full' if inputs else 'transfer'}", q.device, **wide
-    )
+    name = f"joint_queries_{'full' if inputs else 'transfer'}" + now.suffix
+    setting = launch(name, q.device, **wide)
     joint_queries[(heads, tiles_a_row, batch)](
         *near, *maps_of, g, b, *now.tensors, done.peak, e,
         dx_q, dq, c, best, k, *strides(k), time, *now.places, scale,
         **shape, **now.options, MAPS=maps, INPUTS=inputs, **of_type(setting, q),
     )  # fmt: skip
-    later = joint_sums(q, w_q, u, reverse=e, setting=settings.get("joint_states_reverse"))
+    later = joint_sums(q, w_q, u, reverse=e)
     then = read_by(later, shape, window, terraced)
-    setting = settings.get("joint_keys") or launch("joint_keys", q.device, **wide)
+    setting = launch("joint_keys" + then.suffix, q.device, **wide)
     joint_keys[(heads, tiles_a_row, batch)](
         *near, *maps_of, b, *then.tensors, e, dx_k, time, *then.places,
         **shape, **then.options, **of_type(setting, q),
@@ -265,17 +262,17 @@ def joint_backward(
     on_inputs: tuple[Tensor | None, ...] = (None, None, None)
     if inputs:
         dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (k, v))
-        setting = settings.get("joint_values") or launch("joint_values", q.device, **wide)
+        setting = launch("joint_values" + then.suffix, q.device, **wide)
         far = [tiles(x, setting.blocks["BI"]) for x in (q, u)]
         joint_values[(groups, tiles_a_row, batch)](
             far[0], near[1], far[1], *maps_of, g, b, then.tensors[0], then.tensors[2], done.peak, dv,
             time, *then.places, scale, **shape, **then.options, **of_type(setting, q),
         )  # fmt: skip
-        setting = settings.get("joint_inputs") or launch("joint_inputs", q.device, **wide)
+        setting = launch("joint_inputs", q.device, **wide)
         far = [tiles(x, setting.blocks["BI"]) for x in (q, u)]
         del shape["HAS_BETA"]
         joint_inputs[(groups, tiles_a_row, batch)](
-            far[0], near[1], near[2], far[1], maps_of[1], g, done.peak, e, c, best, tiles(dx_k, BT), dk,
+            far[0], near[1], near[2], far[1], maps_of[1], g, done.peak, e, c, best, tiles(dx_k, BT, shape["FP"]), dk,
             time, scale, **shape, **of_type(setting, q),
         )  # fmt: skip
         on_inputs = (dq, dk, dv)

@@ -169,6 +169,11 @@ class Read(NamedTuple):
     """stored, run, runs."""
     options: dict[str, Any]
 
+    @property
+    def suffix(self) -> str:
+        """Of the launch settings: of kernels that are smaller where no tile is mixed."""
+        return "" if self.options["MIXED"] else "_terraced"
+
 
 def read_by(sums: Sums, shape: dict[str, Any], window: int | None, terraced: bool) -> Read:
     """``shape`` are the compile-time widths of the kernel. MIXED: a tile may lie in the windows of some rows of another
@@ -232,14 +237,13 @@ def joint_sums(
     state: tuple[Tensor, Tensor] | None = None,
     stop: Tensor | None = None,
     final: bool = False,
-    setting: Launch | None = None,
 ) -> Sums:
     """Sums of phi(x) val^T and of phi(x) before every tile; with ``reverse``, the weights e [B, H, T] of z, after it.
 
     x [B, T, G or H, K], w [H, K, f], val [B, T, G or H, V]; state (S [B, H, F, V], z [B, H, F]) comes before index 0;
     ``stop`` [B]: tokens from there on count for nothing.
     """
-    setting = setting or launch("joint_states", x.device, **widths_of(x, val, w))
+    setting = launch("joint_states", x.device, **widths_of(x, val, w))
     batch, time, shape = x.shape[0], x.shape[1], widths(x, val, w)
     heads, half = len(w), w.shape[-1]
     every = setting.blocks["EVERY"]

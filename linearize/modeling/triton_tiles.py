@@ -31,9 +31,9 @@ def matrix(x, at, BLOCK_ROWS: tl.constexpr, BLOCK: tl.constexpr):
     return x.load([at, 0, 0]).reshape(BLOCK_ROWS, BLOCK)
 
 
-def tiles(x: Tensor, tokens: int) -> TensorDescriptor:
-    """x [B, T, heads, D] as tiles of so many tokens of a head, D padded to a power of two."""
-    return described(x, (1, tokens, 1, block(x.shape[3])))
+def tiles(x: Tensor, tokens: int, width: int | None = None) -> TensorDescriptor:
+    """x [B, T, heads, D] as tiles of so many tokens of a head, D padded to ``width``, by default a power of two."""
+    return described(x, (1, tokens, 1, width or block(x.shape[3])))
 
 
 def matrices(x: Tensor, rows: int, columns: int) -> TensorDescriptor:

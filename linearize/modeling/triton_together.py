@@ -11,6 +11,7 @@ not reach are compiled when they are launched, as ever.
 
 import contextlib
 import contextvars
+import dataclasses
 import functools
 import logging
 import os
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_leaves, tree_map
 from triton.runtime.jit import JITFunction, MockTensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 logger = logging.getLogger(__name__)
 _one_at_a_time = threading.Lock()
@@ -32,7 +34,7 @@ Operation = TypeVar("Operation", bound=Callable[..., Any])
 
 
 class Written(NamedTuple):
-    """One launch: a kernel and what it was given, tensors as ``MockTensor`` of their dtypes."""
+    """One launch: a kernel and what it was given, tensors as ``MockTensor`` of their dtypes, descriptors with them."""
 
     kernel: Any
     given: tuple[Any, ...]
@@ -138,7 +140,7 @@ def _writing() -> Iterator[list[Written]]:
     run = JITFunction.run
 
     def write(self: Any, *given: Any, grid: Any, warmup: bool, **named: Any) -> Any:
-        if not any(isinstance(x, FakeTensor) for x in (*given, *named.values())):
+        if not any(isinstance(_base(x), FakeTensor) for x in (*given, *named.values())):
             return run(self, *given, grid=grid, warmup=warmup, **named)
         launches.append(Written(self, tuple(map(_mocked, given)), {n: _mocked(x) for n, x in named.items()}))
 
@@ -149,5 +151,11 @@ def _writing() -> Iterator[list[Written]]:
         JITFunction.run = run
 
 
+def _base(x: Any) -> Any:
+    return x.base if isinstance(x, TensorDescriptor) else x
+
+
 def _mocked(x: Any) -> Any:
+    if isinstance(x, TensorDescriptor):
+        return dataclasses.replace(x, base=_mocked(x.base))
     return MockTensor(x.dtype) if isinstance(x, Tensor) else x
