@@ -12,28 +12,24 @@ that failed it is ``failed``, and stays so until a gate of that name passes. No 
 ``seal``, which is that of all the rest.
 """
 
-import hashlib
 import json
 import logging
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import try_to_load_from_cache
 from pydantic import ValidationError
-from safetensors import SafetensorError, safe_open
 
 from . import __version__
-from .checkpoint import CONFIG
 from .doubts import CHANGED, NOT_FINITE, gates_after, not_finite, not_run_of, reasons_of, status_of
 from .evaluate import Gates, Results, SpeedResults
-from .files import sha256_of, sha256_of_files, write_json
-from .modeling.errors import CheckpointError, LinearizeError
+from .files import write_json
+from .identity import WINDOWS, hash_of, identity, layer_plan, training
+from .modeling.errors import CheckpointError
 from .provenance import origin
 from .recipe import Recipe, Teacher
-from .teacher import teacher_path
 
 logger = logging.getLogger(__name__)
 
@@ -43,12 +39,7 @@ OF_TEXT = ("likelihood", "recall", "ablations", "suite", "continuation")
 """Sections that rest on the text measured on."""
 OF_TEACHER = (*OF_TEXT, "memory", "lm_eval", "speed")
 """Sections that stand beside a teacher; integrity gates are of the student alone."""
-WINDOWS = "data.held-out windows of "
 CONTROLS = ("window control", "matched_window control", "softmax control")
-WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
-TOKENIZER = (
-    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "chat_template*", "*.model",
-)  # fmt: skip
 Data = Callable[[Mapping[str, Any], bool], tuple[Mapping[str, str | None], str]]
 """(certificate, whether it and the teacher are as they were) -> hashes that could be made, and why not all of them."""
 
@@ -73,9 +64,9 @@ def certify(
 ) -> dict[str, Any]:
     """Write a checkpoint's certificate, whole or not at all; returns what it says.
 
-    ``data`` are hashes of what the student was trained and measured on (:func:`data_hashes`), ``planned`` the budget,
-    the plan and the scan that chose its layers. What an earlier certificate of the same weights has, and these results
-    have not, is kept, where it is beside the same teacher and of the same text.
+    ``data`` are hashes of what the student was trained and measured on (``identity.data_hashes``), ``planned`` the
+    budget, the plan and the scan that chose its layers. What an earlier certificate of the same weights has, and these
+    results have not, is kept, where it is beside the same teacher and of the same text.
     """
     folder = Path(folder)
     found = identity(folder, recipe.teacher) | dict(data or {})
@@ -108,7 +99,7 @@ def certify(
         "origin": origin(),
         "teacher": {"name": recipe.teacher.name, "revision": recipe.teacher.revision},
         "identity": found,
-        "plan": _plan(folder),
+        "plan": layer_plan(folder),
         "planned": dict(planned) if planned is not None else before.get("planned"),
         "training": trained | {"device": device},
         "measured": measured,
@@ -213,7 +204,7 @@ def _plain(value: Any) -> Any:
 
 
 def _sealed(folder: Path, tree: dict[str, Any]) -> dict[str, Any]:
-    tree["seal"] = _hash_of(tree)
+    tree["seal"] = hash_of(tree)
     write_json(folder / CERTIFICATE, tree)
     return tree
 
@@ -295,7 +286,7 @@ def verify(folder: str | Path, *, data: Data | None = None) -> Verified:
     made = tree["origin"]["versions"].get("linearize")
     if made != __version__:
         absent["package"] = f"it was made by linearize {made}, this is {__version__}"
-    sealed = tree.get("seal") == _hash_of({key: value for key, value in tree.items() if key != "seal"})
+    sealed = tree.get("seal") == hash_of({key: value for key, value in tree.items() if key != "seal"})
     same = all(
         recorded.get(name) == now[name] for name in now if name.startswith(("teacher.", "student.recipe"))
     )
@@ -316,138 +307,6 @@ def verify(folder: str | Path, *, data: Data | None = None) -> Verified:
 
 
 # What a checkpoint is.
-
-
-def identity(folder: Path, teacher: Teacher) -> dict[str, str | None]:
-    """Name -> sha256 of everything that a student is and comes from; None for what is not at hand."""
-    own = {
-        "student.weights": _files(folder, WEIGHTS),
-        "student.tokenizer": _files(folder, TOKENIZER),
-        "student.config": _files(folder, ("config.json", "generation_config.json")),
-        "student.code": _files(folder, ("*.py",)),
-        "student.recipe": _files(folder, ("recipe.yaml",)),
-    }
-    for index, layer in _layers(folder).items():
-        own[f"plan.layer {index}"] = _hash_of(layer)
-    home = teacher_folder(teacher)
-    parts = {"weights": WEIGHTS, "tokenizer": TOKENIZER, "config": ("config.json",)}
-    theirs = {f"teacher.{name}": home and _files(home, patterns) for name, patterns in parts.items()}
-    package = Path(__file__).parent
-    return own | theirs | {"package": sha256_of_files(package.rglob("*.py"), package)}
-
-
-def teacher_folder(teacher: Teacher) -> Path | None:
-    """Where a teacher's files are on this machine: its folder, or the Hub's cache; None where they are not."""
-    try:
-        source = teacher_path(teacher.name)
-        if isinstance(source, Path):
-            return source
-        found = try_to_load_from_cache(source, CONFIG, revision=teacher.revision)
-    except (LinearizeError, OSError, RuntimeError, ValueError):
-        return None  # no folder or repository can have such a name
-    return Path(found).parent if isinstance(found, str) else None
-
-
-def data_hashes(
-    fingerprint: str | None, windows: Mapping[int, str], cache: Path | None = None
-) -> dict[str, str | None]:
-    """Hashes of the training data, of the held-out windows measured on, and of the token files in ``cache``."""
-    found: dict[str, str | None] = {"data.fingerprint": fingerprint}
-    found |= {f"data.held-out windows of {length}": digest for length, digest in windows.items()}
-    return found | file_hashes(cache)
-
-
-def file_hashes(cache: Path | None) -> dict[str, str]:
-    """Hash of the tokens that were sampled or read once, where they were kept."""
-    found = None if cache is None else _files(cache, ("*.safetensors",))
-    return {} if found is None else {"data.files": found}
-
-
-def trained_on(folder: Path) -> str | None:
-    """The fingerprint of the data that a checkpoint's run was trained on, where it says so."""
-    for stage in ("finetune", "transfer"):
-        settings = _done(folder.parent / stage).get("settings") or {}
-        if isinstance(found := settings.get("corpus"), str):
-            return found
-    return None
-
-
-def _done(stage: Path) -> dict[str, Any]:
-    """What a finished stage of training left; empty where there is none."""
-    try:
-        return json.loads((stage / "done.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-
-
-def training(folder: Path, recipe: Recipe) -> dict[str, Any]:
-    """Tokens, seconds and trained parameters of each stage, from the run that the checkpoint lies in."""
-    tokens: dict[str, int | None] = {}
-    seconds: dict[str, float | None] = {}
-    trained: dict[str, int | None] = {}
-    for stage in ("transfer", "finetune"):
-        at = folder.parent / stage
-        record = _done(at)
-        tokens[stage], seconds[stage] = record.get("tokens"), record.get("seconds")
-        trained[stage] = 0 if record.get("skipped") else _elements([at / "weights.safetensors"])
-    total = _elements(sorted(folder.glob("*.safetensors")))
-    mixers = trained["transfer"]
-    return {
-        "tokens": tokens,
-        "seconds": seconds,
-        "seed": recipe.seed,
-        "parameters": {
-            "student": total,
-            "trained": trained,
-            "frozen": None if total is None or mixers is None else total - mixers,
-        },
-    }
-
-
-def _elements(paths: Iterable[Path]) -> int | None:
-    """Numbers in safetensors files, read from their headers; None where one is not there."""
-    total, found = 0, False
-    for path in paths:
-        try:
-            with safe_open(path, framework="pt") as file:
-                total += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
-        except (OSError, SafetensorError):
-            return None
-        found = True
-    return total if found else None
-
-
-def _layers(folder: Path) -> dict[str, Any]:
-    try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        return dict(config["linearize"]["layers"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return {}
-
-
-def _plan(folder: Path) -> dict[str, Any]:
-    return {
-        index: {
-            "method": layer["method"],
-            "sliding_window": layer.get("sliding_window"),
-            "geometry": layer["geometry"],
-        }
-        for index, layer in _layers(folder).items()
-    }
-
-
-def _files(folder: Path, patterns: Iterable[str]) -> str | None:
-    """sha256 of the files of these names, None where there is none."""
-    paths = sorted({path for pattern in patterns for path in folder.glob(pattern) if path.is_file()})
-    if len(paths) == 1:
-        return sha256_of(paths[0])
-    return sha256_of_files(paths, folder) if paths else None
-
-
-def _hash_of(tree: Any) -> str:
-    return hashlib.sha256(
-        json.dumps(tree, sort_keys=True, ensure_ascii=False).encode(errors="surrogatepass")
-    ).hexdigest()
 
 
 def _expected(found: Mapping[str, str | None]) -> list[str]:

@@ -14,6 +14,7 @@ from .data import Corpus, build
 from .evaluate import Gates, GatesFailed, Results, digest_of_windows
 from .evaluate.gates import FAILED, integrity, not_run
 from .evaluate.vocabulary import refuse_other_vocabulary
+from .identity import data_hashes, file_hashes, trained_on
 from .methods import adjust, method_words
 from .modeling.errors import LinearizeError, RecipeError, TeacherError
 from .progress import Watch
@@ -95,7 +96,7 @@ def verify_checkpoint(folder: str | Path) -> certificate.Verified:
         cache = data_folder(folder)
         if cache is None:
             return {}, "the run's data folder is not beside the student"
-        found = certificate.file_hashes(cache)
+        found = file_hashes(cache)
         if found.get("data.files") != tree["identity"].get("data.files"):
             return found, "its files are others"
         if not sound:  # what they name might have to be sampled first
@@ -123,7 +124,7 @@ def _data_again(
         text = build(_measured_data(measured), tokenizer, teacher=teacher, **at)
         lengths, count = measured.evaluate.seq_lens, measured.evaluate.sequences
         windows = {length: digest_of_windows(text.held_out(length, count)) for length in lengths}
-    return certificate.data_hashes(full.fingerprint, windows)
+    return data_hashes(full.fingerprint, windows)
 
 
 def _measured_data(recipe: Recipe) -> Any:
@@ -227,7 +228,7 @@ def certify(folder: Path, results: Results, recipe: Recipe, planned: Mapping[str
 
     ``planned`` is the budget, the plan and the scan that chose its layers, if any did.
     """
-    trained = certificate.trained_on(folder)
-    data = certificate.data_hashes(trained, results.windows, data_folder(folder))
+    trained = trained_on(folder)
+    data = data_hashes(trained, results.windows, data_folder(folder))
     made = certificate.certify(folder, results, recipe, data=data, device=device_of(recipe), planned=planned)
     logger.debug("%s: certificate %s", folder, made["status"])

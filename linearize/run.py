@@ -13,14 +13,10 @@
   report.html report.md the same as a page, where matplotlib is installed
 """
 
-import contextlib
-import copy
 import dataclasses
 import json
 import logging
-import shutil
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -34,7 +30,7 @@ from .evaluate.vocabulary import refuse_other_vocabulary
 from .files import write_text
 from .generate import generate
 from .methods import adjust, build_method, method_words
-from .modeling.errors import LinearizeError, RecipeError
+from .modeling.errors import RecipeError
 from .modeling.linear import LinearConfig
 from .modeling.mixer import MethodConfig
 from .plan import PlanResult, plan, resolved
@@ -51,6 +47,7 @@ from .proof import (
 )
 from .provenance import origin
 from .recipe import Evaluate, Recipe
+from .run_folder import Clock, claimed, folder_of, refuse_other_data, refuse_other_run
 from .scan import ScanResult
 from .stages import converted, stages_of
 from .teacher import load_teacher
@@ -94,7 +91,7 @@ def run(recipe: Recipe, *, progress: Watch | None = None) -> RunResult:
     says so by now ends the same way.
     """
     folder = folder_of(recipe)
-    _refuse_other_run(folder, recipe)
+    refuse_other_run(folder, recipe)
     if (folder / "results.json").exists():
         _tell_failed_gates(folder / "student", recipe)
         return _finished(folder)
@@ -105,7 +102,7 @@ def run(recipe: Recipe, *, progress: Watch | None = None) -> RunResult:
 
 def _go(recipe: Recipe, folder: Path, progress: Watch | None) -> RunResult:
     device = device_of(recipe)
-    clock = _Clock(folder)
+    clock = Clock(folder)
 
     with clock("teacher"):
         model, tokenizer = load_teacher(recipe.teacher, device)
@@ -113,7 +110,7 @@ def _go(recipe: Recipe, folder: Path, progress: Watch | None) -> RunResult:
         _refuse_long_sequences(model, recipe)
         if recipe.plan is not None:
             check_plan(model, recipe, own=folder / "scan")
-    with clock("data"), _claimed(folder, recipe):
+    with clock("data"), claimed(folder, recipe):
         at = folder / "data"
         corpus = build(
             recipe.data,
@@ -198,12 +195,12 @@ def _teach(
     corpus: Corpus,
     recipe: Recipe,
     folder: Path,
-    clock: "_Clock",
+    clock: "Clock",
     progress: Watch | None,
 ) -> None:
     """Both training stages, and the checkpoint ``folder/student``; the student and the control have the same."""
     if (folder / "student").exists():  # it takes its name only when it is whole
-        _refuse_other_data(folder, corpus, recipe)
+        refuse_other_data(folder, corpus, recipe)
         return
     how = {
         "seed": recipe.seed,
@@ -272,7 +269,7 @@ def evaluate_checkpoint(
     teacher, tokenizer = load_teacher(recipe.teacher, device)
     refuse_other_vocabulary(own_tokenizer, tokenizer, str(given))
     corpus = text_of(folder, recipe, saved.seed, teacher, tokenizer, progress)
-    _refuse_other_data(folder.parent, corpus, recipe)
+    refuse_other_data(folder.parent, corpus, recipe)
     students = {"student": student.to(device)}
     if recipe.evaluate.ablations.enabled:  # whether the linear branch is used, the control says
         students |= {name: checkpoint.load(at, device=device)[0] for name, at in controls_of(folder).items()}
@@ -292,13 +289,6 @@ def evaluate_checkpoint(
         except OSError as error:
             logger.warning("%s: its certificate cannot be written (%s)", folder, error.strerror or error)
     return results
-
-
-def folder_of(recipe: Recipe) -> Path:
-    """The run's folder: ``output``, or ``runs/<teacher>-<method>``."""
-    if recipe.output is not None:
-        return Path(recipe.output).expanduser()
-    return Path("runs") / f"{Path(recipe.teacher.name).name.lower()}-{recipe.method_name}"
 
 
 def control_methods(recipe: Recipe) -> list[MethodConfig]:
@@ -330,30 +320,6 @@ def precision_of(recipe: Recipe) -> str:
     return "bf16" if device_of(recipe) == "cuda" else "fp32"
 
 
-def _refuse_other_run(folder: Path, recipe: Recipe) -> None:
-    left = {"recipe.yaml.tmp"}  # by a run that was killed before it had written a thing
-    if not folder.exists() or (folder.is_dir() and {path.name for path in folder.iterdir()} <= left):
-        return
-    written = folder / "recipe.yaml"
-    if not written.exists():
-        raise RecipeError(f"output: {folder} exists and is not a run; choose another folder with output=...")
-    if link := next((path for path in sorted(folder.rglob("*")) if path.is_symlink()), None):
-        raise RecipeError(
-            f"output: {link} is a link, and a run writes only below its own folder; remove the link, or choose another "
-            "folder with output=..."
-        )
-    changed = Recipe.from_file(written).differences(recipe)
-    if not (folder / "results.json").exists() or not recipe.evaluate.gates:
-        # What was trained is the same; and a finished run with gates has all that is asked for without.
-        changed = [key for key in changed if key != "evaluate.gates"]
-    if changed:
-        keys = ", ".join(changed[:5]) + (f" and {len(changed) - 5} more" if len(changed) > 5 else "")
-        raise RecipeError(
-            f"output: {folder} holds a run of another recipe ({keys} differ); "
-            "choose another folder with output=..., or remove this one"
-        )
-
-
 def _tell_failed_gates(student: Path, recipe: Recipe) -> None:
     """A run whose student failed an integrity gate does not end as if it had not."""
     gates = certificate.failed_gates(student)
@@ -377,33 +343,6 @@ def _refuse_long_sequences(teacher: Any, recipe: Recipe) -> None:
             f"data.seq_len: {recipe.data.seq_len} is longer than the teacher's context of {limit}; "
             f"give at most {limit}"
         )
-
-
-def _refuse_other_data(folder: Path, corpus: Corpus, recipe: Recipe) -> None:
-    """A student that was trained on other files than there are now may know what is held out now."""
-    done = folder / "finetune" / "done.json"
-    files = any(source.kind not in ("self", "recall") for source in recipe.data.sources)
-    if recipe.data.held_out is not None or not files or not done.exists():
-        return
-    if json.loads(done.read_text(encoding="utf-8"))["settings"]["corpus"] != corpus.fingerprint:
-        raise RecipeError(
-            f"data.sources: {folder / 'student'} was trained on other data than they hold now; "
-            "put the files back, or measure on other text: linearize eval STUDENT data.held_out=..."
-        )
-
-
-@contextlib.contextmanager
-def _claimed(folder: Path, recipe: Recipe) -> Iterator[None]:
-    """The folder with its recipe; gone again when the data cannot be had and nothing had been done before."""
-    fresh = not folder.exists()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / "recipe.yaml", recipe.to_yaml())
-        yield
-    except (LinearizeError, OSError):
-        if fresh:
-            shutil.rmtree(folder, ignore_errors=True)
-        raise
 
 
 def _continuation(student: Any, tokenizer: Any, corpus: Corpus, recipe: Recipe) -> tuple[str, str]:
@@ -459,28 +398,3 @@ def _under(name: str, progress: Watch | None) -> Watch | None:
         progress(replace(at, phase=f"{name} {at.phase}"))
 
     return watch if progress is not None else None
-
-
-class _Clock:
-    """Adds up the seconds of each phase, over every call of a resumed run."""
-
-    def __init__(self, folder: Path):
-        self.folder, self.path, self.prefix = folder, folder / "timings.json", ""
-        self.seconds: dict[str, float] = json.loads(self.path.read_text()) if self.path.exists() else {}
-
-    def under(self, name: str) -> "_Clock":
-        """The same clock, for phases whose names begin with ``name``."""
-        other = copy.copy(self)
-        other.prefix = f"{name} "
-        return other
-
-    @contextlib.contextmanager
-    def __call__(self, phase: str) -> Iterator[None]:
-        started, phase = time.perf_counter(), self.prefix + phase
-        interrupt.stop_if_asked(f"{phase}: not begun; all before it is saved in {self.folder}")
-        try:
-            yield
-        finally:
-            self.seconds[phase] = round(self.seconds.get(phase, 0.0) + time.perf_counter() - started, 3)
-            if (self.folder / "recipe.yaml").exists():
-                write_text(self.path, json.dumps(self.seconds, indent=1) + "\n")

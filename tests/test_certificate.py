@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from test_run import WORDS, teacher  # noqa: F401  (a fixture)
 from typer.testing import CliRunner
 
-from linearize import certificate
+from linearize import certificate, identity, proof
 from linearize.card import card
 from linearize.cli import app
 from linearize.convert import describe
@@ -156,16 +156,16 @@ def test_every_hashed_thing_is_watched(made, teacher, name):  # noqa: F811
 
 def test_data_that_has_changed_is_named(made, monkeypatch):
     """As where a text file of the recipe is another than the one that was read."""
-    real = certificate.data_hashes
-    monkeypatch.setattr(certificate, "data_hashes", lambda fingerprint, *rest: real(f"{fingerprint}0", *rest))
+    real = proof.data_hashes
+    monkeypatch.setattr(proof, "data_hashes", lambda fingerprint, *rest: real(f"{fingerprint}0", *rest))
     result = command(made, "--verify")
     assert result.exit_code == 2 and "student: data.fingerprint: not what" in result.stderr
 
 
 def test_the_packages_code_is_watched_for_as_long_as_its_version_stays(made, monkeypatch):
-    real = certificate.sha256_of_files
+    real = identity.sha256_of_files
     other = lambda paths, root: "0" if root.name == "linearize" else real(paths, root)  # noqa: E731
-    monkeypatch.setattr(certificate, "sha256_of_files", other)
+    monkeypatch.setattr(identity, "sha256_of_files", other)
     assert certificate.verify(made.checkpoint).mismatched == ["package"]
     monkeypatch.setattr(certificate, "__version__", "9.9")
     found = certificate.verify(made.checkpoint)

@@ -17,7 +17,8 @@ from linearize.convert import describe
 from linearize.modeling.errors import LinearizeError, RecipeError
 from linearize.modeling.linear import LinearConfig
 from linearize.recipe import Recipe
-from linearize.run import control_methods, evaluate_checkpoint, folder_of, run
+from linearize.run import control_methods, evaluate_checkpoint, run
+from linearize.run_folder import folder_of
 from linearize.teacher import BUNDLED
 
 ROAD = sys.modules["linearize.run"]  # linearize.run itself is the function
