@@ -20,7 +20,7 @@ def cases() -> Iterator[Case]:
 
 
 def common(width: int, half: int, terraced: bool) -> dict[str, Any]:
-    shape = dict(D=width, V=width, F=half, FP=half, BD=width, BV=width, BT=64, GROUP=4, PRECISION="ieee")
+    shape = dict(D=width, V=width, F=half, FP=64, BD=width, BV=width, BT=64, GROUP=4, PRECISION="ieee")
     return shape | dict(EVERY=1, MIXED=not terraced, W=64, TERRACED=terraced, HAS_BASE=True, HAS_BETA=False)
 
 
@@ -58,8 +58,8 @@ SPILLS = {
     "joint_outputs_near 128 sliding": 288,
     "joint_queries 128": 48,
     "joint_keys 128 terraced": 64,
-    "joint_values 128 terraced": 160,
-    "joint_states 64": 8,
+    "joint_outputs_near 64": 48,
+    "joint_values 128": 160,
 }
 HALF = {"y", "dx", "dq", "dk", "dv", "near_k"}
 NUMBERS = {"scale": "fp32", "stop": "*i64", "lengths": "*i64", "best": "*i32"}
@@ -72,12 +72,10 @@ def case(name: str, kernel: Any, constants: dict[str, Any], key: str) -> Case:
         name: value for name, value in (constants | setting.blocks).items() if name in kernel.arg_names
     }
     wide = constants | dict(BD=constants.get("BD", 16), BV=constants.get("BV", 16))
-    tokens = constants.get("BI", 64)
     tile, near = f"[1, {{}}, 1, {wide['BD']}]", constants.get("BK", 64)
     described = {
-        **{name: tile.format(tokens) for name in ("q", "u")},
         **{name: tile.format(near) for name in ("k", "v")},
-        **{name: tile.format(64) for name in ("x", "val", "teacher")},
+        **{name: tile.format(64) for name in ("q", "u", "x", "val", "teacher")},
         **{name: tile.format(128) for name in ("both_k", "both_v")},
         **dict.fromkeys(("w", "w_q", "w_k"), f"[1, {wide['BD']}, {constants['FP']}]"),
         **dict.fromkeys(("S", "base_S", "R", "base_R"), f"[1, {constants['FP']}, {wide['BV']}]"),
@@ -95,7 +93,5 @@ def case(name: str, kernel: Any, constants: dict[str, Any], key: str) -> Case:
         else:
             arguments[argument] = NUMBERS.get(argument, "*bf16" if argument in HALF else "*fp32")
     spills = next((most for kernel, most in SPILLS.items() if name.startswith(kernel)), 0)
-    # Else fewer rows than a matrix instruction takes.
-    matrix = constants["FP"] >= 64 or not name.startswith("joint_states")
     most = constants.pop("maxnreg", None) or setting.blocks.get("maxnreg")
-    return Case(name, kernel, arguments, constants, setting.warps, setting.stages, matrix, spills, most)
+    return Case(name, kernel, arguments, constants, setting.warps, setting.stages, True, spills, most)

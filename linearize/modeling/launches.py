@@ -38,7 +38,7 @@ CANDIDATES: dict[str, list[Launch]] = {
         Launch({"EVERY": every}, warps, stages)
         for every, warps, stages in ((1, 4, 2), (1, 4, 1), (1, 4, 3), (2, 4, 2), (4, 4, 2))
     ],
-    # Not 32 keys at once, nor 32 queries in one stage below: Triton 3.6 compiles them wrongly beside heads of 128.
+    # Not 32 keys at once: Triton 3.6 compiles them wrongly.
     "joint_outputs": [Launch({"BK": 64}, 4, stages) for stages in (1, 2)],
     "joint_outputs_near": [Launch({"maxnreg": most}, 4, 1) for most in (168, 255)],
     "joint_outputs_near_terraced": [Launch({"maxnreg": most}, 4, 1) for most in (168, 255)],
@@ -48,13 +48,9 @@ CANDIDATES: dict[str, list[Launch]] = {
     "joint_queries_full_terraced": [Launch({}, 4, stages) for stages in (3, 2, 1)],
     "joint_keys": [Launch({}, 4, stages) for stages in (2, 1)],
     "joint_keys_terraced": [Launch({"maxnreg": most}, 4, 1) for most in (128, 168)],
-    "joint_values": [Launch({"BI": size}, 4, stages) for size, stages in ((32, 2), (64, 1), (64, 2))],
-    "joint_values_terraced": [
-        Launch({"BI": 64, "maxnreg": 168}, 4, 1),
-        Launch({"BI": 64, "maxnreg": 255}, 4, 1),
-        Launch({"BI": 32, "maxnreg": 255}, 4, 2),
-    ],
-    "joint_inputs": [Launch({"BI": size}, 4, stages) for size, stages in ((64, 1), (32, 2), (64, 2))],
+    "joint_values": [Launch({}, 4, stages) for stages in (1, 2)],
+    "joint_values_terraced": [Launch({"maxnreg": most}, 4, 1) for most in (168, 255)],
+    "joint_inputs": [Launch({}, 4, stages) for stages in (1, 2)],
     "joint_maps": [Launch({}, 4, stages) for stages in (2, 3)],
 }
 TABLE |= {kernel: rows[:1] for kernel, rows in CANDIDATES.items()}

@@ -263,16 +263,14 @@ def joint_backward(
     if inputs:
         dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (k, v))
         setting = launch("joint_values" + then.suffix, q.device, **wide)
-        far = [tiles(x, setting.blocks["BI"]) for x in (q, u)]
         joint_values[(groups, tiles_a_row, batch)](
-            far[0], near[1], far[1], *maps_of, g, b, then.tensors[0], then.tensors[2], done.peak, dv,
+            near[0], near[1], near[3], *maps_of, g, b, then.tensors[0], then.tensors[2], done.peak, dv,
             time, *then.places, scale, **shape, **then.options, **of_type(setting, q),
         )  # fmt: skip
         setting = launch("joint_inputs", q.device, **wide)
-        far = [tiles(x, setting.blocks["BI"]) for x in (q, u)]
         del shape["HAS_BETA"]
         joint_inputs[(groups, tiles_a_row, batch)](
-            far[0], near[1], near[2], far[1], maps_of[1], g, done.peak, e, c, best, tiles(dx_k, BT, shape["FP"]), dk,
+            *near, maps_of[1], g, done.peak, e, c, best, tiles(dx_k, BT, shape["FP"]), dk,
             time, scale, **shape, **of_type(setting, q),
         )  # fmt: skip
         on_inputs = (dq, dk, dv)

@@ -94,15 +94,15 @@ def joint_values(
     D: tl.constexpr, V: tl.constexpr, F: tl.constexpr, FP: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
     BT: tl.constexpr,
     GROUP: tl.constexpr, EVERY: tl.constexpr, MIXED: tl.constexpr, W: tl.constexpr, TERRACED: tl.constexpr,
-    HAS_BASE: tl.constexpr, HAS_BETA: tl.constexpr, BI: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_BASE: tl.constexpr, HAS_BETA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dv [B, T, G, V] of one tile of keys, summed over the query heads of its group."""
     group, n, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     groups = tl.num_programs(0)
     heads, b64 = groups * GROUP, tl.cast(b, tl.int64)
-    token = tl.arange(0, BI)
+    token = tl.arange(0, BT)
     j0 = n * BT
-    key = j0 + tl.arange(0, BT)
+    key = j0 + token
     acc = tl.zeros([BT, BV], tl.float32)
     edge = first_stored(j0, T, BT, EVERY, W, TERRACED)
     for r in range(GROUP):
@@ -121,27 +121,27 @@ def joint_values(
                 acc = add_sums(acc, plus, minus, base_R, at, FP, BV, PRECISION)
         if MIXED:
             wT = matrix(w_q, h, BD, FP).T
-            for i0 in range(first_outside(j0, W, TERRACED) // BT * BT, tl.minimum(edge * EVERY * BT, T), BI):
+            for i0 in range(first_outside(j0, W, TERRACED) // BT * BT, tl.minimum(edge * EVERY * BT, T), BT):
                 query = i0 + token
-                columns = tile(q, b, i0, h, BI, BD).T
+                columns = tile(q, b, i0, h, BT, BD).T
                 logits = tl.dot(wT, columns, input_precision=PRECISION)
                 a = tl.dot(plus, softmax_of(logits, 0, F).to(keys.dtype), input_precision=PRECISION)
                 a = tl.dot(minus, softmax_of(-logits, 0, F).to(keys.dtype), a, input_precision=PRECISION)
                 linear = is_linear(query[None, :], key[:, None], T, W, TERRACED)
                 a = tl.where(linear, a, 0.0)
-                rows = tile(u, b, i0, h, BI, BV)
+                rows = tile(u, b, i0, h, BT, BV)
                 acc = tl.dot(a.to(rows.dtype), rows, acc, input_precision=PRECISION)
         if W > 0:
             shift = tl.log2(tl.load(g + h))  # the window's factor, as part of its maximum
-            for i0 in range(j0, tl.minimum(first_outside(tl.minimum(j0 + BT, T) - 1, W, TERRACED), T), BI):
+            for i0 in range(j0, tl.minimum(first_outside(tl.minimum(j0 + BT, T) - 1, W, TERRACED), T), BT):
                 query = i0 + token
                 real = query < T
                 top = tl.load(peak + line + query, mask=real, other=0.0) - shift
                 seen = in_window(query[None, :], key[:, None], W, TERRACED) & real[None, :]
-                columns = tile(q, b, i0, h, BI, BD).T
+                columns = tile(q, b, i0, h, BT, BD).T
                 scores = tl.dot(keys, columns, input_precision=PRECISION) * (scale * LOG2E)
                 p = tl.where(seen, tl.exp2(scores - top[None, :]), 0.0)
-                rows = tile(u, b, i0, h, BI, BV)
+                rows = tile(u, b, i0, h, BT, BV)
                 acc = tl.dot(p.to(rows.dtype), rows, acc, input_precision=PRECISION)
     store_rows(dv + (b64 * T * groups + group) * V, acc, j0, groups * V, T, V, BV, BT)
 
@@ -152,15 +152,15 @@ def joint_inputs(
     T, scale,
     D: tl.constexpr, V: tl.constexpr, F: tl.constexpr, FP: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
     BT: tl.constexpr,
-    GROUP: tl.constexpr, W: tl.constexpr, TERRACED: tl.constexpr, BI: tl.constexpr, PRECISION: tl.constexpr,
+    GROUP: tl.constexpr, W: tl.constexpr, TERRACED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dk [B, T, G, K] of one tile of keys, summed over the query heads of its group, from dx and the window."""
     group, n, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     groups = tl.num_programs(0)
     heads, b64 = groups * GROUP, tl.cast(b, tl.int64)
-    token = tl.arange(0, BI)
+    token = tl.arange(0, BT)
     j0 = n * BT
-    key = j0 + tl.arange(0, BT)
+    key = j0 + token
     acc = tl.zeros([BT, BD], tl.float32)
     for r in range(GROUP):
         h = group * GROUP + r
@@ -168,17 +168,17 @@ def joint_inputs(
         acc = tl.dot(tile(dx, b, j0, h, BT, FP), matrix(w_k, h, BD, FP).T, acc, input_precision=PRECISION)
         if W > 0:
             shift = tl.log2(tl.load(g + h))  # the window's factor, as part of its maximum
-            for i0 in range(j0, tl.minimum(first_outside(tl.minimum(j0 + BT, T) - 1, W, TERRACED), T), BI):
+            for i0 in range(j0, tl.minimum(first_outside(tl.minimum(j0 + BT, T) - 1, W, TERRACED), T), BT):
                 query = i0 + token
                 real = query < T
                 top = tl.load(peak + line + query, mask=real, other=0.0) - shift
                 seen = in_window(query[None, :], key[:, None], W, TERRACED) & real[None, :]
-                rows = tile(q, b, i0, h, BI, BD)
+                rows = tile(q, b, i0, h, BT, BD)
                 scores = tl.dot(tile(k, b, j0, group, BT, BD), rows.T, input_precision=PRECISION) * (
                     scale * LOG2E
                 )
                 p = tl.where(seen, tl.exp2(scores - top[None, :]), 0.0)
-                columns = tile(u, b, i0, h, BI, BV).T
+                columns = tile(u, b, i0, h, BT, BV).T
                 values = tile(v, b, j0, group, BT, BV)
                 weight = tl.load(e + line + query, mask=real, other=0.0)
                 ds = p * (tl.dot(values, columns, input_precision=PRECISION) - weight[None, :])

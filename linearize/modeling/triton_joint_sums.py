@@ -214,9 +214,8 @@ def widths(x: Tensor, v: Tensor, w: Tensor) -> dict[str, Any]:
 
 
 def features_padded(x: Tensor, w: Tensor) -> int:
-    """Channels of half a map as programs hold them. Beside heads of 128 no fewer than a matrix instruction's 64 rows:
-    Triton 3.6 was seen to compile fewer wrongly there."""
-    return 64 if x.shape[-1] > 64 else block(w.shape[-1])
+    """Channels of half a map as programs hold them: no fewer than a matrix instruction's 64 rows."""
+    return max(64, block(w.shape[-1]))
 
 
 def last_contiguous(x: Tensor) -> Tensor:

@@ -66,6 +66,7 @@ def wanted(tensors, maps, factors, window):
         (torch.bfloat16, 700, 4, 2, 128, 128, 128, None),
         (torch.bfloat16, 4097, 4, 2, 128, 128, 128, 64),
         (torch.float16, 1000, 4, 2, 128, 128, 128, 64),
+        (torch.bfloat16, 500, 4, 2, 32, 32, 32, 64),
         (torch.float32, 333, 4, 2, 64, 64, 64, 64),
         (torch.float32, 333, 4, 2, 128, 128, 128, None),
     ],
