@@ -72,10 +72,9 @@ def case(name: str, kernel: Any, constants: dict[str, Any], key: str) -> Case:
         name: value for name, value in (constants | setting.blocks).items() if name in kernel.arg_names
     }
     wide = constants | dict(BD=constants.get("BD", 16), BV=constants.get("BV", 16))
-    tile, near = f"[1, {{}}, 1, {wide['BD']}]", constants.get("BK", 64)
+    tile = f"[1, {{}}, 1, {wide['BD']}]"
     described = {
-        **{name: tile.format(near) for name in ("k", "v")},
-        **{name: tile.format(64) for name in ("q", "u", "x", "val", "teacher")},
+        **{name: tile.format(64) for name in ("k", "v", "q", "u", "x", "val", "teacher")},
         **{name: tile.format(128) for name in ("both_k", "both_v")},
         **dict.fromkeys(("w", "w_q", "w_k"), f"[1, {wide['BD']}, {constants['FP']}]"),
         **dict.fromkeys(("S", "base_S", "R", "base_R"), f"[1, {constants['FP']}, {wide['BV']}]"),

@@ -38,8 +38,7 @@ CANDIDATES: dict[str, list[Launch]] = {
         Launch({"EVERY": every}, warps, stages)
         for every, warps, stages in ((1, 4, 2), (1, 4, 1), (1, 4, 3), (2, 4, 2), (4, 4, 2))
     ],
-    # Not 32 keys at once: Triton 3.6 compiles them wrongly.
-    "joint_outputs": [Launch({"BK": 64}, 4, stages) for stages in (1, 2)],
+    "joint_outputs": [Launch({}, 4, stages) for stages in (1, 2)],
     "joint_outputs_near": [Launch({"maxnreg": most}, 4, 1) for most in (168, 255)],
     "joint_outputs_near_terraced": [Launch({"maxnreg": most}, 4, 1) for most in (168, 255)],
     "joint_queries_transfer": [Launch({}, 4, stages) for stages in (1, 2)],

@@ -3,8 +3,9 @@
 The function is ``mapped_composed`` of ``mapped.py``: a softmax window and Hedgehog-mapped linear attention under one
 normaliser (arXiv 2410.10254, eq. 7), the row's window maximum being part of it. With tiles of BT tokens,
 
-    joint_sums      S, z of the tiles before every tile (``triton_joint_sums.py``)
-    joint_outputs   y of a tile: its window, then S of the tiles that are linear for all of it, then what lies between
+    joint_sums           S, z of the tiles before every tile (``triton_joint_sums.py``)
+    joint_outputs        y of a tile: its window, S of the tiles that are linear for all of it, then what lies between
+    joint_outputs_near   the same where the window is as long as a tile, without loops
 
 Features, scores and weights live in registers only; k and v are read per key/value head.
 
@@ -38,14 +39,14 @@ def joint_outputs(
     V: tl.constexpr, F: tl.constexpr, FP: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BT: tl.constexpr,
     GROUP: tl.constexpr, EVERY: tl.constexpr, MIXED: tl.constexpr, W: tl.constexpr, TERRACED: tl.constexpr,
     HAS_BASE: tl.constexpr, HAS_BETA: tl.constexpr, SAVE: tl.constexpr, TRANSFER: tl.constexpr,
-    HAS_LENGTHS: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_LENGTHS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """y [B, T, H, V] of one tile of one head; ``finish`` has what SAVE and TRANSFER write."""
     h, n, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     heads, group = tl.num_programs(0), h // GROUP
-    near = tl.arange(0, BK)
+    token = tl.arange(0, BT)
     i0 = n * BT
-    query = i0 + tl.arange(0, BT)
+    query = i0 + token
     rows = tile(q, b, i0, h, BT, BD)
     edge = tl.minimum(first_in_window(i0, W, TERRACED), i0) // BT // EVERY  # the sums of whole linear tiles
     at = (b * heads + h) * stored + edge
@@ -54,15 +55,15 @@ def joint_outputs(
     top = tl.full([BT], float("-inf"), tl.float32)
     if W > 0:  # first: its maximum rescales what was summed before, and the linear terms must not be
         top = tl.full([BT], -1e30, tl.float32)
-        for j0 in range(first_in_window(i0, W, TERRACED) // BK * BK, tl.minimum(i0 + BT, T), BK):
-            kT = tile(k, b, j0, group, BK, BD).T
-            seen = in_window(query[:, None], (j0 + near)[None, :], W, TERRACED)
+        for j0 in range(first_in_window(i0, W, TERRACED) // BT * BT, tl.minimum(i0 + BT, T), BT):
+            kT = tile(k, b, j0, group, BT, BD).T
+            seen = in_window(query[:, None], (j0 + token)[None, :], W, TERRACED)
             scores = tl.where(seen, tl.dot(rows, kT, input_precision=PRECISION) * (scale * LOG2E), -1e30)
             higher = tl.maximum(top, tl.max(scores, 1))
             p = tl.where(seen, tl.exp2(scores - higher[:, None]), 0.0)
             shrink = tl.exp2(top - higher)
             mass = mass * shrink + tl.sum(p, 1)
-            values = tile(v, b, j0, group, BK, BV)
+            values = tile(v, b, j0, group, BT, BV)
             acc = tl.dot(p.to(values.dtype), values, acc * shrink[:, None], input_precision=PRECISION)
             top = higher
         factor = tl.load(g + h)
@@ -78,17 +79,17 @@ def joint_outputs(
     if MIXED:
         # What lies between those tiles and the windows of the last rows.
         newest = first_in_window(tl.minimum(i0 + BT, T) - 1, W, TERRACED)
-        for j0 in range(edge * EVERY * BT, newest, BK):
-            kT = tile(k, b, j0, group, BK, BD).T
+        for j0 in range(edge * EVERY * BT, newest, BT):
+            kT = tile(k, b, j0, group, BT, BD).T
             logits = tl.dot(matrix(w_k, h, BD, FP).T, kT, input_precision=PRECISION)
             a = tl.dot(plus, softmax_of(logits, 0, F).to(rows.dtype), input_precision=PRECISION)
             a = tl.dot(minus, softmax_of(-logits, 0, F).to(rows.dtype), a, input_precision=PRECISION)
-            key = (j0 + near)[None, :]
+            key = (j0 + token)[None, :]
             a = tl.where(
                 (key <= query[:, None]) & (key < first_in_window(query, W, TERRACED)[:, None]), a, 0.0
             )
             mass += tl.sum(a, 1)
-            acc = tl.dot(a.to(rows.dtype), tile(v, b, j0, group, BK, BV), acc, input_precision=PRECISION)
+            acc = tl.dot(a.to(rows.dtype), tile(v, b, j0, group, BT, BV), acc, input_precision=PRECISION)
     if W == 0:
         mass += 1e-12
     finish(
@@ -257,7 +258,7 @@ def joint_forward(
     shape = widths(q, v, w_q)
     read = read_by(sums, shape, window, terraced)
     of_q = tiles(q, BT)
-    keys = [tiles(x, BT if near else setting.blocks["BK"]) for x in (k, v)]
+    keys = [tiles(x, BT) for x in (k, v)]
     if near:  # two tiles at once, which only terraced windows ask for
         keys += [tiles(x, 2 * BT) for x in (k, v)] if terraced else keys
     # An argument that a variant does not read still has to be a tensor: `g` stands in.
