@@ -29,7 +29,7 @@ from .lola import Sparse, hand_over_all, sparse_chunked, sparse_recurrent
 from .mapped import mapped_composed, mapped_error_composed, mapped_refusal
 from .mixer import Fit
 from .reference import fold, joint_recurrent, window_chunked, window_recurrent
-from .routing import Past, route, routed_chunked, routed_recurrent, self_saliency_of
+from .routing import Past, ranks_of, route, routed_chunked, routed_recurrent, self_saliency_of
 from .routing import self_saliency as self_saliency_chunked
 from .selection import Kept, kept_chunked, kept_recurrent, merge_kept
 from .selection import future_attention as future_attention_chunked
@@ -58,12 +58,14 @@ __all__ = [
     "mapped_error",
     "merge_kept",
     "ran",
+    "ranks_of",
     "reference_only",
     "route",
     "routed_attention",
     "routed_decode",
     "routed_prefill",
     "salient_step",
+    "saliency_ranks",
     "self_saliency",
     "self_saliency_of",
     "sparse_attention",
@@ -138,8 +140,10 @@ def mapped_error(
 
 
 def _unlike(*tensors: Tensor) -> str | None:
+    if len({x.dtype for x in tensors}) == 1:
+        return None
     kinds = {str(x.dtype).removeprefix("torch.") for x in tensors}
-    return None if len(kinds) == 1 else f"q, k and v are of several types, {' and '.join(sorted(kinds))}"
+    return f"q, k and v are of several types, {' and '.join(sorted(kinds))}"
 
 
 def _no_tile(chunk: int, *widths: int) -> str | None:
@@ -203,18 +207,44 @@ def future_attention(
 
 def self_saliency(q: Tensor, k: Tensor, *, scale: float, window: int, softcap: float | None = None) -> Tensor:
     """``routing.self_saliency``."""
-    if use_kernel(
+    if _saliency_kernel(q, k, window, softcap):
+        from .triton_selected_future import self_saliency as kernel
+
+        return kernel(q, k, scale=scale, window=window)
+    return self_saliency_chunked(q, k, scale=scale, window=window, softcap=softcap)
+
+
+def saliency_ranks(
+    q: Tensor,
+    k: Tensor,
+    *,
+    scale: float,
+    window: int,
+    groups: int,
+    keep_first: bool,
+    softcap: float | None = None,
+) -> Tensor:
+    """``routing.ranks_of`` the self-saliency of whole rows [B, T, groups]; inf for the first token where it is kept."""
+    fused = groups == q.shape[2] and _saliency_kernel(q, k, window, softcap)
+    if fused:
+        from .triton_selected_future import self_saliency as kernel
+
+        return kernel(q, k, scale=scale, window=window, rank=True, keep_first=keep_first)
+    ranks = ranks_of(self_saliency(q, k, scale=scale, window=window, softcap=softcap), groups)
+    if keep_first:
+        ranks[:, :1] = torch.inf
+    return ranks
+
+
+def _saliency_kernel(q: Tensor, k: Tensor, window: int, softcap: float | None) -> bool:
+    return use_kernel(
         "self_saliency",
         refusal(q, k),
         no_room("self_saliency", q),
         _unlike(q, k),
         "a soft-cap is set" if softcap is not None else None,
         _no_tile(window, k.shape[-1]),
-    ):
-        from .triton_selected_future import self_saliency as kernel
-
-        return kernel(q, k, scale=scale, window=window)
-    return self_saliency_chunked(q, k, scale=scale, window=window, softcap=softcap)
+    )
 
 
 def joint_step(q: Tensor, k: Tensor, v: Tensor, *state: Tensor, **terms: Any) -> Tensor | None:
@@ -399,10 +429,11 @@ def routed_prefill(
         else None,
     )
     if use_kernel("routed_prefill", *reasons):
+        from .triton_selected_maps import matrices
         from .triton_selected_routed import routed_prefill as kernel
 
         return kernel(
-            q, k, v, map_q.matrix(torch.float32), map_k.matrix(torch.float32), score, gate,
+            q, k, v, *matrices(map_q, map_k, q.dtype), score, gate,
             scale=scale, chunk=chunk, picks=picks, size=kept if size is None else size,
             norm=isinstance(map_q, NormPreservedPlain), eps=eps, lengths=lengths,
         )  # fmt: skip

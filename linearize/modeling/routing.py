@@ -21,6 +21,7 @@ stands on the chunk grid, and padding, whatever its score, right of all real tok
 fp64 where the inputs are; no gradient passes through the selection.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -36,6 +37,7 @@ from .selection import (
     exact_slots,
     kept_mask,
     ranked,
+    rounded,
     running_best,
 )
 from .tiles import (
@@ -119,6 +121,12 @@ def self_saliency_of(
     own = key_positions[:, None, :] == query_positions[:, :, None]
     share = (share * own[:, None, None, None]).sum(-1, keepdim=True)
     return untile(_log_share(share), length, dtype).squeeze(-1)
+
+
+def ranks_of(rho: Tensor, groups: int) -> Tensor:
+    """What heads select by [B, T, groups], from rho [B, T, H]: the mean share of those that select together."""
+    rho = rho.unflatten(2, (groups, -1))
+    return rounded(rho.logsumexp(-1) - math.log(rho.shape[-1]))
 
 
 def _log_share(share: Tensor) -> Tensor:

@@ -19,7 +19,6 @@ where the release ranks its NaN first; prefill and decode rank by the same numbe
 cache or without. Scores are rounded before they are ranked, so that equal tokens tie at any split.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple
@@ -34,16 +33,17 @@ from .ops import (
     Kept,
     Past,
     fold,
+    ranks_of,
     route,
     routed_attention,
     routed_decode,
     routed_prefill,
+    saliency_ranks,
     self_saliency,
     self_saliency_of,
     still_step,
 )
 from .ring import at_columns, final, new_columns, resize, span, step_positions, unroll, write
-from .selection import rounded
 from .tiles import per_head
 
 
@@ -367,10 +367,18 @@ class StillMixer(Mixer):
     # What tokens are picked by: [B, T, Gs] for the new tokens of a call.
 
     def _score(self, x: MixerInput) -> Tensor:
-        rho = None
-        if self.config.score == "self_saliency":
-            rho = self_saliency(x.q, x.k, scale=x.scale, window=self.config.chunk, softcap=x.softcap)
-        return self._ranks(x, rho, torch.zeros(len(x.k), dtype=torch.long, device=x.k.device))
+        config = self.config
+        if config.score == "self_saliency":
+            return saliency_ranks(
+                x.q,
+                x.k,
+                scale=x.scale,
+                window=config.chunk,
+                groups=self.select_heads,
+                keep_first=config.keep_first,
+                softcap=x.softcap,
+            )
+        return self._ranks(x, None, torch.zeros(len(x.k), dtype=torch.long, device=x.k.device))
 
     def _score_chunk(self, x: MixerInput, state: StillState, k: Tensor) -> Tensor:
         rho = None
@@ -401,9 +409,8 @@ class StillMixer(Mixer):
         if rho is None:
             ranks = position if self.config.score == "recency" else shuffled(position)
             score = ranks.to(dtype)[..., None].expand(-1, -1, self.select_heads)
-        else:  # the group's mean share
-            groups = rho.unflatten(2, (self.select_heads, -1))
-            score = rounded(groups.logsumexp(-1) - math.log(groups.shape[-1]))
+        else:
+            score = ranks_of(rho, self.select_heads)
         return score.masked_fill((position == 0)[..., None], torch.inf) if self.config.keep_first else score
 
     def _map_q(self, x: MixerInput, q: Tensor) -> Tensor:

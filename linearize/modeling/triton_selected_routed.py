@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launches import Launch, launch, widths_of
-from .triton_selected import Sets
+from .triton_selected import Sets, running_sets
 from .triton_selected_kept import (
     LOG2E,
     MASKED,
@@ -175,15 +175,14 @@ def routed_forward(
     y = torch.empty(batch, time, heads, shape["V"], dtype=v.dtype, device=device)
     linear = torch.empty_like(y)
     mass, top, den = (torch.empty(batch, heads, time, dtype=torch.float32, device=device) for _ in range(3))
-    kv = torch.zeros(batch, len(w_k), shape["V"], 2 * features, dtype=torch.float32, device=device)
-    z = torch.zeros(batch, len(w_k), 2 * features, dtype=torch.float32, device=device)
-    last = torch.full((batch,), count, device=device) if lengths is None else (lengths - 1) // chunk
+    kv = torch.empty(batch, len(w_k), shape["V"], 2 * features, dtype=torch.float32, device=device)
+    z = torch.empty(batch, len(w_k), 2 * features, dtype=torch.float32, device=device)
     constants = {name: shape[name] for name in ("G", "R", "K", "V", "BK", "BV", "C")} | options(
         "selected_linear"
     )
     constants |= dict(HS=len(w_k), F=features, NORM=norm)
     for piece in pieces(
-        k, w_k, v, (kv, z), count=count, chunk=chunk, norm=norm, turns=turns_of(sets, chunk, last),
+        k, w_k, v, (kv, z), count=count, chunk=chunk, norm=norm, turns=turns_of(sets, chunk, lengths),
         setting=(settings or {}).get("selected_states"),
     ):  # fmt: skip
         linear_kernel[(heads, piece.chunks, batch)](
@@ -206,12 +205,18 @@ def routed_prefill(
     q: Tensor, k: Tensor, v: Tensor, w_q: Tensor, w_k: Tensor, score: Tensor, gate: Tensor | None = None,
     *, scale: float, chunk: int, picks: int, size: int, norm: bool, eps: float, lengths: Tensor | None = None,
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:  # fmt: skip
-    """``routing.routed_chunked`` from nothing, of features that the matrices w make; and S, z behind the last tokens,
-    without gradient."""
-    from .triton_selected_routed_backward import RoutedAttention
+    """``routing.routed_chunked`` from nothing, of features that the matrices w make, in the dtype of q; and S, z behind
+    the last tokens, without gradient."""
+    given = (q, k, v, w_q, w_k, gate)
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in given):
+        from .triton_selected_routed_backward import RoutedAttention
 
-    w_q, w_k = (w.to(q.dtype).contiguous() for w in (w_q, w_k))
-    y, kv, z = RoutedAttention.apply(
-        q, k, v, w_q, w_k, score.detach(), gate, scale, chunk, picks, size, norm, eps, lengths
+        y, kv, z = RoutedAttention.apply(
+            q, k, v, w_q, w_k, score.detach(), gate, scale, chunk, picks, size, norm, eps, lengths
+        )
+        return y, (kv, z)
+    sets = running_sets(score, chunk=chunk, size=size, picks=picks)
+    done = routed_forward(
+        q, k, v, w_q, w_k, sets, gate, scale=scale, chunk=chunk, norm=norm, eps=eps, lengths=lengths
     )
-    return y, (kv, z)
+    return done.y, (done.kv, done.z)

@@ -209,15 +209,15 @@ def routed_backward(
     constants: dict[str, Any] = {name: shape[name] for name in ("K", "V", "BK", "BV", "C", "GS")}
     constants |= dict(H=heads, HM=len(w_k), F=features, NORM=norm)
     exact: dict[str, Any] = dict(dtype=torch.float32, device=device)
-    turns = turns_of(sets, chunk, torch.full((batch,), count, device=device))
+    turns = turns_of(sets, chunk)
     terms: dict[str, Any] = dict(count=count, chunk=chunk, norm=norm)
 
     def options(kernel: str) -> dict[str, Any]:
         return fitted(launch(kernel, device, **widths_of(q, v, w_q)), q, 1)
 
-    def nothing(maps: int) -> tuple[Tensor, Tensor]:
-        state = torch.zeros(batch, maps, shape["V"], 2 * features, **exact)
-        return state, torch.zeros(batch, maps, 2 * features, **exact)
+    def room(maps: int) -> tuple[Tensor, Tensor]:
+        state = torch.empty(batch, maps, shape["V"], 2 * features, **exact)
+        return state, torch.empty(batch, maps, 2 * features, **exact)
 
     def where(piece: Piece) -> tuple[int, ...]:
         return time, count, piece.start, piece.chunks, piece.run, piece.bases.shape[2]
@@ -226,7 +226,7 @@ def routed_backward(
     da_q = torch.empty(batch, time, heads, features, dtype=q.dtype, device=device)
     along_q = torch.empty(batch, heads, time, **exact)
     of_queries = constants | dict(HX=heads, HV=heads, HM=heads, HS=len(w_k), KEYS=False)
-    for piece in pieces(k, w_k, v, nothing(len(w_k)), turns=turns, **terms):
+    for piece in pieces(k, w_k, v, room(len(w_k)), turns=turns, **terms):
         features_kernel[(heads, piece.chunks, batch)](
             q, w_q, values, e, turns, *piece.tensors, da_q, along_q, *where(piece),
             *q.stride()[:3], *values.stride()[:3], **of_queries, **options("selected_features"),
@@ -237,7 +237,7 @@ def routed_backward(
     da_k = torch.zeros(batch, time, heads, features, dtype=k.dtype, device=device)
     linear_dv = torch.zeros(batch, time, heads, shape["V"], dtype=v.dtype, device=device)
     of_keys = constants | dict(HX=groups, HV=groups, HS=heads, KEYS=True)
-    for piece in pieces(q, w_q, values, nothing(heads), weights=e, **terms):
+    for piece in pieces(q, w_q, values, room(heads), weights=e, **terms):
         features_kernel[(heads, piece.chunks, batch)](
             k, w_k, v, e, turns, *piece.tensors, da_k, along_k, *where(piece),
             *k.stride()[:3], *v.stride()[:3], **of_keys, **options("selected_features"),
