@@ -29,7 +29,7 @@ from .lola import Sparse, hand_over_all, sparse_chunked, sparse_recurrent
 from .mapped import mapped_composed, mapped_error_composed, mapped_refusal
 from .mixer import Fit
 from .reference import fold, joint_recurrent, window_chunked, window_recurrent
-from .routing import Past, ranks_of, route, routed_chunked, routed_recurrent, self_saliency_of
+from .routing import Behind, Past, ranks_of, route, routed_chunked, routed_recurrent, self_saliency_of
 from .routing import self_saliency as self_saliency_chunked
 from .selection import Kept, kept_chunked, kept_recurrent, merge_kept
 from .selection import future_attention as future_attention_chunked
@@ -37,6 +37,7 @@ from .tiles import State
 
 __all__ = [
     "Averaged",
+    "Behind",
     "Kept",
     "Past",
     "Sparse",
@@ -407,9 +408,11 @@ def routed_prefill(
     eps: float = 1e-6,
     softcap: float | None = None,
     lengths: Tensor | None = None,
-) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-    """``routing.routed_chunked`` with the features of both maps, and, from a kernel, the sums (S, z) of all that has
-    turned linear by the last of the ``lengths`` [B] tokens of each row."""
+    slots: int | None = None,
+) -> tuple[Tensor, Behind | None]:
+    """``routing.routed_chunked`` with the features of both maps, and, from a kernel, what is behind the last of the
+    ``lengths`` [B] tokens of each row: the sums of all that is linear and, without gradients, kept tokens in ``slots``
+    where so many are asked for."""
     kept = max(0, -(-q.shape[1] // chunk) - 2) * picks
     widths = map_q.feature_dim // map_q.halves, map_k.feature_dim // map_k.halves
     reasons = (
@@ -435,7 +438,7 @@ def routed_prefill(
         return kernel(
             q, k, v, *matrices(map_q, map_k, q.dtype), score, gate,
             scale=scale, chunk=chunk, picks=picks, size=kept if size is None else size,
-            norm=isinstance(map_q, NormPreservedPlain), eps=eps, lengths=lengths,
+            norm=isinstance(map_q, NormPreservedPlain), eps=eps, lengths=lengths, slots=slots,
         )  # fmt: skip
     y = routed_attention(
         q, k, v, map_q(q), map_k(k), score, gate,

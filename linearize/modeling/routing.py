@@ -74,6 +74,17 @@ class Past(NamedTuple):
     """[B, Hs, F], the sum of their phi_k."""
 
 
+class Behind(NamedTuple):
+    """What is behind the last tokens of whole rows."""
+
+    kept: Kept | None
+    """Heads Gs; None where it was not asked for, or is not known."""
+    kv: Tensor
+    """[B, Hs, F, V] fp32, the sum of phi_k v^T over all that has turned linear."""
+    z: Tensor
+    """[B, Hs, F] fp32, the sum of their phi_k."""
+
+
 # The score: how much of its own window's attention a token keeps for itself.
 
 

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launches import Launch, launch, widths_of
+from .launches import Launch, launch, padded, tiles, widths_of
 from .triton_selected import Sets
 from .triton_together import compiled_together
 
@@ -111,8 +111,8 @@ def shape_of(q: Tensor, k: Tensor, v: Tensor, **more: int) -> dict[str, Any]:
         R=q.shape[2] // groups,
         K=key,
         V=value,
-        BK=max(16, triton.next_power_of_2(key)),
-        BV=max(16, triton.next_power_of_2(value)),
+        BK=padded(key, 16),
+        BV=padded(value, 16),
         **more,
     )
 
@@ -127,7 +127,7 @@ def fitted(setting: Launch, q: Tensor, per_group: int) -> dict[str, Any]:
     options = setting.options
     if "heads" in options:
         heads = 1 if q.dtype == torch.float32 else options["heads"]
-        options["heads"] = min(heads, triton.next_power_of_2(per_group))
+        options["heads"] = min(heads, padded(per_group))
     if q.dtype == torch.float32:
         options["num_stages"] = 1
     return options
@@ -157,7 +157,7 @@ def kept_forward(
     lse = torch.empty(batch, heads, time, dtype=torch.float32, device=q.device)
     n = sets.index.shape[3]
     odd, shape["TAIL"] = odd_slots(n, options["keys"])
-    grid = (shape["G"] * triton.cdiv(shape["R"], options["heads"]), triton.cdiv(time, chunk), batch)
+    grid = (shape["G"] * tiles(shape["R"], options["heads"]), tiles(time, chunk), batch)
     kept_forward_kernel[grid](
         q, k, v, sets.index, y, lse, time, n, odd, scale * LOG2E,
         **strides_of(q=q, k=k, v=v), **shape, **options,

@@ -7,6 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .feature_maps import MIN_FEATURE, FeatureMap, NormPreserved
+from .launches import padded, tiles
 
 
 @triton.jit
@@ -45,8 +46,8 @@ def matrices(map_q: FeatureMap, map_k: FeatureMap, dtype: torch.dtype) -> tuple[
     made = [torch.empty(m.weight.shape, dtype=dtype, device=m.weight.device) for m in maps]
     heads, width, features = map_q.weight.shape
     pairs = [x.contiguous() for m in maps for x in (m.weight, m.reflect)]
-    reflect_kernel[(triton.cdiv(features, 32), heads + len(map_k.weight))](
+    reflect_kernel[(tiles(features, 32), heads + len(map_k.weight))](
         *pairs[:2], made[0], *pairs[2:], made[1], MIN_FEATURE,
-        HQ=heads, K=width, BK=triton.next_power_of_2(width), F=features, BF=32,
+        HQ=heads, K=width, BK=padded(width), F=features, BF=32,
     )  # fmt: skip
     return made[0], made[1]

@@ -20,7 +20,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launches import Launch, launch, widths_of
+from .launches import Launch, launch, tiles, widths_of
+from .routing import Behind
+from .selection import Kept
 from .triton_selected import Sets, running_sets
 from .triton_selected_kept import (
     LOG2E,
@@ -192,7 +194,7 @@ def routed_forward(
     chosen = options("selected_outputs", heads // select)
     odd, chosen["TAIL"] = odd_slots(n, chosen["keys"])
     chosen["GATE"] = 0 if gate is None else gate.shape[3]
-    grid = (select * triton.cdiv(heads // select, chosen["heads"]), count, batch)
+    grid = (select * tiles(heads // select, chosen["heads"]), count, batch)
     outputs_kernel[grid](
         q, k, v, sets.index, q if gate is None else gate, linear, mass, y, top, den,
         time, n, odd, count, scale * LOG2E, eps, **strides, **shape, **chosen,
@@ -200,13 +202,58 @@ def routed_forward(
     return Routed(y, linear, top, den, kv.mT, z)
 
 
+@triton.jit(do_not_specialize=["time", "count", "n", "slots"])
+def ending_kernel(
+    k, v, score, index, sizes, kept_k, kept_v, kept_score, time, count, n, slots,
+    k_b, k_t, k_h, v_b, v_t, v_h, s_b, s_t, s_h,
+    GS: tl.constexpr, G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    C: tl.constexpr, SIZES: tl.constexpr, rows: tl.constexpr,
+):  # fmt: skip
+    """kept_k [B, slots, Gs, K], kept_v and kept_score of each row's last chunk; zeros and -inf in an empty slot. Grid
+    (row tiles, Gs, B)."""
+    i, h, b = tl.program_id(0) * rows + tl.arange(0, rows), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    c = count - 1
+    if SIZES:
+        c = tl.maximum((tl.load(sizes + b).to(tl.int32) - 1) // C, 0)
+    at = tl.load(index + ((b * GS + h) * count + c) * n + i, mask=i < n, other=-1)
+    there, place = at >= 0, (b * slots + i) * GS + h
+    d, e = tl.arange(0, BK), tl.arange(0, BV)
+    keys = rows_at(k + b * k_b + h // (GS // G) * k_h, at, k_t, there, K, BK)
+    tl.store(kept_k + place[:, None] * K + d[None, :], keys, mask=(i < slots)[:, None] & (d < K)[None, :])
+    values = rows_at(v + b * v_b + h // (GS // G) * v_h, at, v_t, there, V, BV)
+    tl.store(kept_v + place[:, None] * V + e[None, :], values, mask=(i < slots)[:, None] & (e < V)[None, :])
+    ranks = tl.load(score + b * s_b + at.to(tl.int64) * s_t + h * s_h, mask=there, other=float("-inf"))
+    tl.store(kept_score + place, ranks, mask=i < slots)
+
+
+def kept_at_the_end(
+    k: Tensor, v: Tensor, score: Tensor, sets: Sets, slots: int, chunk: int, sizes: Tensor | None
+) -> Kept:
+    """The kept tokens behind whole rows, or behind the first ``sizes`` [B] of each, in so many slots."""
+    k, v = in_rows(k), in_rows(v)
+    batch, select, count, n = sets.index.shape
+    kept = Kept(
+        torch.empty(batch, slots, select, k.shape[3], dtype=k.dtype, device=k.device),
+        torch.empty(batch, slots, select, v.shape[3], dtype=v.dtype, device=k.device),
+        torch.empty(batch, slots, select, dtype=score.dtype, device=k.device),
+    )
+    shape = shape_of(k, k, v, GS=select, C=chunk, SIZES=sizes is not None, rows=32)
+    del shape["R"]
+    ending_kernel[(tiles(slots, 32), select, batch)](
+        k, v, score, sets.index, sets.index if sizes is None else sizes, *kept,
+        k.shape[1], count, n, slots, **strides_of(k=k, v=v, s=score[..., None]), **shape,
+    )  # fmt: skip
+    return kept
+
+
 @compiled_together
 def routed_prefill(
     q: Tensor, k: Tensor, v: Tensor, w_q: Tensor, w_k: Tensor, score: Tensor, gate: Tensor | None = None,
     *, scale: float, chunk: int, picks: int, size: int, norm: bool, eps: float, lengths: Tensor | None = None,
-) -> tuple[Tensor, tuple[Tensor, Tensor]]:  # fmt: skip
-    """``routing.routed_chunked`` from nothing, of features that the matrices w make, in the dtype of q; and S, z behind
-    the last tokens, without gradient."""
+    slots: int | None = None,
+) -> tuple[Tensor, Behind]:  # fmt: skip
+    """``routing.routed_chunked`` from nothing, of features that the matrices w make, in the dtype of q; and what is
+    behind the last tokens, without gradient."""
     given = (q, k, v, w_q, w_k, gate)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in given):
         from .triton_selected_routed_backward import RoutedAttention
@@ -214,9 +261,10 @@ def routed_prefill(
         y, kv, z = RoutedAttention.apply(
             q, k, v, w_q, w_k, score.detach(), gate, scale, chunk, picks, size, norm, eps, lengths
         )
-        return y, (kv, z)
+        return y, Behind(None, kv, z)
     sets = running_sets(score, chunk=chunk, size=size, picks=picks)
     done = routed_forward(
         q, k, v, w_q, w_k, sets, gate, scale=scale, chunk=chunk, norm=norm, eps=eps, lengths=lengths
     )
-    return done.y, (done.kv, done.z)
+    kept = None if slots is None else kept_at_the_end(k, v, score, sets, slots, chunk, lengths)
+    return done.y, Behind(kept, done.kv, done.z)

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launches import Launch, launch, widths_of
+from .launches import Launch, launch, padded, tiles, widths_of
 from .triton_selected import Sets
 from .triton_selected_kept import fitted, rows_at
 
@@ -221,7 +221,7 @@ def turns_of(sets: Sets, chunk: int, sizes: Tensor | None = None) -> Tensor:
     turns = torch.empty(batch, select, count, chunk, dtype=torch.int32, device=sets.left.device)
     turns_kernel[(count, batch * select)](
         sets.leave, sets.left, turns if sizes is None else sizes, turns, sets.leave.shape[2], count,
-        GS=select, C=chunk, P=picks, FEW=max(2, triton.next_power_of_2(picks)), SIZES=sizes is not None,
+        GS=select, C=chunk, P=picks, FEW=padded(picks, 2), SIZES=sizes is not None,
     )  # fmt: skip
     return turns
 
@@ -230,8 +230,8 @@ def lengths_of(x: Tensor) -> Tensor:
     """|x| [B, H, T] in fp32 of x [B, T, H, K]."""
     batch, time, heads, width = x.shape
     lengths = torch.empty(batch, heads, time, dtype=torch.float32, device=x.device)
-    shape: dict[str, Any] = dict(H=heads, K=width, BK=max(16, triton.next_power_of_2(width)), rows=32)
-    lengths_kernel[(triton.cdiv(time * heads, 32), batch)](x, lengths, time, *x.stride()[:3], **shape)
+    shape: dict[str, Any] = dict(H=heads, K=width, BK=padded(width, 16), rows=32)
+    lengths_kernel[(tiles(time * heads, 32), batch)](x, lengths, time, *x.stride()[:3], **shape)
     return lengths
 
 
@@ -260,9 +260,9 @@ def pieces(
     constants: dict[str, Any] = dict(
         H=heads, HX=x.shape[2], HV=values.shape[2], HT=1 if turns is None else turns.shape[1],
         K=x.shape[3], V=width, F=features, C=chunk, NORM=norm, REVERSE=reverse,
-        BK=max(16, triton.next_power_of_2(x.shape[3])), BV=max(16, triton.next_power_of_2(width)), **options,
+        BK=padded(x.shape[3], 16), BV=padded(width, 16), **options,
     )  # fmt: skip
-    few, many = triton.cdiv(2 * features, 16), triton.cdiv(size, 1024)
+    few, many = tiles(2 * features, 16), tiles(size, 1024)
     starts = range(0, count, most)
     for number, start in enumerate(reversed(starts) if reverse else starts):
         chunks = min(most, count - start)
