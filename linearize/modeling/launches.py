@@ -118,12 +118,12 @@ CANDIDATES["selected_saliency"] = [
 ]
 CANDIDATES["selected_states"] = [Launch({}, 4, 2), Launch({}, 4, 1), Launch({}, 4, 3)]
 CANDIDATES["selected_reverse"] = [Launch({}, 4, 1), Launch({}, 4, 2)]
-CANDIDATES["selected_linear"] = [Launch({}, 4, 2), Launch({}, 4, 1), Launch({}, 8, 2), Launch({}, 4, 3)]
 CANDIDATES["selected_outputs"] = [
-    Launch({"heads": 1, "keys": 64}, 4, 2),
-    Launch({"heads": 1, "keys": 64}, 4, 3),
-    Launch({"heads": 1, "keys": 128}, 4, 2),
-    Launch({"heads": 1, "keys": 32}, 4, 3),
+    Launch({"keys": 64}, 4, 2),
+    Launch({"keys": 64}, 4, 3),
+    Launch({"keys": 64}, 8, 2),
+    Launch({"keys": 32}, 4, 2),
+    Launch({"keys": 32}, 4, 3),
 ]
 CANDIDATES["selected_features"] = [Launch({}, 8, 2), Launch({}, 8, 1), Launch({}, 8, 3)]
 CANDIDATES["selected_values"] = [Launch({}, 4, 2), Launch({}, 4, 1)]

@@ -4,13 +4,10 @@
 
 Selection says of every token with which chunk it turns linear (``triton_selected``): most with the second chunk after
 their own, and those that were kept until then with a later one; there are no more of these than the chunk has tokens
-that are kept now, so that they take their places in its tile. Three steps:
+that are kept now, so that they take their places in its tile. Two steps:
 
 1. sums      S and z of every chunk (``triton_selected_states``)
-2. linear    phi_q S and phi_q z of a chunk's queries
-3. outputs   softmax over the kept and the local keys, the gate and the quotient
-
-The last two are apart because their registers do not fit together; what passes between them is in v's dtype.
+2. outputs   softmax over the kept and the local keys, phi_q S and phi_q z, the gate and the quotient
 """
 
 from typing import Any, NamedTuple
@@ -40,72 +37,37 @@ from .triton_selected_states import load_map, pieces, softmax_rows, turns_of
 from .triton_together import compiled_together
 
 
-@triton.jit(do_not_specialize=["time", "start", "chunks", "run", "runs"])
-def linear_kernel(
-    q, w, states, bases, sums, y, mass, time, start, chunks, run, runs, q_b, q_t, q_h,
-    HS: tl.constexpr, G: tl.constexpr, R: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr,
-    BV: tl.constexpr, F: tl.constexpr, C: tl.constexpr, NORM: tl.constexpr,
-):  # fmt: skip
-    """y [B, T, H, V] the linear numerator, mass [B, H, T] its denominator, of ``chunks`` chunks from ``start`` on; grid
-    (H, chunks, B)."""
-    H: tl.constexpr = G * R
-    h, c, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    t = (start + c) * C + tl.arange(0, C)
-    queries = rows_at(q + b * q_b + h * q_h, t, q_t, t < time, K, BK)
-    w = load_map(w + h * K * F, K, BK, F)
-    f, e = tl.arange(0, F), tl.arange(0, BV)
-    head = b * HS + h // (H // HS)
-    own, before = (head * chunks + c) * 2 * F, (head * runs + c // run) * 2 * F
-    acc = tl.zeros([C, BV], tl.float32)
-    total = tl.zeros([C], tl.float32)
-    # Half by half in a loop that makes the features anew: both halves, or two states, do not fit in registers.
-    for half in range(2):
-        x = queries.to(tl.float32)
-        a = (1.0 - 2.0 * half) * tl.dot(queries, w, input_precision="ieee")
-        phi = softmax_rows(a, tl.sqrt(tl.sum(x * x, 1)), NORM)
-        total += tl.sum(phi * tl.load(sums + own + half * F + f)[None, :], 1)
-        narrow = phi.to(states.dtype.element_ty)
-        # Nothing is before the first run.
-        for part in range(tl.where(start + c < run, 1, 2)):
-            state = (states if part == 0 else bases) + tl.where(part == 0, own, before) * V + half * F
-            state += e[:, None] * (2 * F) + f[None, :]
-            state = tl.load(state, mask=None if V == BV else (e < V)[:, None])
-            acc = tl.dot(narrow, tl.trans(state), acc, input_precision="ieee")
-    row = (b * time + t) * H + h
-    wide = (t < time)[:, None] & (e < V)[None, :]
-    tl.store(y + row[:, None] * V + e[None, :], acc.to(y.dtype.element_ty), mask=wide)
-    tl.store(mass + (b * H + h) * time + t, total, mask=t < time)
+LEAST = tl.constexpr(1e-20)  # a gate is taken for at least so much
 
 
-@triton.jit(do_not_specialize=["time", "n", "odd", "count"])
+@triton.jit(do_not_specialize=["time", "n", "odd", "count", "start", "chunks", "run", "runs"])
 def outputs_kernel(
-    q, k, v, index, gate, linear, mass, y, top, den, time, n, odd, count, scale, eps,
+    q, k, v, index, gate, w, states, bases, sums, linear, y, top, den,
+    time, n, odd, count, start, chunks, run, runs, scale, eps,
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h,
-    GS: tl.constexpr, G: tl.constexpr, R: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
-    BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, P: tl.constexpr, TAIL: tl.constexpr,
-    GATE: tl.constexpr, heads: tl.constexpr, keys: tl.constexpr,
+    GS: tl.constexpr, HS: tl.constexpr, G: tl.constexpr, R: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+    BK: tl.constexpr, BV: tl.constexpr, F: tl.constexpr, C: tl.constexpr, P: tl.constexpr, TAIL: tl.constexpr,
+    GATE: tl.constexpr, NORM: tl.constexpr, SAVE: tl.constexpr, keys: tl.constexpr,
 ):  # fmt: skip
-    """y [B, T, H, V], the row maximum (in powers of two) and the denominator [B, H, T]; grid (Gs x head blocks, N, B),
-    as heads that select together share a program. GATE: width of the gate, 0 for none."""
+    """y [B, T, H, V] of ``chunks`` chunks from ``start`` on; SAVE: also the row maximum (in powers of two), the
+    denominator [B, H, T] and, where there is a gate, the linear numerator [B, T, H, V] without it. GATE: the gate's
+    width, 0 for none. Grid (H, chunks, B)."""
     H: tl.constexpr = G * R
-    PER: tl.constexpr = H // GS
-    parts: tl.constexpr = (PER + heads - 1) // heads
-    select, part = tl.program_id(0) // parts, tl.program_id(0) % parts
-    c, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
-    r = tl.arange(0, heads * C)
-    inner, t = part * heads + r // C, c * C + r % C
-    head, live = select * PER + inner, (inner < PER) & (t < time)
-    k += b * k_b + select * PER // R * k_h
-    v += b * v_b + select * PER // R * v_h
-    d, e = tl.arange(0, BK), tl.arange(0, BV)
-    base = q + b * q_b + (t.to(tl.int64) * q_t + head * q_h)[:, None]
-    mask = live[:, None] if K == BK else live[:, None] & (d < K)[None, :]
-    queries = tl.load(base + d[None, :], mask=mask, other=0.0)
+    h, piece, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    c, select = start + piece, h // (H // GS)
+    t = c * C + tl.arange(0, C)
+    live = t < time
+    queries = rows_at(q + b * q_b + h * q_h, t, q_t, live, K, BK)
+    k += b * k_b + h // R * k_h
+    v += b * v_b + h // R * v_h
     index += ((b * GS + select) * count + c) * n
+    f, e = tl.arange(0, F), tl.arange(0, BV)
+    x = queries.to(tl.float32)
+    length = tl.sqrt(tl.sum(x * x, 1))
 
-    m = tl.full([heads * C], MASKED, tl.float32)
-    total = tl.zeros([heads * C], tl.float32)
-    acc = tl.zeros([heads * C, BV], tl.float32)
+    m = tl.full([C], MASKED, tl.float32)
+    total = tl.zeros([C], tl.float32)
+    acc = tl.zeros([C, BV], tl.float32)
     filled = tl.minimum(n, tl.maximum(c - 1, 0) * P)
     older = tl.maximum(c - 1, 0) * C
     stop = filled + tl.minimum((c + 1) * C, time) - older
@@ -113,32 +75,60 @@ def outputs_kernel(
     if TAIL > 0:
         odd_ones = position_of(index, tl.arange(0, TAIL), first, older, 0)
         m, total, acc = attend(queries, k, v, odd_ones, t, m, total, acc, k_t, v_t, scale, K, V, BK, BV)
-    for start in range(first, stop, keys):
-        at = position_of(index, start + tl.arange(0, keys), filled, older, stop)
+    for begin in range(first, stop, keys):
+        at = position_of(index, begin + tl.arange(0, keys), filled, older, stop)
         m, total, acc = attend(queries, k, v, at, t, m, total, acc, k_t, v_t, scale, K, V, BK, BV)
 
-    mask = live[:, None] if V == BV else live[:, None] & (e < V)[None, :]
-    row = ((b * time + t) * H + head)[:, None] * V + e[None, :]
-    place = (b * H + head) * time + t
+    wide = live[:, None] if V == BV else live[:, None] & (e < V)[None, :]
+    row = (b * time + t) * H + h
+    place = (b * H + h) * time + t
     total += eps
     if c >= 2:
-        total += tl.load(mass + place, mask=live, other=0.0)
-        more = tl.load(linear + row, mask=mask, other=0.0).to(tl.float32)
-        if GATE > 0:
-            at_gate = ((b * time + t) * H + head)[:, None] * GATE + (e[None, :] if GATE > 1 else 0)
-            more *= tl.load(gate + at_gate, mask=mask, other=0.0).to(tl.float32)
-        acc += more
-    tl.store(y + row, (acc / total[:, None]).to(y.dtype.element_ty), mask=mask)
-    tl.store(top + place, m, mask=live)
-    tl.store(den + place, total, mask=live)
+        at_gate = gate + row[:, None] * GATE + (e[None, :] if GATE > 1 else 0)
+        more = tl.zeros([C, BV], tl.float32)
+        if not (SAVE and GATE > 0):
+            more = acc
+            if GATE > 0:  # exact and linear terms do not fit beside each other: acc + g more = (acc / g + more) g
+                more /= tl.maximum(tl.load(at_gate, mask=wide, other=1.0).to(tl.float32), LEAST)
+        weight = load_map(w + h * K * F, K, BK, F)
+        head = b * HS + h // (H // HS)
+        own, before = (head * chunks + piece) * 2 * F, (head * runs + piece // run) * 2 * F
+        # Half by half in a loop that makes the features anew: nor do both halves, or two states, fit.
+        for half in range(2):
+            a = (1.0 - 2.0 * half) * tl.dot(queries, weight, input_precision="ieee")
+            phi = softmax_rows(a, length, NORM)
+            total += tl.sum(phi * tl.load(sums + own + half * F + f)[None, :], 1)
+            narrow = phi.to(states.dtype.element_ty)
+            # Nothing is before the first run.
+            for part in range(tl.where(c < run, 1, 2)):
+                state = (states if part == 0 else bases) + tl.where(part == 0, own, before) * V + half * F
+                state += e[:, None] * (2 * F) + f[None, :]
+                state = tl.load(state, mask=None if V == BV else (e < V)[:, None])
+                more = tl.dot(narrow, tl.trans(state), more, input_precision="ieee")
+        if GATE > 0:  # read once more, as it does not fit either
+            g = tl.load(at_gate, mask=wide, other=1.0, eviction_policy="evict_first").to(tl.float32)
+            if SAVE:
+                tl.store(linear + row[:, None] * V + e[None, :], more.to(linear.dtype.element_ty), mask=wide)
+                acc += g * more
+            else:
+                acc = more * tl.maximum(g, LEAST)
+        else:
+            acc = more
+    elif SAVE and GATE > 0:
+        none = tl.zeros([C, BV], linear.dtype.element_ty)
+        tl.store(linear + row[:, None] * V + e[None, :], none, mask=wide)
+    tl.store(y + row[:, None] * V + e[None, :], (acc / total[:, None]).to(y.dtype.element_ty), mask=wide)
+    if SAVE:
+        tl.store(top + place, m, mask=live)
+        tl.store(den + place, total, mask=live)
 
 
 class Routed(NamedTuple):
     """The forward pass, and what a backward pass reads of it."""
 
     y: Tensor
-    linear: Tensor
-    """[B, T, H, V] the linear numerator without its gate."""
+    linear: Tensor | None
+    """[B, T, H, V] the linear numerator without its gate; None without a gate, or where nothing is saved."""
     top: Tensor
     """[B, H, T] the row maximum over the exact keys, of scores in powers of two."""
     den: Tensor
@@ -152,10 +142,11 @@ class Routed(NamedTuple):
 def routed_forward(
     q: Tensor, k: Tensor, v: Tensor, w_q: Tensor, w_k: Tensor, sets: Sets, gate: Tensor | None = None,
     *, scale: float, chunk: int, norm: bool, eps: float, lengths: Tensor | None = None,
-    settings: dict[str, Launch] | None = None,
+    save: bool = False, settings: dict[str, Launch] | None = None,
 ) -> Routed:  # fmt: skip
     """w_q [H, K, f], w_k [Hs, K, f] contiguous and in the dtype of q; gate [B, T, H, V or 1]; ``norm``: STILL's map,
-    where it is false Hedgehog's. Queries past ``lengths`` [B] may see too little."""
+    where it is false Hedgehog's. Queries past ``lengths`` [B] may see too little. ``top`` and ``den`` hold something
+    where they are to be saved."""
     batch, time, heads = q.shape[:3]
     q, k, v = (in_rows(x) for x in (q, k, v))
     gate = None if gate is None else gate.contiguous()
@@ -169,36 +160,29 @@ def routed_forward(
     shape = shape_of(q, k, v, GS=select, C=chunk, P=picks)
     device, strides, features = q.device, strides_of(q=q, k=k, v=v), w_q.shape[2]
 
-    def options(kernel: str, shared: int = 1) -> dict[str, Any]:
-        return fitted(
-            (settings or {}).get(kernel) or launch(kernel, device, **widths_of(q, v, w_q)), q, shared
-        )
-
-    y = torch.empty(batch, time, heads, shape["V"], dtype=v.dtype, device=device)
-    linear = torch.empty_like(y)
-    mass, top, den = (torch.empty(batch, heads, time, dtype=torch.float32, device=device) for _ in range(3))
-    kv = torch.empty(batch, len(w_k), shape["V"], 2 * features, dtype=torch.float32, device=device)
-    z = torch.empty(batch, len(w_k), 2 * features, dtype=torch.float32, device=device)
-    constants = {name: shape[name] for name in ("G", "R", "K", "V", "BK", "BV", "C")} | options(
-        "selected_linear"
+    setting = (settings or {}).get("selected_outputs") or launch(
+        "selected_outputs", device, **widths_of(q, v, w_q)
     )
-    constants |= dict(HS=len(w_k), F=features, NORM=norm)
+    exact: dict[str, Any] = dict(dtype=torch.float32, device=device)
+    y = torch.empty(batch, time, heads, shape["V"], dtype=v.dtype, device=device)
+    linear = torch.empty_like(y) if save and gate is not None else None
+    top, den = (torch.empty(batch, heads, time if save else 0, **exact) for _ in range(2))
+    kv = torch.empty(batch, len(w_k), shape["V"], 2 * features, **exact)
+    z = torch.empty(batch, len(w_k), 2 * features, **exact)
+    constants = shape | fitted(setting, q, 1)
+    constants |= dict(HS=len(w_k), F=features, NORM=norm, SAVE=save)
+    odd, constants["TAIL"] = odd_slots(n, constants["keys"])
+    constants["GATE"] = 0 if gate is None else gate.shape[3]
     for piece in pieces(
         k, w_k, v, (kv, z), count=count, chunk=chunk, norm=norm, turns=turns_of(sets, chunk, lengths),
         setting=(settings or {}).get("selected_states"),
     ):  # fmt: skip
-        linear_kernel[(heads, piece.chunks, batch)](
-            q, w_q, *piece.tensors, linear, mass,
-            time, piece.start, piece.chunks, piece.run, piece.bases.shape[2], **strides_of(q=q), **constants,
+        outputs_kernel[(heads, piece.chunks, batch)](
+            q, k, v, sets.index, q if gate is None else gate, w_q, *piece.tensors,
+            y if linear is None else linear, y, top, den,
+            time, n, odd, count, piece.start, piece.chunks, piece.run, piece.bases.shape[2], scale * LOG2E, eps,
+            **strides, **constants,
         )  # fmt: skip
-    chosen = options("selected_outputs", heads // select)
-    odd, chosen["TAIL"] = odd_slots(n, chosen["keys"])
-    chosen["GATE"] = 0 if gate is None else gate.shape[3]
-    grid = (select * tiles(heads // select, chosen["heads"]), count, batch)
-    outputs_kernel[grid](
-        q, k, v, sets.index, q if gate is None else gate, linear, mass, y, top, den,
-        time, n, odd, count, scale * LOG2E, eps, **strides, **shape, **chosen,
-    )  # fmt: skip
     return Routed(y, linear, top, den, kv.mT, z)
 
 

@@ -264,8 +264,9 @@ class RoutedAttention(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         sets = running_sets(score, chunk=chunk, size=size, picks=picks)
         done = routed_forward(
-            q, k, v, w_q, w_k, sets, gate, scale=scale, chunk=chunk, norm=norm, eps=eps, lengths=lengths
-        )
+            q, k, v, w_q, w_k, sets, gate,
+            scale=scale, chunk=chunk, norm=norm, eps=eps, lengths=lengths, save=True,
+        )  # fmt: skip
         ctx.mark_non_differentiable(done.kv, done.z)
         ctx.save_for_backward(
             q,
@@ -276,7 +277,7 @@ class RoutedAttention(torch.autograd.Function):
             score,
             gate,
             done.y,
-            done.linear if gate is not None else None,
+            done.linear,
             done.top,
             done.den,
             sets.index,
