@@ -148,7 +148,9 @@ def still(every=False):
     yield case(
         "selected_lengthen", routed_backward.lengthen_kernel, {**types, "dx": "*bf16"}, constants, one, False
     )
-    yield case("selected_turns", states.turns_kernel, types, dict(GS=32, C=64, P=4, FEW=4, SIZES=True), one, False)
+    yield case(
+        "selected_turns", states.turns_kernel, types, dict(GS=32, C=64, P=4, FEW=4, SIZES=True), one, False
+    )
     yield case(
         "selected_lengths", states.lengths_kernel, types, dict(H=8, K=128, BK=128, rows=32), one, False
     )

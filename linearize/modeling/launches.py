@@ -219,12 +219,12 @@ for _name in (
     TABLE[_name] = CANDIDATES[_name][:1]
 
 
-def tiles(length: int, size: int) -> int:
+def cdiv(length: int, size: int) -> int:
     """How many tiles of ``size`` hold so much; Triton's own function is made for kernels, and slow on the host."""
     return -(-length // size)
 
 
-def padded(width: int, least: int = 1) -> int:
+def power_of_two(width: int, least: int = 1) -> int:
     """The power of two that holds a width."""
     return max(least, 1 << (width - 1).bit_length())
 

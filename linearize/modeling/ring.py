@@ -38,8 +38,8 @@ def _positive(x: Count) -> Count:
 
 
 def counted(state: Any, x: Any, fresh: bool, limit: Callable[[Any], Any]) -> tuple[Tensor, Tensor]:
-    """``seen`` and ``folded`` of a state after the tokens of a mixer's input x; ``limit`` gives the second of the first.
-    The host does, on an integer, where rows that are ``fresh`` are all as long."""
+    """``seen`` and ``folded`` of a state after the tokens of a mixer's input x; ``limit`` gives the second of the
+    first. The host does, on an integer, where rows that are ``fresh`` are all as long."""
     time = x.q.shape[1]
     if fresh and x.lengths is None:
         return torch.full_like(state.seen, time), torch.full_like(state.folded, limit(time))

@@ -307,8 +307,8 @@ class StillMixer(Mixer):
     def _prefill(
         self, x: MixerInput, score: Tensor, slots: int | None = None
     ) -> tuple[Tensor, Behind | None]:
-        """y of whole rows, and what is behind each, where it falls off on the way: its kept tokens in ``slots``, and the
-        sums of what is linear."""
+        """y of whole rows, and what is behind each, where it falls off on the way: its kept tokens in ``slots``, and
+        the sums of what is linear."""
         config = self.config
         if x.without is not None:
             return self._attend(x, x.q, x.k, x.v, score, self._gate(x)), None

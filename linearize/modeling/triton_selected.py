@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launches import Launch, launch, padded, tiles
+from .launches import Launch, cdiv, launch, power_of_two
 
 EMPTY = tl.constexpr(-(2**63))
 NEVER = tl.constexpr(2**31 - 1)
@@ -245,7 +245,7 @@ def running_sets(
         leave.copy_(torch.arange(time, device=device).div(chunk, rounding_mode="floor").add(2))
         return Sets(index, leave, lists, chunks, left if left is None else left.fill_(-1))
     keys = torch.empty(heads, candidates, **wide)
-    shape: dict[str, Any] = dict(groups=groups, chunk=chunk, block=padded(chunk, 16))
+    shape: dict[str, Any] = dict(groups=groups, chunk=chunk, block=power_of_two(chunk, 16))
     given = (time, candidates, segments, n, *score.stride())
     if left is None:
         keys_kernel[(heads, count)](score, keys, leave, index, lists, *given, **shape)
@@ -254,20 +254,20 @@ def running_sets(
         picks_kernel[(heads, count)](score, keys, leave, index, lists, left, *given, **shape)
     options = ((settings or {}).get("selected_ranks") or launch("selected_ranks", device)).options
     length = chunks * per_chunk
-    grid = (tiles(length, options["rows"]), segments, heads)
+    grid = (cdiv(length, options["rows"]), segments, heads)
     options["length"] = length
     ranks_kernel[grid](keys, lists, candidates, segments, n, **options)
     steps: dict[str, Any] = dict(STEPS=n.bit_length())
     distance, merged = 1, torch.empty_like(lists)
     while distance < segments:
-        grid = (tiles(n, 128), segments, heads)
+        grid = (cdiv(n, 128), segments, heads)
         merge_kernel[grid](lists, merged, segments, distance, n, **steps, **dict[str, Any](rows=128))
         lists, merged = merged, lists
         distance *= 2
     options = ((settings or {}).get("selected_replay") or launch("selected_replay", device)).options
-    options |= dict(per_chunk=per_chunk, padded=padded(per_chunk, 2), chunks=chunks)
+    options |= dict(per_chunk=per_chunk, padded=power_of_two(per_chunk, 2), chunks=chunks)
     options["LEFT"] = left is not None
-    grid = (tiles(n, options["rows"]) + tiles(length, options["rows"]), segments, heads)
+    grid = (cdiv(n, options["rows"]) + cdiv(length, options["rows"]), segments, heads)
     replay_kernel[grid](
         keys,
         lists,

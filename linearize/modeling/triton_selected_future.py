@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launches import Launch, launch, tiles, widths_of
+from .launches import Launch, cdiv, launch, widths_of
 from .selection import GRID
 from .triton_selected_kept import LOG2E, MASKED, fitted, in_rows, rows_at, shape_of, strides_of
 
@@ -136,11 +136,11 @@ def future_attention(
         return fitted((settings or {}).get(kernel) or launch(kernel, q.device, **widths_of(q)), q, shape["R"])
 
     chosen = options("selected_row_sums")
-    row_sums_kernel[(heads, tiles(time, chosen["queries"]), batch)](
+    row_sums_kernel[(heads, cdiv(time, chosen["queries"]), batch)](
         q, k, lse, time, scale * LOG2E, **strides, **shape, **chosen
     )
     chosen, shape["C"] = options("selected_column_max"), chunk
-    column_max_kernel[(shape["G"], tiles(time, chosen["keys"]), batch)](
+    column_max_kernel[(shape["G"], cdiv(time, chosen["keys"]), batch)](
         q, k, lse, lengths, found, time, scale * LOG2E, **strides, **shape, **chosen
     )
     return found
@@ -157,13 +157,14 @@ def self_saliency(
     keep_first: bool = False,
     setting: Launch | None = None,
 ) -> Tensor:
-    """``routing.self_saliency``: rho [B, T, H] fp32; with ``rank``, ``routing.ranks_of`` it, where every head selects, inf for the first token with ``keep_first``."""
+    """``routing.self_saliency``: rho [B, T, H] fp32; with ``rank``, ``routing.ranks_of`` it, where every head selects,
+    and inf for the first token with ``keep_first``."""
     batch, time, heads = q.shape[:3]
     q, k = in_rows(q), in_rows(k)
     shape = _widths(q, k)
     options = fitted(setting or launch("selected_saliency", q.device, **widths_of(q)), q, shape["R"])
     options |= dict(C=window, GRID=round(1 / GRID) if rank else 0, FIRST=keep_first)
     rho = torch.empty(batch, time, heads, dtype=torch.float32, device=q.device)
-    grid = (shape["G"] * tiles(shape["R"], options["heads"]), tiles(time, window), batch)
+    grid = (shape["G"] * cdiv(shape["R"], options["heads"]), cdiv(time, window), batch)
     saliency_kernel[grid](q, k, rho, time, scale * LOG2E, LEAST, **strides_of(q=q, k=k), **shape, **options)
     return rho

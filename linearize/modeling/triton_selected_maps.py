@@ -1,5 +1,5 @@
-"""The matrices of STILL's two feature maps in one launch, for calls without gradients: ``FeatureMap.matrix`` in the dtype
-of the queries. Parameters are read at every call, as they may have changed in place."""
+"""The matrices of STILL's two feature maps in one launch, for calls without gradients: ``FeatureMap.matrix`` in the
+dtype of the queries. Parameters are read at every call, as they may have changed in place."""
 
 import torch
 import triton
@@ -7,11 +7,13 @@ import triton.language as tl
 from torch import Tensor
 
 from .feature_maps import MIN_FEATURE, FeatureMap, NormPreserved
-from .launches import padded, tiles
+from .launches import cdiv, power_of_two
 
 
 @triton.jit
-def reflect(weight, u, made, tile, least, K: tl.constexpr, BK: tl.constexpr, F: tl.constexpr, BF: tl.constexpr):
+def reflect(
+    weight, u, made, tile, least, K: tl.constexpr, BK: tl.constexpr, F: tl.constexpr, BF: tl.constexpr
+):
     """made [K, f] = (1 - 2 u u^T / |u|^2) W of one head, for some of the columns."""
     d, f = tl.arange(0, BK), tile * BF + tl.arange(0, BF)
     inside = (d < K)[:, None] & (f < F)[None, :]
@@ -46,8 +48,8 @@ def matrices(map_q: FeatureMap, map_k: FeatureMap, dtype: torch.dtype) -> tuple[
     made = [torch.empty(m.weight.shape, dtype=dtype, device=m.weight.device) for m in maps]
     heads, width, features = map_q.weight.shape
     pairs = [x.contiguous() for m in maps for x in (m.weight, m.reflect)]
-    reflect_kernel[(tiles(features, 32), heads + len(map_k.weight))](
+    reflect_kernel[(cdiv(features, 32), heads + len(map_k.weight))](
         *pairs[:2], made[0], *pairs[2:], made[1], MIN_FEATURE,
-        HQ=heads, K=width, BK=padded(width), F=features, BF=32,
+        HQ=heads, K=width, BK=power_of_two(width), F=features, BF=32,
     )  # fmt: skip
     return made[0], made[1]

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launches import Launch, launch, tiles, widths_of
+from .launches import Launch, cdiv, launch, widths_of
 from .routing import Behind
 from .selection import Kept
 from .triton_selected import Sets, running_sets
@@ -35,7 +35,6 @@ from .triton_selected_kept import (
 )
 from .triton_selected_states import load_map, pieces, softmax_rows, turns_of
 from .triton_together import compiled_together
-
 
 LEAST = tl.constexpr(1e-20)  # a gate is taken for at least so much
 
@@ -88,7 +87,8 @@ def outputs_kernel(
         more = tl.zeros([C, BV], tl.float32)
         if not (SAVE and GATE > 0):
             more = acc
-            if GATE > 0:  # exact and linear terms do not fit beside each other: acc + g more = (acc / g + more) g
+            # Exact and linear terms do not fit beside each other: acc + g more = (acc / g + more) g.
+            if GATE > 0:
                 more /= tl.maximum(tl.load(at_gate, mask=wide, other=1.0).to(tl.float32), LEAST)
         weight = load_map(w + h * K * F, K, BK, F)
         head = b * HS + h // (H // HS)
@@ -223,7 +223,7 @@ def kept_at_the_end(
     )
     shape = shape_of(k, k, v, GS=select, C=chunk, SIZES=sizes is not None, rows=32)
     del shape["R"]
-    ending_kernel[(tiles(slots, 32), select, batch)](
+    ending_kernel[(cdiv(slots, 32), select, batch)](
         k, v, score, sets.index, sets.index if sizes is None else sizes, *kept,
         k.shape[1], count, n, slots, **strides_of(k=k, v=v, s=score[..., None]), **shape,
     )  # fmt: skip

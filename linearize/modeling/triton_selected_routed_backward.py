@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .launches import launch, padded, tiles, widths_of
+from .launches import cdiv, launch, power_of_two, widths_of
 from .triton_selected import Sets, running_sets
 from .triton_selected_kept import fitted, in_rows, rows_at, shape_of
 from .triton_selected_kept_backward import kept_backward
@@ -173,9 +173,9 @@ def add_through_map(dx: Tensor, x: Tensor, w: Tensor, da: Tensor, along: Tensor 
 
     matrix = w.unflatten(0, (groups, -1)).transpose(1, 2).flatten(2)  # [G, K, heads / G f]
     if along is not None:
-        lengthen_kernel[(tiles(time * groups, 32), batch)](
+        lengthen_kernel[(cdiv(time * groups, 32), batch)](
             dx, x, along, time, *x.stride()[:3],
-            H=along.shape[1], G=groups, K=width, BK=padded(width, 16), rows=32,
+            H=along.shape[1], G=groups, K=width, BK=power_of_two(width, 16), rows=32,
         )  # fmt: skip
     with torch.autocast(x.device.type, enabled=False):
         by_group(dx).baddbmm_(by_group(da), matrix.transpose(1, 2))
@@ -200,7 +200,7 @@ def routed_backward(
     values = torch.empty_like(dy, dtype=q.dtype)
     gate = None if gate is None else gate.contiguous()
     dgate = None if gate is None else torch.empty_like(gate)
-    scaled_kernel[(tiles(time * heads, 64), batch)](
+    scaled_kernel[(cdiv(time * heads, 64), batch)](
         dy, dy if gate is None else gate, dy if linear is None else linear, den,
         values, dy if dgate is None else dgate, time,
         H=heads, V=shape["V"], BV=shape["BV"], GATE=0 if gate is None else gate.shape[3], rows=64,

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launches import Launch, launch, padded, tiles, widths_of
+from .launches import Launch, cdiv, launch, power_of_two, widths_of
 from .triton_selected import Sets
 from .triton_selected_kept import fitted, rows_at
 
@@ -189,7 +189,7 @@ def add_chunks(x, carry, count, begun, tile, head, size: tl.constexpr, REVERSE: 
 def scans_kernel(
     totals, bases, state, sums, z, runs, count, begun, F2: tl.constexpr, V: tl.constexpr, REVERSE: tl.constexpr
 ):  # fmt: skip
-    """Running sums of whole runs and of single chunks; grid (tiles of F2, then of F2 V unless one run is all, heads)."""
+    """Running sums of whole runs and of single chunks; grid (tiles of F2 and, unless one run is all, F2 V; heads)."""
     tile, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
     few: tl.constexpr = (F2 + 15) // 16
     if tile < few:
@@ -221,7 +221,7 @@ def turns_of(sets: Sets, chunk: int, sizes: Tensor | None = None) -> Tensor:
     turns = torch.empty(batch, select, count, chunk, dtype=torch.int32, device=sets.left.device)
     turns_kernel[(count, batch * select)](
         sets.leave, sets.left, turns if sizes is None else sizes, turns, sets.leave.shape[2], count,
-        GS=select, C=chunk, P=picks, FEW=padded(picks, 2), SIZES=sizes is not None,
+        GS=select, C=chunk, P=picks, FEW=power_of_two(picks, 2), SIZES=sizes is not None,
     )  # fmt: skip
     return turns
 
@@ -230,8 +230,8 @@ def lengths_of(x: Tensor) -> Tensor:
     """|x| [B, H, T] in fp32 of x [B, T, H, K]."""
     batch, time, heads, width = x.shape
     lengths = torch.empty(batch, heads, time, dtype=torch.float32, device=x.device)
-    shape: dict[str, Any] = dict(H=heads, K=width, BK=padded(width, 16), rows=32)
-    lengths_kernel[(tiles(time * heads, 32), batch)](x, lengths, time, *x.stride()[:3], **shape)
+    shape: dict[str, Any] = dict(H=heads, K=width, BK=power_of_two(width, 16), rows=32)
+    lengths_kernel[(cdiv(time * heads, 32), batch)](x, lengths, time, *x.stride()[:3], **shape)
     return lengths
 
 
@@ -260,9 +260,9 @@ def pieces(
     constants: dict[str, Any] = dict(
         H=heads, HX=x.shape[2], HV=values.shape[2], HT=1 if turns is None else turns.shape[1],
         K=x.shape[3], V=width, F=features, C=chunk, NORM=norm, REVERSE=reverse,
-        BK=padded(x.shape[3], 16), BV=padded(width, 16), **options,
+        BK=power_of_two(x.shape[3], 16), BV=power_of_two(width, 16), **options,
     )  # fmt: skip
-    few, many = tiles(2 * features, 16), tiles(size, 1024)
+    few, many = cdiv(2 * features, 16), cdiv(size, 1024)
     starts = range(0, count, most)
     for number, start in enumerate(reversed(starts) if reverse else starts):
         chunks = min(most, count - start)
