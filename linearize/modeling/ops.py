@@ -31,7 +31,7 @@ from .mixer import Fit
 from .reference import fold, joint_recurrent, window_chunked, window_recurrent
 from .routing import Behind, Past, ranks_of, route, routed_chunked, routed_recurrent, self_saliency_of
 from .routing import self_saliency as self_saliency_chunked
-from .selection import Kept, kept_chunked, kept_recurrent, merge_kept
+from .selection import Kept, first_kept, kept_chunked, kept_recurrent, merge_kept
 from .selection import future_attention as future_attention_chunked
 from .tiles import State
 
@@ -43,6 +43,7 @@ __all__ = [
     "Sparse",
     "averaged_attention",
     "convolved_attention",
+    "first_kept",
     "fold",
     "future_attention",
     "gated_attention",

@@ -33,7 +33,7 @@ from .errors import ConversionError
 from .head_budgets import HeadBudgets
 from .mixer import Fit, Geometry, Method, MethodConfig, Mixer, MixerInput
 from .objectives import OBJECTIVES
-from .ops import Kept, kept_attention, kept_decode, merge_kept, salient_step
+from .ops import Kept, first_kept, kept_attention, kept_decode, merge_kept, salient_step
 from .ring import at_columns, counted, final, new_columns, resize, span, step_positions, take, unroll, write
 from .selection import rounded
 
@@ -203,7 +203,7 @@ class SalientMixer(Mixer):
         if state is None:
             y = self._attend(x, x.q, *new)
             count = final(x.q.shape[1], self.config.chunk, "terraced", x.pending) if whole else None
-            kept = self._hand_over(started, new, limit, count)
+            kept = self._hand_over(started, new, limit, count, whole)
         else:
             step = x.q.shape[1] == 1 and x.lengths is None
             columns = [
@@ -273,15 +273,23 @@ class SalientMixer(Mixer):
         )
 
     def _hand_over(
-        self, state: SalientState, columns: Sequence[Tensor], limit: Tensor, most: int | None = None
+        self,
+        state: SalientState,
+        columns: Sequence[Tensor],
+        limit: Tensor,
+        most: int | None = None,
+        whole: bool = False,
     ) -> Kept:
         """The kept tokens with columns ``folded .. limit - 1`` ranked among them; column 0 is position ``folded``.
-        There are no more than ``most`` such columns, where that is known without waiting for the device."""
+        There are no more than ``most`` such columns, where that is known without waiting for the device; ``whole``:
+        as many in every row, of a state that keeps nothing yet."""
         kept = state.kept
         leaving = int((limit - state.folded).max()) if most is None else most
         if leaving <= 0:
             return kept
         k, v, score = (column[:, :leaving] for column in columns)
+        if whole:
+            return self.budgets.merge(first_kept, kept, k, v, score)
         stays = torch.arange(leaving, device=k.device) >= (limit - state.folded)[:, None]
         return self.budgets.merge(merge_kept, kept, k, v, score.masked_fill(stays[..., None], -torch.inf))
 
