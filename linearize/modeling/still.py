@@ -207,11 +207,12 @@ class StillMixer(Mixer):
             new = (x.k, x.v, self._score(x))
             most = final(x.q.shape[1], self.config.chunk, "terraced", x.pending) if whole else None
             y, behind = self._prefill(x, new[2], None if x.pending else self._slots(limit, most))
-            if x.pending or behind is None or behind.kept is None:
-                sums = None if x.pending or behind is None else behind[1:]
-                older = self._hand_over(started, new, limit, most, sums)
+            if x.pending or behind is None:
+                older = self._hand_over(started, new, limit, most)
+            elif behind.kept is None:
+                older = self._hand_over(started, new, limit, most, (behind.kv, behind.z))
             else:
-                older = Older(*behind)
+                older = Older(behind.kept, behind.kv, behind.z)
         else:
             k, v = (
                 unroll(*pair, started.seen, started.folded) for pair in ((started.k, x.k), (started.v, x.v))
