@@ -116,14 +116,12 @@ CANDIDATES["selected_saliency"] = [
     Launch({"heads": 2}, 8, 1),
     Launch({"heads": 2}, 4, 1),
 ]
-CANDIDATES["selected_states"] = [Launch({}, 4, 2), Launch({}, 4, 1), Launch({}, 4, 3)]
+CANDIDATES["selected_states"] = [Launch({}, 4, 3), Launch({}, 4, 2), Launch({}, 4, 1)]
 CANDIDATES["selected_reverse"] = [Launch({}, 4, 1), Launch({}, 4, 2)]
 CANDIDATES["selected_outputs"] = [
     Launch({"keys": 64}, 4, 2),
-    Launch({"keys": 64}, 4, 3),
-    Launch({"keys": 64}, 8, 2),
+    Launch({"keys": 64}, 4, 1),
     Launch({"keys": 32}, 4, 2),
-    Launch({"keys": 32}, 4, 3),
 ]
 CANDIDATES["selected_features"] = [Launch({}, 8, 2), Launch({}, 8, 1), Launch({}, 8, 3)]
 CANDIDATES["selected_values"] = [Launch({}, 4, 2), Launch({}, 4, 1)]
@@ -273,7 +271,7 @@ MOST_SHARED = {
     "joint": 90_368,
     "salient_step": 71_680,
     "selected_features": 131_072,
-    "selected": 114_944,
+    "selected": 115_456,
     "gated_liger": 163_840,
     "gated_window": 98_304,
     "gated_lawcat": 132_096,

@@ -245,12 +245,14 @@ def running_sets(
         leave.copy_(torch.arange(time, device=device).div(chunk, rounding_mode="floor").add(2))
         return Sets(index, leave, lists, chunks, left if left is None else left.fill_(-1))
     keys = torch.empty(heads, candidates, **wide)
-    shape: dict[str, Any] = dict(groups=groups, chunk=chunk, block=power_of_two(chunk, 16))
+    block = power_of_two(chunk, 16)
+    shape: dict[str, Any] = dict(groups=groups, chunk=chunk, block=block)
     given = (time, candidates, segments, n, *score.stride())
     if left is None:
+        shape["num_warps"] = max(1, block // 32)
         keys_kernel[(heads, count)](score, keys, leave, index, lists, *given, **shape)
     else:
-        shape["picks"] = picks
+        shape |= dict(picks=picks, num_warps=max(1, block**2 // 2048))  # tokens are compared in registers
         picks_kernel[(heads, count)](score, keys, leave, index, lists, left, *given, **shape)
     options = ((settings or {}).get("selected_ranks") or launch("selected_ranks", device)).options
     length = chunks * per_chunk

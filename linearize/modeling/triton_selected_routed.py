@@ -36,7 +36,13 @@ from .triton_selected_kept import (
 from .triton_selected_states import load_map, pieces, softmax_rows, turns_of
 from .triton_together import compiled_together
 
-LEAST = tl.constexpr(1e-20)  # a gate is taken for at least so much
+
+@triton.jit
+def store_tile(x, value, c, time, stride, V: tl.constexpr, C: tl.constexpr, BV: tl.constexpr):
+    """Rows of chunk c of x [T, V] become value [C, BV]."""
+    t, e = c * C + tl.arange(0, C), tl.arange(0, BV)
+    place = t.to(tl.int64)[:, None] * stride + e[None, :]
+    tl.store(x + place, value.to(x.dtype.element_ty), mask=(t < time)[:, None] & (e < V)[None, :])
 
 
 @triton.jit(do_not_specialize=["time", "n", "odd", "count", "start", "chunks", "run", "runs"])
@@ -61,8 +67,32 @@ def outputs_kernel(
     v += b * v_b + h // R * v_h
     index += ((b * GS + select) * count + c) * n
     f, e = tl.arange(0, F), tl.arange(0, BV)
-    x = queries.to(tl.float32)
-    length = tl.sqrt(tl.sum(x * x, 1))
+
+    # The linear part first, which then waits in ``linear`` (y itself where nothing is saved): registers do not hold it
+    # beside the exact one.
+    mass = tl.full([C], eps, tl.float32)
+    if c >= 2:
+        x = queries.to(tl.float32)
+        length = tl.sqrt(tl.sum(x * x, 1))
+        weight = load_map(w + h * K * F, K, BK, F)
+        head = b * HS + h // (H // HS)
+        own, before = (head * chunks + piece) * 2 * F, (head * runs + piece // run) * 2 * F
+        acc = tl.zeros([C, BV], tl.float32)
+        # Half by half in a loop that makes the features anew: nor do both halves, or two states, fit.
+        for half in range(2):
+            a = (1.0 - 2.0 * half) * tl.dot(queries, weight, input_precision="ieee")
+            phi = softmax_rows(a, length, NORM)
+            mass += tl.sum(phi * tl.load(sums + own + half * F + f)[None, :], 1)
+            narrow = phi.to(states.dtype.element_ty)
+            # Nothing is before the first run.
+            for part in range(tl.where(c < run, 1, 2)):
+                state = (states if part == 0 else bases) + tl.where(part == 0, own, before) * V + half * F
+                state += e[:, None] * (2 * F) + f[None, :]
+                state = tl.load(state, mask=None if V == BV else (e < V)[:, None])
+                acc = tl.dot(narrow, tl.trans(state), acc, input_precision="ieee")
+        store_tile(linear + (b * time * H + h) * V, acc, start + piece, time, H * V, V, C, BV)
+    elif SAVE and GATE > 0:
+        store_tile(linear + (b * time * H + h) * V, tl.zeros([C, BV], tl.float32), c, time, H * V, V, C, BV)
 
     m = tl.full([C], MASKED, tl.float32)
     total = tl.zeros([C], tl.float32)
@@ -80,45 +110,17 @@ def outputs_kernel(
 
     wide = live[:, None] if V == BV else live[:, None] & (e < V)[None, :]
     row = (b * time + t) * H + h
-    place = (b * H + h) * time + t
-    total += eps
+    total += mass
     if c >= 2:
-        at_gate = gate + row[:, None] * GATE + (e[None, :] if GATE > 1 else 0)
-        more = tl.zeros([C, BV], tl.float32)
-        if not (SAVE and GATE > 0):
-            more = acc
-            # Exact and linear terms do not fit beside each other: acc + g more = (acc / g + more) g.
-            if GATE > 0:
-                more /= tl.maximum(tl.load(at_gate, mask=wide, other=1.0).to(tl.float32), LEAST)
-        weight = load_map(w + h * K * F, K, BK, F)
-        head = b * HS + h // (H // HS)
-        own, before = (head * chunks + piece) * 2 * F, (head * runs + piece // run) * 2 * F
-        # Half by half in a loop that makes the features anew: nor do both halves, or two states, fit.
-        for half in range(2):
-            a = (1.0 - 2.0 * half) * tl.dot(queries, weight, input_precision="ieee")
-            phi = softmax_rows(a, length, NORM)
-            total += tl.sum(phi * tl.load(sums + own + half * F + f)[None, :], 1)
-            narrow = phi.to(states.dtype.element_ty)
-            # Nothing is before the first run.
-            for part in range(tl.where(c < run, 1, 2)):
-                state = (states if part == 0 else bases) + tl.where(part == 0, own, before) * V + half * F
-                state += e[:, None] * (2 * F) + f[None, :]
-                state = tl.load(state, mask=None if V == BV else (e < V)[:, None])
-                more = tl.dot(narrow, tl.trans(state), more, input_precision="ieee")
-        if GATE > 0:  # read once more, as it does not fit either
-            g = tl.load(at_gate, mask=wide, other=1.0, eviction_policy="evict_first").to(tl.float32)
-            if SAVE:
-                tl.store(linear + row[:, None] * V + e[None, :], more.to(linear.dtype.element_ty), mask=wide)
-                acc += g * more
-            else:
-                acc = more * tl.maximum(g, LEAST)
-        else:
-            acc = more
-    elif SAVE and GATE > 0:
-        none = tl.zeros([C, BV], linear.dtype.element_ty)
-        tl.store(linear + row[:, None] * V + e[None, :], none, mask=wide)
+        tl.debug_barrier()  # another thread may have written it
+        more = tl.load(linear + row[:, None] * V + e[None, :], mask=wide, other=0.0).to(tl.float32)
+        if GATE > 0:
+            at_gate = gate + row[:, None] * GATE + (e[None, :] if GATE > 1 else 0)
+            more *= tl.load(at_gate, mask=wide, other=0.0).to(tl.float32)
+        acc += more
     tl.store(y + row[:, None] * V + e[None, :], (acc / total[:, None]).to(y.dtype.element_ty), mask=wide)
     if SAVE:
+        place = (b * H + h) * time + t
         tl.store(top + place, m, mask=live)
         tl.store(den + place, total, mask=live)
 
