@@ -6,6 +6,7 @@ from linearize.modeling import triton_selected as sets
 from linearize.modeling import triton_selected_future as future
 from linearize.modeling import triton_selected_kept as kept
 from linearize.modeling import triton_selected_kept_backward as backward
+from linearize.modeling import triton_selected_maps as maps
 from linearize.modeling import triton_selected_routed as routed
 from linearize.modeling import triton_selected_routed_backward as routed_backward
 from linearize.modeling import triton_selected_states as states
@@ -39,7 +40,7 @@ def selection():
     i64 |= dict(score="*fp32")
     ranks, replay = CANDIDATES["selected_ranks"][0], CANDIDATES["selected_replay"][0]
     plain = ranks._replace(blocks={})
-    yield case("keys", sets.keys_kernel, i64, dict(groups=8, chunk=64, block=256), plain, False)
+    yield case("keys", sets.keys_kernel, i64, dict(groups=8, chunk=64, block=64), plain, False)
     yield case("picks", sets.picks_kernel, i64, dict(groups=32, chunk=64, picks=4, block=64), plain, False)
     yield case("ranks", sets.ranks_kernel, i64, dict(length=1024), ranks, False)
     yield case("merge", sets.merge_kernel, i64, dict(rows=128, STEPS=9), plain, False)
@@ -108,7 +109,7 @@ def still(every=False):
         **SETS,
         "left": "*i32",
         "turns": "*i32",
-        "last": "*i64",
+        "sizes": "*i64",
         **dict.fromkeys(
             ("sums", "totals", "lengths", "weights", "e", "carry", "top", "den", "mass", "along"),
             "*fp32",
@@ -118,6 +119,7 @@ def still(every=False):
     for width, shape in WIDTHS.items():
         exact = dict(**shape, GS=32, C=64, P=4)
         mapped = dict(**shape, C=64, F=width, NORM=True)
+        outputs = dict(**exact, HS=32, F=width, NORM=True, TAIL=0, GATE=width, SAVE=False)
         made = {name: x for name, x in mapped.items() if name not in ("G", "R")} | dict(H=32)
         sums = dict(**made, HX=8, HV=8, HT=32, REVERSE=False)
         listed = dict(**made, GS=32, HM=32)
@@ -130,8 +132,8 @@ def still(every=False):
                 states.states_kernel,
                 {**sums, "REVERSE": True, "HX": 32, "HV": 32, "HT": 1},
             ),
-            ("selected_linear", routed.linear_kernel, dict(**mapped, HS=32)),
-            ("selected_outputs", routed.outputs_kernel, dict(**exact, TAIL=0, GATE=width)),
+            ("selected_outputs", routed.outputs_kernel, outputs),
+            ("selected_outputs", routed.outputs_kernel, {**outputs, "SAVE": True}),
             ("selected_features", gradient, features),
             ("selected_features", gradient, {**features, "KEYS": True, "HX": 8, "HV": 8}),
             ("selected_values", routed_backward.values_kernel, dict(**listed, G=8)),
@@ -139,21 +141,31 @@ def still(every=False):
         for name, kernel, constants in rows:
             for setting in CANDIDATES[name][: None if every else 1]:
                 label = f"{name} {width} {setting.blocks} {setting.warps} {setting.stages}"
+                if constants.get("SAVE"):
+                    label += " saving"
                 yield case(label, kernel, types, constants, setting)
     constants = dict(H=32, G=32, K=128, BK=128, rows=32)
     yield case(
         "selected_lengthen", routed_backward.lengthen_kernel, {**types, "dx": "*bf16"}, constants, one, False
     )
-    yield case("selected_turns", states.turns_kernel, types, dict(GS=32, C=64, P=4, FEW=4), one, False)
+    yield case(
+        "selected_turns", states.turns_kernel, types, dict(GS=32, C=64, P=4, FEW=4, SIZES=True), one, False
+    )
     yield case(
         "selected_lengths", states.lengths_kernel, types, dict(H=8, K=128, BK=128, rows=32), one, False
     )
-    scan = dict(size=256, REVERSE=False, rows=64, block=16)
-    yield case("selected_running", states.running_kernel, {**types, "x": "*fp32"}, scan, one, False)
-    scan = dict(REVERSE=False, block=1024)
     scaled = dict(H=32, V=128, BV=128, GATE=128, rows=64)
     yield case("selected_scaled", routed_backward.scaled_kernel, types, scaled, one, False)
-    yield case("selected_bases", states.bases_kernel, {**types, "x": "*fp32"}, scan, one, False)
+    scan = dict(F2=256, V=128, REVERSE=False)
+    summed = {**types, "bases": "*bf16", "state": "*fp32", "z": "*fp32"}
+    yield case("selected_scans", states.scans_kernel, summed, scan, one, False)
+    ending = dict(**WIDTHS[128], GS=32, C=64, SIZES=True, rows=32)
+    ending.pop("R")
+    stored = {**types, "kept_k": "*bf16", "kept_v": "*bf16", "kept_score": "*fp32", "score": "*fp32"}
+    yield case("selected_ending", routed.ending_kernel, stored, ending, one, False)
+    made = {**{f"{x}_{y}": "*fp32" for x in "wu" for y in "qk"}, "made_q": "*bf16", "made_k": "*bf16"}
+    constants = dict(HQ=32, K=128, BK=128, F=128, BF=32)
+    yield case("selected_maps", maps.reflect_kernel, {**made, "least": "fp32"}, constants, one, False)
 
 
 def values(every=False):
@@ -163,7 +175,7 @@ def values(every=False):
         rows = [
             ("selected_row_sums", future.row_sums_kernel, {}),
             ("selected_column_max", future.column_max_kernel, dict(C=64)),
-            ("selected_saliency", future.saliency_kernel, dict(C=64)),
+            ("selected_saliency", future.saliency_kernel, dict(C=64, GRID=4096, FIRST=True)),
         ]
         for name, kernel, more in rows:
             for setting in CANDIDATES[name][: None if every else 1]:

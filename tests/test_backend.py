@@ -16,6 +16,9 @@ def fresh(monkeypatch):
     monkeypatch.delenv("LINEARIZE_INTERPRET", raising=False)
     monkeypatch.setattr(backend, "_ran", {})
     monkeypatch.setattr(backend, "_said", set())
+    backend._unable.cache_clear()
+    yield
+    backend._unable.cache_clear()
 
 
 class OnGpu:
@@ -30,6 +33,7 @@ def gpu(monkeypatch):
     """A GPU with Triton; returns how to change its capability."""
 
     def of(*capability):
+        backend._unable.cache_clear()
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
 
     of(9, 0)

@@ -14,6 +14,8 @@ from linearize.modeling.attention import attention_mode
 from linearize.modeling.errors import ConversionError
 from linearize.modeling.feature_maps import FEATURE_MAPS
 from linearize.modeling.mixer import Geometry, MixerInput
+from linearize.modeling.registry import METHODS
+from linearize.modeling.ring import final, write
 from linearize.modeling.routing import routed_quadratic, routing_masks, self_saliency
 from linearize.modeling.selection import GRID
 from linearize.modeling.still import StillConfig, StillMixer, shuffled
@@ -323,3 +325,30 @@ def test_the_key_map_starts_as_the_query_map_and_the_gate_near_a_half():
 def test_impossible_values_are_refused_in_one_line(fields, message):
     with pytest.raises(ConversionError, match=rf"^method\.{message}$"):
         StillConfig(**fields).check(GEOMETRY)
+
+
+@pytest.mark.parametrize(("time", "size"), [(1, 4), (3, 4), (4, 4), (5, 4), (8, 4), (11, 4), (7, 0)])
+def test_rows_of_known_length_are_written_without_counters(time, size):
+    new, buffer = torch.randn(2, time, 3), torch.zeros(2, size, 3)
+    seen = torch.zeros(2, dtype=torch.long)
+    total = torch.full_like(seen, time)
+    assert torch.equal(write(buffer, new, seen, total, whole=True), write(buffer, new, seen, total))
+    for window, kind in ((None, "sliding"), (2, "sliding"), (2, "terraced")):
+        assert (final(total, window, kind, pending=1) == final(time, window, kind, pending=1)).all()
+
+
+@pytest.mark.parametrize("chunk", [4, 8])
+@pytest.mark.parametrize("name", ["still", "salient", "lolcats", "liger", "window"])
+@torch.no_grad()
+def test_a_prefill_without_lengths_ends_in_the_state_of_one_with_them(name, chunk):
+    torch.manual_seed(0)
+    method = METHODS[name]
+    given = dict(chunk=chunk, budget=5) if name in ("still", "salient") else dict(window=chunk)
+    mixer = method.mixer(method.config(**given), Geometry(4, 2, 8, 8, 12))
+    hidden, q, k, v = (torch.randn(2, 37, *shape) for shape in ((12,), (4, 8), (2, 8), (2, 8)))
+    x = MixerInput(hidden, q, k, v, scale=0.3, q_plain=q, k_plain=k, use_cache=True)
+    y, state = mixer(x)
+    expected, wanted = mixer(x._replace(lengths=torch.tensor([37, 37])))
+    assert torch.equal(y, expected)
+    for one, other in zip(state, wanted, strict=True):
+        assert torch.equal(one, other)

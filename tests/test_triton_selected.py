@@ -17,12 +17,13 @@ from linearize.modeling import triton_selected_kept_backward as kept_backward
 from linearize.modeling.feature_maps import FEATURE_MAPS
 from linearize.modeling.mixer import Geometry, MixerInput
 from linearize.modeling.ops import routed_prefill
-from linearize.modeling.routing import _routes
+from linearize.modeling.routing import _routes, ranks_of
 from linearize.modeling.routing import self_saliency as saliency_reference
 from linearize.modeling.selection import future_attention as future_reference
 from linearize.modeling.selection import kept_chunked, running_best
 from linearize.modeling.still import StillConfig, StillMixer
 from linearize.modeling.triton_selected_future import future_attention, self_saliency
+from linearize.modeling.triton_selected_maps import matrices
 
 NEVER = 2**31 - 1
 
@@ -136,6 +137,19 @@ def test_future_attention_and_self_saliency(time, heads, groups, chunk):
         assert_near(found, expected, "kernel")
     rho = self_saliency(q, k, scale=0.7, window=chunk)
     assert_near(rho, saliency_reference(q.double(), k.double(), scale=0.7, window=chunk), "kernel")
+    for keep_first in (False, True):  # to the bit, ties to even included
+        ranks = self_saliency(q, k, scale=0.7, window=chunk, rank=True, keep_first=keep_first)
+        assert torch.equal(ranks[:, 1:], ranks_of(rho, heads)[:, 1:])
+        assert (ranks[:, 0] == (torch.inf if keep_first else ranks_of(rho, heads)[:, 0])).all()
+
+
+@torch.no_grad()
+def test_matrices_of_two_maps_are_made_at_once():
+    maps = [FEATURE_MAPS["np_map"](heads, 24, 40, "kaiming").to(torch.bfloat16) for heads in (4, 2)]
+    for dtype in (torch.float32, torch.bfloat16):
+        for made, one in zip(matrices(*maps, dtype), maps, strict=True):
+            assert made.dtype == dtype
+            assert_near(made, one.double().matrix(torch.float64), "kernel", dtype)
 
 
 ROUTES = [  # T, n, p, H, G, heads that select, heads of the key map, gate, map

@@ -266,5 +266,5 @@ SWEEPS = {
         name: sweep_routed_backward(name)
         for name in ("selected_routed_dq", "selected_reverse", "selected_features", "selected_values")
     },
-    **{name: sweep_routed(name) for name in ("selected_states", "selected_linear", "selected_outputs")},
+    **{name: sweep_routed(name) for name in ("selected_states", "selected_outputs")},
 }

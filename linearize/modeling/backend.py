@@ -6,6 +6,7 @@ answer (:func:`ran`) and says it once where a GPU runs the reference.
 """
 
 import contextlib
+import functools
 import importlib.util
 import os
 import warnings
@@ -32,6 +33,17 @@ def refusal(*tensors: Tensor) -> str | None:
     device = tensors[0].device
     if device.type != "cuda" and not interpreted():
         return f"the tensors are on {device.type}"
+    if (reason := _unable(device)) is not None:
+        return reason
+    for t in tensors:
+        if t.dtype not in DTYPES:
+            return f"{str(t.dtype).removeprefix('torch.')} is not computed by kernels"
+    return None
+
+
+@functools.cache
+def _unable(device: torch.device) -> str | None:
+    """Why a device, or what is installed, has no kernels."""
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
     if torch.version.hip is not None:
@@ -39,8 +51,7 @@ def refusal(*tensors: Tensor) -> str | None:
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < OLDEST:
         major, minor = torch.cuda.get_device_capability(device)
         return f"the GPU's compute capability is {major}.{minor}, below {OLDEST[0]}.{OLDEST[1]}"
-    wrong = next((t.dtype for t in tensors if t.dtype not in DTYPES), None)
-    return None if wrong is None else f"{str(wrong).removeprefix('torch.')} is not computed by kernels"
+    return None
 
 
 def interpreted() -> bool:
@@ -50,7 +61,11 @@ def interpreted() -> bool:
 
 def use_kernel(operation: str, *reasons: str | None) -> bool:
     """Whether the kernel of an operation runs: no reason stands against it. The first that does is remembered."""
-    against = next((reason for reason in reasons if reason is not None), None)
+    against = None
+    for reason in reasons:
+        if reason is not None:
+            against = reason
+            break
     if torch.compiler.is_compiling():  # which can neither remember nor warn
         return against is None
     _ran[operation] = "triton" if against is None else f"reference: {against}"

@@ -113,14 +113,12 @@ CANDIDATES["selected_saliency"] = [
     Launch({"heads": 2}, 8, 1),
     Launch({"heads": 2}, 4, 1),
 ]
-CANDIDATES["selected_states"] = [Launch({}, 4, 2), Launch({}, 4, 1), Launch({}, 4, 3)]
+CANDIDATES["selected_states"] = [Launch({}, 4, 3), Launch({}, 4, 2), Launch({}, 4, 1)]
 CANDIDATES["selected_reverse"] = [Launch({}, 4, 1), Launch({}, 4, 2)]
-CANDIDATES["selected_linear"] = [Launch({}, 4, 2), Launch({}, 4, 1), Launch({}, 8, 2), Launch({}, 4, 3)]
 CANDIDATES["selected_outputs"] = [
-    Launch({"heads": 1, "keys": 64}, 4, 2),
-    Launch({"heads": 1, "keys": 64}, 4, 3),
-    Launch({"heads": 1, "keys": 128}, 4, 2),
-    Launch({"heads": 1, "keys": 32}, 4, 3),
+    Launch({"keys": 64}, 4, 2),
+    Launch({"keys": 64}, 4, 1),
+    Launch({"keys": 32}, 4, 2),
 ]
 CANDIDATES["selected_features"] = [Launch({}, 8, 2), Launch({}, 8, 1), Launch({}, 8, 3)]
 CANDIDATES["selected_values"] = [Launch({}, 4, 2), Launch({}, 4, 1)]
@@ -216,6 +214,16 @@ for _name in (
     TABLE[_name] = CANDIDATES[_name][:1]
 
 
+def cdiv(length: int, size: int) -> int:
+    """How many tiles of ``size`` hold so much; Triton's own function is made for kernels, and slow on the host."""
+    return -(-length // size)
+
+
+def power_of_two(width: int, least: int = 1) -> int:
+    """The power of two that holds a width."""
+    return max(least, 1 << (width - 1).bit_length())
+
+
 def launch(
     kernel: str,
     device: torch.device,
@@ -260,7 +268,7 @@ MOST_SHARED = {
     "joint": 99_360,
     "salient_step": 71_680,
     "selected_features": 131_072,
-    "selected": 114_944,
+    "selected": 115_456,
     "gated_liger": 163_840,
     "gated_window": 98_304,
     "gated_lawcat": 132_096,

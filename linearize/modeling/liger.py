@@ -39,7 +39,7 @@ from .ops import (
     window_attention,
     window_decode,
 )
-from .ring import at_columns, attend_through, new_columns, resize, unroll, write
+from .ring import at_columns, attend_through, counted, final, new_columns, resize, unroll, write
 from .tiles import accumulator
 
 NORMALIZER_EPS = 1e-10
@@ -206,8 +206,7 @@ class LigerMixer(Mixer):
                 return y, state
         fresh = state is None
         state = self._start(x) if state is None else self._grow(state, x.pending)
-        total = state.seen + (x.q.shape[1] if x.lengths is None else x.lengths)
-        limit = (total - x.pending).clamp_min(0).maximum(state.folded)
+        total, limit = counted(state, x, fresh, lambda seen: final(seen, None, "sliding", x.pending))
         branches, new = [], {"k": x.k, "v": x.v}
         whole = fresh and x.softcap is None and x.without is None and self._plain
         if self.config.has_recurrence and (x.pending or not whole):
@@ -228,7 +227,8 @@ class LigerMixer(Mixer):
             y = self._mix(branches, x.without).to(x.v.dtype)
         if not x.use_cache:
             return y, None
-        rings = {name: write(getattr(state, name), t, state.seen, total) for name, t in new.items()}
+        whole = fresh and x.lengths is None
+        rings = {name: write(getattr(state, name), t, state.seen, total, whole) for name, t in new.items()}
         return y, state._replace(**rings, seen=total, folded=limit)
 
     def _step_in_place(self, x: MixerInput, state: LigerState) -> Tensor | None:

@@ -20,7 +20,7 @@ from .errors import ConversionError
 from .feature_maps import FEATURE_MAPS, FeatureMap, check_map, width_of
 from .mixer import Fit, Geometry, Method, MethodConfig, Mixer, MixerInput
 from .ops import fold, joint_decode, joint_step, mapped_attention, mapped_error
-from .ring import final, resize, span, take, unroll, write
+from .ring import counted, final, resize, span, take, unroll, write
 
 FOLD_EVERY = 16
 """Tokens outside the window that steps in place collect before they sum them: meanwhile the sums, most of what a step
@@ -111,15 +111,19 @@ class LinearMixer(Mixer):
             if y is not None:
                 return y, state
         started = self._start(x) if state is None else self._grow(state, x.pending)
-        total = started.seen + (x.q.shape[1] if x.lengths is None else x.lengths)
-        limit = final(total, self.window, self.window_kind, x.pending).maximum(started.folded)
+        fresh = state is None
+        total, limit = counted(
+            started, x, fresh, lambda seen: final(seen, self.window, self.window_kind, x.pending)
+        )
         if state is None:
             y, older = self._many(x, x.q, x.k, x.v, started, limit, empty=True)
         elif x.q.shape[1] == 1 and x.lengths is None:
             y, older = self._step(x, started, limit)
         else:
             y, older = self._chunk(x, started, limit)
-        k, v = (write(old, new, started.seen, total) for old, new in ((started.k, x.k), (started.v, x.v)))
+        whole = fresh and x.lengths is None
+        pairs = ((started.k, x.k), (started.v, x.v))
+        k, v = (write(old, new, started.seen, total, whole) for old, new in pairs)
         return y, older._replace(k=k, v=v, seen=total, folded=limit)
 
     def _many(

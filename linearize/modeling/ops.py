@@ -29,19 +29,21 @@ from .lola import Sparse, hand_over_all, sparse_chunked, sparse_recurrent
 from .mapped import mapped_composed, mapped_error_composed, mapped_refusal
 from .mixer import Fit
 from .reference import fold, joint_recurrent, window_chunked, window_recurrent
-from .routing import Past, route, routed_chunked, routed_recurrent, self_saliency_of
+from .routing import Behind, Past, ranks_of, route, routed_chunked, routed_recurrent, self_saliency_of
 from .routing import self_saliency as self_saliency_chunked
-from .selection import Kept, kept_chunked, kept_recurrent, merge_kept
+from .selection import Kept, first_kept, kept_chunked, kept_recurrent, merge_kept
 from .selection import future_attention as future_attention_chunked
 from .tiles import State
 
 __all__ = [
     "Averaged",
+    "Behind",
     "Kept",
     "Past",
     "Sparse",
     "averaged_attention",
     "convolved_attention",
+    "first_kept",
     "fold",
     "future_attention",
     "gated_attention",
@@ -58,11 +60,13 @@ __all__ = [
     "mapped_error",
     "merge_kept",
     "ran",
+    "ranks_of",
     "reference_only",
     "route",
     "routed_attention",
     "routed_decode",
     "routed_prefill",
+    "saliency_ranks",
     "salient_step",
     "self_saliency",
     "self_saliency_of",
@@ -138,8 +142,10 @@ def mapped_error(
 
 
 def _unlike(*tensors: Tensor) -> str | None:
+    if len({x.dtype for x in tensors}) == 1:
+        return None
     kinds = {str(x.dtype).removeprefix("torch.") for x in tensors}
-    return None if len(kinds) == 1 else f"q, k and v are of several types, {' and '.join(sorted(kinds))}"
+    return f"q, k and v are of several types, {' and '.join(sorted(kinds))}"
 
 
 def _no_tile(chunk: int, *widths: int) -> str | None:
@@ -203,18 +209,44 @@ def future_attention(
 
 def self_saliency(q: Tensor, k: Tensor, *, scale: float, window: int, softcap: float | None = None) -> Tensor:
     """``routing.self_saliency``."""
-    if use_kernel(
+    if _saliency_kernel(q, k, window, softcap):
+        from .triton_selected_future import self_saliency as kernel
+
+        return kernel(q, k, scale=scale, window=window)
+    return self_saliency_chunked(q, k, scale=scale, window=window, softcap=softcap)
+
+
+def saliency_ranks(
+    q: Tensor,
+    k: Tensor,
+    *,
+    scale: float,
+    window: int,
+    groups: int,
+    keep_first: bool,
+    softcap: float | None = None,
+) -> Tensor:
+    """``routing.ranks_of`` the self-saliency of whole rows [B, T, groups]; inf for the first token where it is kept."""
+    fused = groups == q.shape[2] and _saliency_kernel(q, k, window, softcap)
+    if fused:
+        from .triton_selected_future import self_saliency as kernel
+
+        return kernel(q, k, scale=scale, window=window, rank=True, keep_first=keep_first)
+    ranks = ranks_of(self_saliency(q, k, scale=scale, window=window, softcap=softcap), groups)
+    if keep_first:
+        ranks[:, :1] = torch.inf
+    return ranks
+
+
+def _saliency_kernel(q: Tensor, k: Tensor, window: int, softcap: float | None) -> bool:
+    return use_kernel(
         "self_saliency",
         refusal(q, k),
         no_room("self_saliency", q),
         _unlike(q, k),
         "a soft-cap is set" if softcap is not None else None,
         _no_tile(window, k.shape[-1]),
-    ):
-        from .triton_selected_future import self_saliency as kernel
-
-        return kernel(q, k, scale=scale, window=window)
-    return self_saliency_chunked(q, k, scale=scale, window=window, softcap=softcap)
+    )
 
 
 def joint_step(q: Tensor, k: Tensor, v: Tensor, *state: Tensor, **terms: Any) -> Tensor | None:
@@ -377,9 +409,11 @@ def routed_prefill(
     eps: float = 1e-6,
     softcap: float | None = None,
     lengths: Tensor | None = None,
-) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-    """``routing.routed_chunked`` with the features of both maps, and, from a kernel, the sums (S, z) of all that has
-    turned linear by the last of the ``lengths`` [B] tokens of each row."""
+    slots: int | None = None,
+) -> tuple[Tensor, Behind | None]:
+    """``routing.routed_chunked`` with the features of both maps, and, from a kernel, what is behind the last of the
+    ``lengths`` [B] tokens of each row: the sums of all that is linear and, without gradients, kept tokens in ``slots``
+    where so many are asked for."""
     kept = max(0, -(-q.shape[1] // chunk) - 2) * picks
     widths = map_q.feature_dim // map_q.halves, map_k.feature_dim // map_k.halves
     reasons = (
@@ -399,12 +433,13 @@ def routed_prefill(
         else None,
     )
     if use_kernel("routed_prefill", *reasons):
+        from .triton_selected_maps import matrices
         from .triton_selected_routed import routed_prefill as kernel
 
         return kernel(
-            q, k, v, map_q.matrix(torch.float32), map_k.matrix(torch.float32), score, gate,
+            q, k, v, *matrices(map_q, map_k, q.dtype), score, gate,
             scale=scale, chunk=chunk, picks=picks, size=kept if size is None else size,
-            norm=isinstance(map_q, NormPreservedPlain), eps=eps, lengths=lengths,
+            norm=isinstance(map_q, NormPreservedPlain), eps=eps, lengths=lengths, slots=slots,
         )  # fmt: skip
     y = routed_attention(
         q, k, v, map_q(q), map_k(k), score, gate,

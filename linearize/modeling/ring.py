@@ -6,6 +6,7 @@ buffer holds the positions ``folded .. seen - 1``; as slots follow from position
 """
 
 from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,16 +17,34 @@ def span(window: int | None, kind: str) -> int:
     return 0 if window is None else window * (2 if kind == "terraced" else 1)
 
 
-def final(seen: Tensor, window: int | None, kind: str, pending: int = 0) -> Tensor:
-    """[B] tokens outside the window of the newest query (position ``seen - 1``), were ``pending`` of them taken back.
+Count = TypeVar("Count", Tensor, int)
+
+
+def final(seen: Count, window: int | None, kind: str, pending: int = 0) -> Count:
+    """Tokens outside the window of the newest query (position ``seen - 1``), were ``pending`` of them taken back: [B],
+    or of all rows alike.
 
     Without a window every token is outside, the query's own included.
     """
     if window is None:
-        return (seen - pending).clamp_min(0)
+        return _positive(seen - pending)
     if kind == "sliding":
-        return (seen - pending - window).clamp_min(0)
-    return window * ((seen - 1 - pending).div(window, rounding_mode="floor") - 1).clamp_min(0)
+        return _positive(seen - pending - window)
+    return window * _positive((seen - 1 - pending) // window - 1)
+
+
+def _positive(x: Count) -> Count:
+    return x.clamp_min(0) if isinstance(x, Tensor) else max(x, 0)
+
+
+def counted(state: Any, x: Any, fresh: bool, limit: Callable[[Any], Any]) -> tuple[Tensor, Tensor]:
+    """``seen`` and ``folded`` of a state after the tokens of a mixer's input x; ``limit`` gives the second of the
+    first. The host does, on an integer, where rows that are ``fresh`` are all as long."""
+    time = x.q.shape[1]
+    if fresh and x.lengths is None:
+        return torch.full_like(state.seen, time), torch.full_like(state.folded, limit(time))
+    total = state.seen + (time if x.lengths is None else x.lengths)
+    return total, limit(total).maximum(state.folded)
 
 
 def slots(seen: Tensor, size: int) -> Tensor:
@@ -40,11 +59,17 @@ def take(x: Tensor, index: Tensor) -> Tensor:
     return x[torch.arange(len(x), device=x.device)[:, None], index]
 
 
-def write(buffer: Tensor, new: Tensor, seen: Tensor, total: Tensor) -> Tensor:
-    """The buffer after the tokens at positions ``seen .. total - 1`` (the first rows of ``new`` [B, T, ...])."""
-    size = buffer.shape[1]
+def write(buffer: Tensor, new: Tensor, seen: Tensor, total: Tensor, whole: bool = False) -> Tensor:
+    """The buffer after the tokens at positions ``seen .. total - 1`` (the first rows of ``new`` [B, T, ...]). ``whole``
+    says that these are 0 to T - 1 in every row, so that their slots are known without the counters."""
+    size, time = buffer.shape[1], new.shape[1]
     if size == 0:
         return buffer
+    if whole and time < size:
+        return torch.cat((new.to(buffer.dtype), buffer[:, time:]), 1)
+    if whole:
+        turned = time - time % size
+        return torch.cat((new[:, turned:], new[:, time - size : turned]), 1).to(buffer.dtype)
     held = slots(total, size)
     fresh = held >= seen[:, None]
     source = (held - seen[:, None]).clamp(0, new.shape[1] - 1)

@@ -21,6 +21,7 @@ stands on the chunk grid, and padding, whatever its score, right of all real tok
 fp64 where the inputs are; no gradient passes through the selection.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -36,6 +37,7 @@ from .selection import (
     exact_slots,
     kept_mask,
     ranked,
+    rounded,
     running_best,
 )
 from .tiles import (
@@ -70,6 +72,17 @@ class Past(NamedTuple):
     """[B, Hs, F, V], the sum of phi_k v^T over the others."""
     z: Tensor
     """[B, Hs, F], the sum of their phi_k."""
+
+
+class Behind(NamedTuple):
+    """What is behind the last tokens of whole rows."""
+
+    kept: Kept | None
+    """Heads Gs; None where it was not asked for, or is not known."""
+    kv: Tensor
+    """[B, Hs, F, V] fp32, the sum of phi_k v^T over all that has turned linear."""
+    z: Tensor
+    """[B, Hs, F] fp32, the sum of their phi_k."""
 
 
 # The score: how much of its own window's attention a token keeps for itself.
@@ -119,6 +132,12 @@ def self_saliency_of(
     own = key_positions[:, None, :] == query_positions[:, :, None]
     share = (share * own[:, None, None, None]).sum(-1, keepdim=True)
     return untile(_log_share(share), length, dtype).squeeze(-1)
+
+
+def ranks_of(rho: Tensor, groups: int) -> Tensor:
+    """What heads select by [B, T, groups], from rho [B, T, H]: the mean share of those that select together."""
+    rho = rho.unflatten(2, (groups, -1))
+    return rounded(rho.logsumexp(-1) - math.log(rho.shape[-1]))
 
 
 def _log_share(share: Tensor) -> Tensor:

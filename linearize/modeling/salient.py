@@ -33,8 +33,8 @@ from .errors import ConversionError
 from .head_budgets import HeadBudgets
 from .mixer import Fit, Geometry, Method, MethodConfig, Mixer, MixerInput
 from .objectives import OBJECTIVES
-from .ops import Kept, kept_attention, kept_decode, merge_kept, salient_step
-from .ring import at_columns, final, new_columns, resize, span, step_positions, take, unroll, write
+from .ops import Kept, first_kept, kept_attention, kept_decode, merge_kept, salient_step
+from .ring import at_columns, counted, final, new_columns, resize, span, step_positions, take, unroll, write
 from .selection import rounded
 
 
@@ -187,30 +187,37 @@ class SalientMixer(Mixer):
         position = positions(x, started.seen)
         with torch.no_grad():
             rank, inputs = self._rank(self._read(x), started.tail, position)
-        total = started.seen + (x.q.shape[1] if x.lengths is None else x.lengths)
         if x.in_place:
-            tail = started.tail if inputs is None else write(started.tail, inputs, started.seen, total)
+            tail = started.tail
+            if inputs is not None:
+                tail = write(tail, inputs, started.seen, started.seen + 1)
             y = self._step_in_place(x, started, rank)
             if y is not None:
                 return y, started._replace(tail=tail)
         score = placed(rank, position)
-        limit = final(total, self.config.chunk, "terraced", x.pending).maximum(started.folded)
-        fresh = (x.k, x.v, score)
+        fresh, whole = state is None, state is None and x.lengths is None
+        total, limit = counted(
+            started, x, fresh, lambda seen: final(seen, self.config.chunk, "terraced", x.pending)
+        )
+        new = (x.k, x.v, score)
         if state is None:
-            y, columns = self._attend(x, x.q, *fresh), fresh
-            kept = self._hand_over(started, columns, limit)
+            y = self._attend(x, x.q, *new)
+            count = final(x.q.shape[1], self.config.chunk, "terraced", x.pending) if whole else None
+            kept = self._hand_over(started, new, limit, count, whole)
         else:
             step = x.q.shape[1] == 1 and x.lengths is None
             columns = [
-                unroll(old, new, started.seen, started.folded)
-                for old, new in zip(started.rings, fresh, strict=True)
+                unroll(old, token, started.seen, started.folded)
+                for old, token in zip(started.rings, new, strict=True)
             ]
-            kept = self._hand_over(started, columns, limit, x.in_place)
+            # A step in place does not wait for the device to say how many leave: a chunk at most.
+            kept = self._hand_over(started, columns, limit, self.config.chunk if x.in_place else None)
             y = self._step(x, started, columns, kept) if step else self._chunk(x, started, columns)
         k, v, score = (
-            write(old, new, started.seen, total) for old, new in zip(started.rings, fresh, strict=True)
+            write(old, token, started.seen, total, whole)
+            for old, token in zip(started.rings, new, strict=True)
         )
-        tail = started.tail if inputs is None else write(started.tail, inputs, started.seen, total)
+        tail = started.tail if inputs is None else write(started.tail, inputs, started.seen, total, whole)
         return y, SalientState(k, v, score, *kept, tail, total, limit)
 
     def _step_in_place(self, x: MixerInput, state: SalientState, rank: Tensor) -> Tensor | None:
@@ -266,15 +273,23 @@ class SalientMixer(Mixer):
         )
 
     def _hand_over(
-        self, state: SalientState, columns: Sequence[Tensor], limit: Tensor, in_place: bool = False
+        self,
+        state: SalientState,
+        columns: Sequence[Tensor],
+        limit: Tensor,
+        most: int | None = None,
+        whole: bool = False,
     ) -> Kept:
-        """The kept tokens with columns ``folded .. limit - 1`` ranked among them; column 0 is position ``folded``."""
-        # A step in place does not wait for the device to say how many leave: a chunk at most.
+        """The kept tokens with columns ``folded .. limit - 1`` ranked among them; column 0 is position ``folded``.
+        There are no more than ``most`` such columns, where that is known without waiting for the device; ``whole``:
+        as many in every row, of a state that keeps nothing yet."""
         kept = state.kept
-        leaving = self.config.chunk if in_place else int((limit - state.folded).max())
+        leaving = int((limit - state.folded).max()) if most is None else most
         if leaving <= 0:
             return kept
         k, v, score = (column[:, :leaving] for column in columns)
+        if whole:
+            return self.budgets.merge(first_kept, kept, k, v, score)
         stays = torch.arange(leaving, device=k.device) >= (limit - state.folded)[:, None]
         return self.budgets.merge(merge_kept, kept, k, v, score.masked_fill(stays[..., None], -torch.inf))
 

@@ -167,6 +167,17 @@ def merge_kept(kept: Kept, k: Tensor, v: Tensor, score: Tensor) -> Kept:
     return ranked(kept, k, v, score, kept.score.shape[1], others=False)[0]
 
 
+def first_kept(kept: Kept, k: Tensor, v: Tensor, score: Tensor) -> Kept:
+    """``merge_kept`` where all slots are empty and no token is barred."""
+    index = best_of(score.transpose(1, 2), kept.score.shape[1]).transpose(1, 2)[..., None]
+    best = [x.gather(1, index.expand(-1, -1, -1, x.shape[-1])) for x in (k, v, score[..., None])]
+    best[2] = best[2].squeeze(-1)
+    filled = index.shape[1]
+    return Kept(
+        *(torch.cat((new.to(old.dtype), old[:, filled:]), 1) for new, old in zip(best, kept, strict=True))
+    )
+
+
 def ranked(
     kept: Kept, k: Tensor, v: Tensor, score: Tensor, size: int, *, others: bool = True
 ) -> tuple[Kept, Kept]:

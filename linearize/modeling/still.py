@@ -19,7 +19,6 @@ where the release ranks its NaN first; prefill and decode rank by the same numbe
 cache or without. Scores are rounded before they are ranked, so that equal tokens tie at any split.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple
@@ -31,19 +30,21 @@ from .errors import ConversionError
 from .feature_maps import FEATURE_MAPS, check_map
 from .mixer import Geometry, Method, MethodConfig, Mixer, MixerInput
 from .ops import (
+    Behind,
     Kept,
     Past,
     fold,
+    ranks_of,
     route,
     routed_attention,
     routed_decode,
     routed_prefill,
+    saliency_ranks,
     self_saliency,
     self_saliency_of,
     still_step,
 )
-from .ring import at_columns, final, new_columns, resize, span, step_positions, unroll, write
-from .selection import rounded
+from .ring import at_columns, counted, final, new_columns, resize, span, step_positions, unroll, write
 from .tiles import per_head
 
 
@@ -198,26 +199,43 @@ class StillMixer(Mixer):
             if y is not None:
                 return y, state
         started = self._start(x) if state is None else self._grow(state, x.pending)
-        total = started.seen + (x.q.shape[1] if x.lengths is None else x.lengths)
-        limit = final(total, self.config.chunk, "terraced", x.pending).maximum(started.folded)
+        fresh, whole = state is None, state is None and x.lengths is None
+        total, limit = counted(
+            started, x, fresh, lambda seen: final(seen, self.config.chunk, "terraced", x.pending)
+        )
         if state is None:
-            fresh = (x.k, x.v, self._score(x))
-            y, sums = self._prefill(x, fresh[2])
-            older = self._hand_over(started, fresh, limit, None if x.pending else sums)
+            new = (x.k, x.v, self._score(x))
+            most = final(x.q.shape[1], self.config.chunk, "terraced", x.pending) if whole else None
+            y, behind = self._prefill(x, new[2], None if x.pending else self._slots(limit, most))
+            if x.pending or behind is None:
+                older = self._hand_over(started, new, limit, most)
+            elif behind.kept is None:
+                older = self._hand_over(started, new, limit, most, (behind.kv, behind.z))
+            else:
+                older = Older(behind.kept, behind.kv, behind.z)
         else:
             k, v = (
                 unroll(*pair, started.seen, started.folded) for pair in ((started.k, x.k), (started.v, x.v))
             )
             step = x.q.shape[1] == 1 and x.lengths is None
             score = (self._score_step if step else self._score_chunk)(x, started, k)
-            fresh = (x.k, x.v, score)
+            new = (x.k, x.v, score)
             columns = (k, v, unroll(started.score, score, started.seen, started.folded))
-            older = self._hand_over(started, columns, limit, in_place=x.in_place)
+            # A step in place does not wait for the device to say how many leave: a chunk at most.
+            older = self._hand_over(started, columns, limit, self.config.chunk if x.in_place else None)
             y = self._step(x, started, columns, older) if step else self._chunk(x, started, columns)
         k, v, score = (
-            write(old, new, started.seen, total) for old, new in zip(started.rings, fresh, strict=True)
+            write(old, token, started.seen, total, whole)
+            for old, token in zip(started.rings, new, strict=True)
         )
         return y, StillState(k, v, score, *older.kept, older.kv, older.z, total, limit)
+
+    def _slots(self, limit: Tensor, most: int | None) -> int:
+        """N of a state whose tokens before ``limit``, ``most`` in any row, have left the local span."""
+        config = self.config
+        if config.budget is not None:
+            return config.budget
+        return (int(limit.max()) if most is None else most) // config.chunk * config.salient_per_chunk
 
     def _step_in_place(self, x: MixerInput, state: StillState) -> Tensor | None:
         """y by one kernel that also writes the state, after the gate's projection; None where no kernel takes it."""
@@ -287,8 +305,11 @@ class StillMixer(Mixer):
             softcap=x.softcap,
         )
 
-    def _prefill(self, x: MixerInput, score: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-        """y of whole rows, and the sums of what is linear behind each, where they fall off on the way."""
+    def _prefill(
+        self, x: MixerInput, score: Tensor, slots: int | None = None
+    ) -> tuple[Tensor, Behind | None]:
+        """y of whole rows, and what is behind each, where it falls off on the way: its kept tokens in ``slots``, and
+        the sums of what is linear."""
         config = self.config
         if x.without is not None:
             return self._attend(x, x.q, x.k, x.v, score, self._gate(x)), None
@@ -307,6 +328,7 @@ class StillMixer(Mixer):
             eps=config.eps_den,
             softcap=x.softcap,
             lengths=x.lengths,
+            slots=slots,
         )
 
     def _attend(
@@ -342,22 +364,26 @@ class StillMixer(Mixer):
         state: StillState,
         columns: Sequence[Tensor],
         limit: Tensor,
+        most: int | None = None,
         sums: tuple[Tensor, Tensor] | None = None,
-        in_place: bool = False,
     ) -> Older:
         """What has left the local span once columns ``folded .. limit - 1`` have; column 0 is position ``folded``.
-        ``sums``: the linear ones, where they are known."""
+        There are no more than ``most`` such columns, where that is known without waiting for the device. ``sums``: the
+        linear ones, where they are known."""
         config, leaving = self.config, limit - state.folded
-        # A step in place does not wait for the device to say how many leave: a chunk at most.
-        count = config.chunk if in_place else int(leaving.max())
+        count = int(leaving.max()) if most is None else most
         if count <= 0:
             return Older(state.kept, state.kv, state.z)
         k, v, score = (column[:, :count] for column in columns)
-        slots = config.budget
-        if slots is None:
-            slots = int(limit.max()) // config.chunk * config.salient_per_chunk
         kept, left, loose = route(
-            state.kept, k, v, score, leaving, chunk=config.chunk, picks=config.salient_per_chunk, size=slots
+            state.kept,
+            k,
+            v,
+            score,
+            leaving,
+            chunk=config.chunk,
+            picks=config.salient_per_chunk,
+            size=self._slots(limit, None),
         )
         if sums is not None:
             return Older(kept, *(x.contiguous() for x in sums))
@@ -367,10 +393,18 @@ class StillMixer(Mixer):
     # What tokens are picked by: [B, T, Gs] for the new tokens of a call.
 
     def _score(self, x: MixerInput) -> Tensor:
-        rho = None
-        if self.config.score == "self_saliency":
-            rho = self_saliency(x.q, x.k, scale=x.scale, window=self.config.chunk, softcap=x.softcap)
-        return self._ranks(x, rho, torch.zeros(len(x.k), dtype=torch.long, device=x.k.device))
+        config = self.config
+        if config.score == "self_saliency":
+            return saliency_ranks(
+                x.q,
+                x.k,
+                scale=x.scale,
+                window=config.chunk,
+                groups=self.select_heads,
+                keep_first=config.keep_first,
+                softcap=x.softcap,
+            )
+        return self._ranks(x, None, torch.zeros(len(x.k), dtype=torch.long, device=x.k.device))
 
     def _score_chunk(self, x: MixerInput, state: StillState, k: Tensor) -> Tensor:
         rho = None
@@ -401,9 +435,8 @@ class StillMixer(Mixer):
         if rho is None:
             ranks = position if self.config.score == "recency" else shuffled(position)
             score = ranks.to(dtype)[..., None].expand(-1, -1, self.select_heads)
-        else:  # the group's mean share
-            groups = rho.unflatten(2, (self.select_heads, -1))
-            score = rounded(groups.logsumexp(-1) - math.log(groups.shape[-1]))
+        else:
+            score = ranks_of(rho, self.select_heads)
         return score.masked_fill((position == 0)[..., None], torch.inf) if self.config.keep_first else score
 
     def _map_q(self, x: MixerInput, q: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launches import Launch, launch
+from .launches import Launch, cdiv, launch, power_of_two
 
 REACH = tl.constexpr(80.0)
 RUN = tl.constexpr(16)
@@ -243,8 +243,8 @@ def scan(
     states = sums.new_empty(batch, heads, segments + 1, features, values)
     sizes, options = blocks("gated_scan", sums, chosen)
     size = features * values
-    block = min(sizes["BN"], triton.next_power_of_2(size))
-    scan_kernel[(batch * heads, triton.cdiv(size, block))](
+    block = min(sizes["BN"], power_of_two(size))
+    scan_kernel[(batch * heads, cdiv(size, block))](
         sums, totals, states, sums if start is None else start, segments,
         SIZE=size, V=values, F=features, HAS_START=start is not None, REVERSED=reverse,
         SHARE=heads // totals.shape[1], BN=block, **options,
@@ -270,7 +270,7 @@ def precision(dtype: torch.dtype) -> str:
 
 def padded(width: int) -> int:
     """The block that holds ``width`` channels."""
-    return max(16, triton.next_power_of_2(width))
+    return power_of_two(width, 16)
 
 
 def steps_of(x: Tensor) -> tuple[int, int, int]:

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .averaged import Averaged
-from .launches import Launch
+from .launches import Launch, cdiv
 from .triton_common import load_matrix, load_rows, store_rows
 from .triton_gated import (
     LOG2E,
@@ -187,7 +187,7 @@ class Shape(NamedTuple):
 
     @property
     def tiles(self) -> int:
-        return triton.cdiv(self.time, self.tile)
+        return cdiv(self.time, self.tile)
 
     @property
     def per_group(self) -> int:
@@ -243,7 +243,7 @@ def scanned(
     states = torch.empty(sums.shape, dtype=gated_dtype(dtype)[1], device=sums.device)
     reached = None if stop is None else sums.new_empty(*sums.shape[:2], *sums.shape[3:])
     sizes, options = blocks("gated_liger_scan", sums, chosen)
-    scan_kernel[(shape.batch * shape.groups, triton.cdiv(shape.value_dim, sizes["BV"]))](
+    scan_kernel[(shape.batch * shape.groups, cdiv(shape.value_dim, sizes["BV"]))](
         sums, decays, states, states if stop is None else stop, sums if reached is None else reached, shape.time,
         G=shape.groups, K=shape.key_dim, KP=padded(shape.key_dim), V=shape.value_dim, C=shape.tile,
         REVERSED=reverse, HAS_STOP=stop is not None, **sizes, **options,

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launches import Launch
+from .launches import Launch, cdiv
 from .triton_common import load_columns, load_rows, store_rows
 from .triton_gated import LOG2E, blocks, padded, precision, steps_of
 
@@ -117,7 +117,7 @@ def window_queries(
     lse = torch.empty(batch, time, heads, dtype=torch.float32, device=q.device)
     delta = torch.empty_like(lse)
     sizes, options = blocks("gated_window_queries", q, chosen)
-    window_queries_kernel[(triton.cdiv(time, sizes["BT"]), heads, batch)](
+    window_queries_kernel[(cdiv(time, sizes["BT"]), heads, batch)](
         q, k, v, dy, dq, lse, delta, *steps_of(q), *steps_of(k), *steps_of(v), time, scale, factor,
         H=heads, R=heads // k.shape[2], K=key_dim, KP=padded(key_dim), V=v.shape[3], VP=padded(v.shape[3]),
         W=window, PRECISION=precision(q.dtype), **sizes, **options,
@@ -135,7 +135,7 @@ def window_keys(
     dk = torch.empty(k.shape, dtype=k.dtype, device=k.device)
     dv = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     sizes, options = blocks("gated_window_keys", q, chosen)
-    window_keys_kernel[(triton.cdiv(time, sizes["BK"]), groups, batch)](
+    window_keys_kernel[(cdiv(time, sizes["BK"]), groups, batch)](
         q, k, v, dy, dk, dv, lse, delta, *steps_of(q), *steps_of(k), *steps_of(v), time, scale, factor,
         G=groups, R=heads // groups, K=key_dim, KP=padded(key_dim), V=v.shape[3], VP=padded(v.shape[3]),
         W=window, PRECISION=precision(q.dtype), **sizes, **options,

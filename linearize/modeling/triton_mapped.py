@@ -35,7 +35,7 @@ def mapped_kernel(
 ) -> tuple[Tensor, State | None]:
     """``mapped_composed``."""
     terms = dict(scale=scale, window=window, terraced=window_kind == "terraced")
-    if stop is not None or state is not None:
+    if stop is not None or state is not None or not torch.is_grad_enabled():
         parts = _parts(q, k, v, map_q.weight, map_k.weight, window_factor, linear_factor)
         with torch.no_grad():
             done = joint_forward(*parts, **terms, state=state, stop=stop, final=stop is not None)

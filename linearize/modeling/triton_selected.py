@@ -25,10 +25,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launches import Launch, launch
+from .launches import Launch, cdiv, launch, power_of_two
 
 EMPTY = tl.constexpr(-(2**63))
-LOWEST = -(2**63)
 NEVER = tl.constexpr(2**31 - 1)
 CANDIDATES_A_SEGMENT, CHUNKS_A_SEGMENT = 1024, 64
 
@@ -69,33 +68,51 @@ def greater_in(sorted_ptr, key, n, equal: tl.constexpr, STEPS: tl.constexpr):
     return found
 
 
-@triton.jit(do_not_specialize=["time", "candidates"])
+@triton.jit
+def empty_slots(index, lists, row, c, segments, n):
+    """What no candidate will be written to: chunk c's set and, of the first chunks, the list of segment c."""
+    index += (row.to(tl.int64) * tl.num_programs(1) + c) * n
+    lists += (row.to(tl.int64) * segments + c) * n
+    for start in range(0, n, 256):
+        i = start + tl.arange(0, 256)
+        tl.store(index + i, tl.full([256], -1, tl.int32), mask=i < n)
+        tl.store(lists + i, tl.full([256], EMPTY, tl.int64), mask=(i < n) & (c < segments))
+
+
+@triton.jit(do_not_specialize=["time", "candidates", "segments", "n"])
 def keys_kernel(
-    score, keys, leave, time, candidates, stride_b, stride_t, stride_g,
+    score, keys, leave, index, lists, time, candidates, segments, n, stride_b, stride_t, stride_g,
     groups: tl.constexpr, chunk: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
-    """Every token is a candidate: keys [BG, candidates] and leave [BG, T], as if nothing ever left."""
-    row = tl.program_id(0)
-    t = tl.program_id(1) * block + tl.arange(0, block)
-    there = t < time
+    """Every token is a candidate: keys [BG, candidates] and leave [BG, T], as if nothing ever left; index and lists
+    become empty. Grid (BG, N)."""
+    row, c = tl.program_id(0), tl.program_id(1)
+    empty_slots(index, lists, row, c, segments, n)
+    i = tl.arange(0, block)
+    t = c * chunk + i
+    there = (i < chunk) & (t < time)
     start = score + (row // groups).to(tl.int64) * stride_b + (row % groups) * stride_g
     s = tl.load(start + t.to(tl.int64) * stride_t, mask=there, other=float("-inf")).to(tl.float32)
     barred = s == float("-inf")
     key = tl.where(barred, EMPTY, order_key(s, t))
-    tl.store(keys + row.to(tl.int64) * candidates + t, key, mask=t < candidates)
-    stays = tl.where(barred | (t >= candidates), t // chunk + 2, NEVER)
+    tl.store(keys + row.to(tl.int64) * candidates + t, key, mask=there & (t < candidates))
+    stays = tl.where(barred | (t >= candidates), c + 2, NEVER)
     tl.store(leave + row.to(tl.int64) * time + t, stays, mask=there)
 
 
-@triton.jit(do_not_specialize=["time", "candidates"])
+@triton.jit(do_not_specialize=["time", "candidates", "segments", "n"])
 def picks_kernel(
-    score, keys, leave, time, candidates, stride_b, stride_t, stride_g,
+    score, keys, leave, index, lists, left, time, candidates, segments, n, stride_b, stride_t, stride_g,
     groups: tl.constexpr, chunk: tl.constexpr, picks: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
     """The best ``picks`` of every chunk are candidates: keys [BG, candidates], best first in each chunk; leave
-    [BG, T] is the chunk with which a token that is not picked turns linear, and NEVER for the others."""
+    [BG, T] is the chunk with which a token that is not picked turns linear, and NEVER for the others. index, lists and
+    left become empty. Grid (BG, N)."""
     row, c = tl.program_id(0), tl.program_id(1)
+    empty_slots(index, lists, row, c, segments, n)
     i = tl.arange(0, block)
+    place = (row.to(tl.int64) * tl.num_programs(1) + c) * picks + i
+    tl.store(left + place, tl.full([block], -1, tl.int32), mask=i < picks)
     t = c * chunk + i
     there = (i < chunk) & (t < time)
     start = score + (row // groups).to(tl.int64) * stride_b + (row % groups) * stride_g
@@ -216,43 +233,43 @@ def running_sets(
     candidates = routed * per_chunk
     n = min(size, candidates)
     device = score.device
-    leave = torch.empty(batch, groups, time, dtype=torch.int32, device=device)
-    index = torch.full((batch, groups, count, n), -1, dtype=torch.int32, device=device)
-    left = None
-    if picks is not None:
-        left = torch.full((batch, groups, count, picks), -1, dtype=torch.int32, device=device)
     chunks = segment or max(1, min(CANDIDATES_A_SEGMENT // max(1, per_chunk), CHUNKS_A_SEGMENT))
     segments = -(-routed // chunks)
-    keys = torch.empty(heads, candidates, dtype=torch.int64, device=device)
-    lists = torch.full((batch, groups, segments, n), LOWEST, dtype=torch.int64, device=device)
+    whole: dict[str, Any] = dict(dtype=torch.int32, device=device)
+    wide: dict[str, Any] = dict(dtype=torch.int64, device=device)
+    leave = torch.empty(batch, groups, time, **whole)
+    index = torch.empty(batch, groups, count, n, **whole)
+    lists = torch.empty(batch, groups, segments, n, **wide)
+    left = None if picks is None else torch.empty(batch, groups, count, picks, **whole)
     if n == 0:  # nothing is ever kept: a token is forgotten, or linear, as soon as it leaves the local span
         leave.copy_(torch.arange(time, device=device).div(chunk, rounding_mode="floor").add(2))
-        return Sets(index, leave, lists, chunks, left)
-    shape: dict[str, Any] = dict(groups=groups, chunk=chunk)
-    shape |= dict(zip(("stride_b", "stride_t", "stride_g"), score.stride(), strict=True))
-    given = (score, keys, leave, time, candidates)
-    if picks is None:
-        shape["block"] = 256
-        keys_kernel[(heads, triton.cdiv(time, 256))](*given, **shape)
+        return Sets(index, leave, lists, chunks, left if left is None else left.fill_(-1))
+    keys = torch.empty(heads, candidates, **wide)
+    block = power_of_two(chunk, 16)
+    shape: dict[str, Any] = dict(groups=groups, chunk=chunk, block=block)
+    given = (time, candidates, segments, n, *score.stride())
+    if left is None:
+        shape["num_warps"] = max(1, block // 32)
+        keys_kernel[(heads, count)](score, keys, leave, index, lists, *given, **shape)
     else:
-        shape |= dict(picks=picks, block=max(16, triton.next_power_of_2(chunk)))
-        picks_kernel[(heads, count)](*given, **shape)
+        shape |= dict(picks=picks, num_warps=max(1, block**2 // 2048))  # tokens are compared in registers
+        picks_kernel[(heads, count)](score, keys, leave, index, lists, left, *given, **shape)
     options = ((settings or {}).get("selected_ranks") or launch("selected_ranks", device)).options
     length = chunks * per_chunk
-    grid = (triton.cdiv(length, options["rows"]), segments, heads)
+    grid = (cdiv(length, options["rows"]), segments, heads)
     options["length"] = length
     ranks_kernel[grid](keys, lists, candidates, segments, n, **options)
     steps: dict[str, Any] = dict(STEPS=n.bit_length())
     distance, merged = 1, torch.empty_like(lists)
     while distance < segments:
-        grid = (triton.cdiv(n, 128), segments, heads)
+        grid = (cdiv(n, 128), segments, heads)
         merge_kernel[grid](lists, merged, segments, distance, n, **steps, **dict[str, Any](rows=128))
         lists, merged = merged, lists
         distance *= 2
     options = ((settings or {}).get("selected_replay") or launch("selected_replay", device)).options
-    options |= dict(per_chunk=per_chunk, padded=max(2, triton.next_power_of_2(per_chunk)), chunks=chunks)
+    options |= dict(per_chunk=per_chunk, padded=power_of_two(per_chunk, 2), chunks=chunks)
     options["LEFT"] = left is not None
-    grid = (triton.cdiv(n, options["rows"]) + triton.cdiv(length, options["rows"]), segments, heads)
+    grid = (cdiv(n, options["rows"]) + cdiv(length, options["rows"]), segments, heads)
     replay_kernel[grid](
         keys,
         lists,

@@ -14,7 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launches import Launch, launch, widths_of
+from .launches import Launch, cdiv, launch, widths_of
+from .selection import GRID
 from .triton_selected_kept import LOG2E, MASKED, fitted, in_rows, rows_at, shape_of, strides_of
 
 LEAST = -87.33654475055310  # log of the smallest normal fp32 number: a share is never taken as nothing
@@ -73,10 +74,11 @@ def column_max_kernel(
 @triton.jit(do_not_specialize=["time"])
 def saliency_kernel(
     q, k, rho, time, scale, least, q_b, q_t, q_h, k_b, k_t, k_h,
-    G: tl.constexpr, R: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr,
-    heads: tl.constexpr,
+    G: tl.constexpr, R: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr, GRID: tl.constexpr,
+    FIRST: tl.constexpr, heads: tl.constexpr,
 ):  # fmt: skip
-    """rho [B, T, H] fp32 for windows of C tokens; grid (G x head blocks, chunks, B)."""
+    """rho [B, T, H] fp32 for windows of C tokens, with GRID > 0 rounded to multiples of 1 / GRID, and with FIRST inf
+    for the first token; grid (G x head blocks, chunks, B)."""
     parts: tl.constexpr = (R + heads - 1) // heads
     H: tl.constexpr = G * R
     g, part = tl.program_id(0) // parts, tl.program_id(0) % parts
@@ -98,7 +100,12 @@ def saliency_kernel(
     m = tl.maximum(tl.max(s, 1), tl.max(before, 1))
     total = tl.sum(tl.exp2(s - m[:, None]), 1) + tl.sum(tl.exp2(before - m[:, None]), 1)
     share = (own - m - tl.log2(total)) * 0.6931471805599453
-    tl.store(rho + (b * time + t) * H + head, tl.maximum(share, least), mask=live)
+    share = tl.maximum(share, least)
+    if GRID > 0:  # to the nearest, ties to even: what such a sum cannot hold is its fraction
+        share = ((share * GRID + 12582912.0) - 12582912.0) / GRID
+    if FIRST:
+        share = tl.where(t == 0, float("inf"), share)
+    tl.store(rho + (b * time + t) * H + head, share, mask=live)
 
 
 def _widths(q: Tensor, k: Tensor) -> dict[str, Any]:
@@ -129,11 +136,11 @@ def future_attention(
         return fitted((settings or {}).get(kernel) or launch(kernel, q.device, **widths_of(q)), q, shape["R"])
 
     chosen = options("selected_row_sums")
-    row_sums_kernel[(heads, triton.cdiv(time, chosen["queries"]), batch)](
+    row_sums_kernel[(heads, cdiv(time, chosen["queries"]), batch)](
         q, k, lse, time, scale * LOG2E, **strides, **shape, **chosen
     )
     chosen, shape["C"] = options("selected_column_max"), chunk
-    column_max_kernel[(shape["G"], triton.cdiv(time, chosen["keys"]), batch)](
+    column_max_kernel[(shape["G"], cdiv(time, chosen["keys"]), batch)](
         q, k, lse, lengths, found, time, scale * LOG2E, **strides, **shape, **chosen
     )
     return found
@@ -141,15 +148,23 @@ def future_attention(
 
 @torch.no_grad()
 def self_saliency(
-    q: Tensor, k: Tensor, *, scale: float, window: int, setting: Launch | None = None
+    q: Tensor,
+    k: Tensor,
+    *,
+    scale: float,
+    window: int,
+    rank: bool = False,
+    keep_first: bool = False,
+    setting: Launch | None = None,
 ) -> Tensor:
-    """``routing.self_saliency``: rho [B, T, H] fp32."""
+    """``routing.self_saliency``: rho [B, T, H] fp32; with ``rank``, ``routing.ranks_of`` it, where every head selects,
+    and inf for the first token with ``keep_first``."""
     batch, time, heads = q.shape[:3]
     q, k = in_rows(q), in_rows(k)
     shape = _widths(q, k)
     options = fitted(setting or launch("selected_saliency", q.device, **widths_of(q)), q, shape["R"])
-    options["C"] = window
+    options |= dict(C=window, GRID=round(1 / GRID) if rank else 0, FIRST=keep_first)
     rho = torch.empty(batch, time, heads, dtype=torch.float32, device=q.device)
-    grid = (shape["G"] * triton.cdiv(shape["R"], options["heads"]), triton.cdiv(time, window), batch)
+    grid = (shape["G"] * cdiv(shape["R"], options["heads"]), cdiv(time, window), batch)
     saliency_kernel[grid](q, k, rho, time, scale * LOG2E, LEAST, **strides_of(q=q, k=k), **shape, **options)
     return rho

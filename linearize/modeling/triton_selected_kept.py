@@ -15,8 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launches import Launch, launch, widths_of
-from .triton_selected import Sets
+from .launches import Launch, cdiv, launch, power_of_two, widths_of
+from .triton_selected import Sets, running_sets
 from .triton_together import compiled_together
 
 LOG2E = 1.4426950408889634
@@ -111,8 +111,8 @@ def shape_of(q: Tensor, k: Tensor, v: Tensor, **more: int) -> dict[str, Any]:
         R=q.shape[2] // groups,
         K=key,
         V=value,
-        BK=max(16, triton.next_power_of_2(key)),
-        BV=max(16, triton.next_power_of_2(value)),
+        BK=power_of_two(key, 16),
+        BV=power_of_two(value, 16),
         **more,
     )
 
@@ -127,7 +127,7 @@ def fitted(setting: Launch, q: Tensor, per_group: int) -> dict[str, Any]:
     options = setting.options
     if "heads" in options:
         heads = 1 if q.dtype == torch.float32 else options["heads"]
-        options["heads"] = min(heads, triton.next_power_of_2(per_group))
+        options["heads"] = min(heads, power_of_two(per_group))
     if q.dtype == torch.float32:
         options["num_stages"] = 1
     return options
@@ -157,7 +157,7 @@ def kept_forward(
     lse = torch.empty(batch, heads, time, dtype=torch.float32, device=q.device)
     n = sets.index.shape[3]
     odd, shape["TAIL"] = odd_slots(n, options["keys"])
-    grid = (shape["G"] * triton.cdiv(shape["R"], options["heads"]), triton.cdiv(time, chunk), batch)
+    grid = (shape["G"] * cdiv(shape["R"], options["heads"]), cdiv(time, chunk), batch)
     kept_forward_kernel[grid](
         q, k, v, sets.index, y, lse, time, n, odd, scale * LOG2E,
         **strides_of(q=q, k=k, v=v), **shape, **options,
@@ -170,6 +170,9 @@ def kept_attention(
     q: Tensor, k: Tensor, v: Tensor, score: Tensor, *, scale: float, chunk: int, size: int
 ) -> Tensor:
     """``selection.kept_chunked`` from nothing; gradients to q, k and v."""
+    if not torch.is_grad_enabled():
+        sets = running_sets(score, chunk=chunk, size=size)
+        return kept_forward(q, k, v, sets, scale=scale, chunk=chunk)[0]
     from .triton_selected_kept_backward import KeptAttention
 
     return KeptAttention.apply(q, k, v, score.detach(), scale, chunk, size)

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .launches import Launch, launch, widths_of
+from .launches import Launch, cdiv, launch, widths_of
 from .triton_selected import Sets, greater_in, key_position, order_key, running_sets
 from .triton_selected_kept import (
     LOG2E,
@@ -328,7 +328,7 @@ def kept_backward(
     chosen = options("selected_routed_dq" if maximum else "selected_kept_dq")
     odd, chosen["TAIL"] = odd_slots(n, chosen["keys"])
     chosen["P"] = chunk if sets.left is None else sets.left.shape[3]
-    grid = (shape["G"] * triton.cdiv(shape["R"], chosen["heads"]), count, batch)
+    grid = (shape["G"] * cdiv(shape["R"], chosen["heads"]), count, batch)
     kept_dq_kernel[grid](
         q, k, v, sets.index, y, dy, lse, delta, dq, stars, sums, time, n, odd, scale * LOG2E, scale, **strides,
         **shape, **chosen,
@@ -346,8 +346,8 @@ def kept_backward(
             sets.leave, listed, sizes, time, count, span, **dict[str, Any](C=chunk, block=1024)
         )
         chosen = options("selected_kept_dkv")
-        tiles = triton.cdiv(n, chosen["tokens"]) + triton.cdiv(span * chunk, chosen["tokens"])
-        kept_dkv_kernel[(tiles, spans, rows)](
+        blocks = cdiv(n, chosen["tokens"]) + cdiv(span * chunk, chosen["tokens"])
+        kept_dkv_kernel[(blocks, spans, rows)](
             q, k, v, dy, lse, delta, stars, sums, sets.leave, sets.lists, listed, sizes,
             carried_k, carried_v, entered_k, entered_v,
             time, n, count, span, segments, sets.segment, scale * LOG2E, scale, **strides,
@@ -359,7 +359,7 @@ def kept_backward(
     )
     chosen = options("selected_local_dkv")
     chosen |= dict(tokens=min(chosen["tokens"], chunk), STEPS=max(1, n.bit_length()))  # all of one chunk
-    local_dkv_kernel[(triton.cdiv(time, chosen["tokens"]), rows)](
+    local_dkv_kernel[(cdiv(time, chosen["tokens"]), rows)](
         q, k, v, dy, lse, delta, stars, sums, score, sets.leave, sets.lists,
         carried_k, carried_v, entered_k, entered_v, dk, dv,
         time, n, count, span, segments, sets.segment, spans, scale * LOG2E, scale,

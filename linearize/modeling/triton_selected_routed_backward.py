@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .launches import launch, widths_of
+from .launches import cdiv, launch, power_of_two, widths_of
 from .triton_selected import Sets, running_sets
 from .triton_selected_kept import fitted, in_rows, rows_at, shape_of
 from .triton_selected_kept_backward import kept_backward
@@ -173,9 +173,9 @@ def add_through_map(dx: Tensor, x: Tensor, w: Tensor, da: Tensor, along: Tensor 
 
     matrix = w.unflatten(0, (groups, -1)).transpose(1, 2).flatten(2)  # [G, K, heads / G f]
     if along is not None:
-        lengthen_kernel[(triton.cdiv(time * groups, 32), batch)](
+        lengthen_kernel[(cdiv(time * groups, 32), batch)](
             dx, x, along, time, *x.stride()[:3],
-            H=along.shape[1], G=groups, K=width, BK=max(16, triton.next_power_of_2(width)), rows=32,
+            H=along.shape[1], G=groups, K=width, BK=power_of_two(width, 16), rows=32,
         )  # fmt: skip
     with torch.autocast(x.device.type, enabled=False):
         by_group(dx).baddbmm_(by_group(da), matrix.transpose(1, 2))
@@ -200,7 +200,7 @@ def routed_backward(
     values = torch.empty_like(dy, dtype=q.dtype)
     gate = None if gate is None else gate.contiguous()
     dgate = None if gate is None else torch.empty_like(gate)
-    scaled_kernel[(triton.cdiv(time * heads, 64), batch)](
+    scaled_kernel[(cdiv(time * heads, 64), batch)](
         dy, dy if gate is None else gate, dy if linear is None else linear, den,
         values, dy if dgate is None else dgate, time,
         H=heads, V=shape["V"], BV=shape["BV"], GATE=0 if gate is None else gate.shape[3], rows=64,
@@ -209,15 +209,15 @@ def routed_backward(
     constants: dict[str, Any] = {name: shape[name] for name in ("K", "V", "BK", "BV", "C", "GS")}
     constants |= dict(H=heads, HM=len(w_k), F=features, NORM=norm)
     exact: dict[str, Any] = dict(dtype=torch.float32, device=device)
-    turns = turns_of(sets, chunk, torch.full((batch,), count, device=device))
+    turns = turns_of(sets, chunk)
     terms: dict[str, Any] = dict(count=count, chunk=chunk, norm=norm)
 
     def options(kernel: str) -> dict[str, Any]:
         return fitted(launch(kernel, device, **widths_of(q, v, w_q)), q, 1)
 
-    def nothing(maps: int) -> tuple[Tensor, Tensor]:
-        state = torch.zeros(batch, maps, shape["V"], 2 * features, **exact)
-        return state, torch.zeros(batch, maps, 2 * features, **exact)
+    def room(maps: int) -> tuple[Tensor, Tensor]:
+        state = torch.empty(batch, maps, shape["V"], 2 * features, **exact)
+        return state, torch.empty(batch, maps, 2 * features, **exact)
 
     def where(piece: Piece) -> tuple[int, ...]:
         return time, count, piece.start, piece.chunks, piece.run, piece.bases.shape[2]
@@ -226,7 +226,7 @@ def routed_backward(
     da_q = torch.empty(batch, time, heads, features, dtype=q.dtype, device=device)
     along_q = torch.empty(batch, heads, time, **exact)
     of_queries = constants | dict(HX=heads, HV=heads, HM=heads, HS=len(w_k), KEYS=False)
-    for piece in pieces(k, w_k, v, nothing(len(w_k)), turns=turns, **terms):
+    for piece in pieces(k, w_k, v, room(len(w_k)), turns=turns, **terms):
         features_kernel[(heads, piece.chunks, batch)](
             q, w_q, values, e, turns, *piece.tensors, da_q, along_q, *where(piece),
             *q.stride()[:3], *values.stride()[:3], **of_queries, **options("selected_features"),
@@ -237,7 +237,7 @@ def routed_backward(
     da_k = torch.zeros(batch, time, heads, features, dtype=k.dtype, device=device)
     linear_dv = torch.zeros(batch, time, heads, shape["V"], dtype=v.dtype, device=device)
     of_keys = constants | dict(HX=groups, HV=groups, HS=heads, KEYS=True)
-    for piece in pieces(q, w_q, values, nothing(heads), weights=e, **terms):
+    for piece in pieces(q, w_q, values, room(heads), weights=e, **terms):
         features_kernel[(heads, piece.chunks, batch)](
             k, w_k, v, e, turns, *piece.tensors, da_k, along_k, *where(piece),
             *k.stride()[:3], *v.stride()[:3], **of_keys, **options("selected_features"),
@@ -264,8 +264,9 @@ class RoutedAttention(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         sets = running_sets(score, chunk=chunk, size=size, picks=picks)
         done = routed_forward(
-            q, k, v, w_q, w_k, sets, gate, scale=scale, chunk=chunk, norm=norm, eps=eps, lengths=lengths
-        )
+            q, k, v, w_q, w_k, sets, gate,
+            scale=scale, chunk=chunk, norm=norm, eps=eps, lengths=lengths, save=True,
+        )  # fmt: skip
         ctx.mark_non_differentiable(done.kv, done.z)
         ctx.save_for_backward(
             q,
@@ -276,7 +277,7 @@ class RoutedAttention(torch.autograd.Function):
             score,
             gate,
             done.y,
-            done.linear if gate is not None else None,
+            done.linear,
             done.top,
             done.den,
             sets.index,

@@ -5,9 +5,9 @@ with sums over queries, from the end, ``triton_selected_routed_backward``.
     R_c = sum of phi_q (g u)^T,  r_c = sum of e phi_q  over the queries of chunk c or after
 
 A program walks a run of chunks for one half of the features, and leaves S^T of each chunk, counted from the run's
-beginning; the sums of all other runs before are made from whole runs (``bases_kernel``), and z from those of single
-chunks (``running_kernel``). S^T = v^T phi is formed transposed, so that phi has a token in each row: its softmax then
-stays inside a warp. States are bf16 for 16-bit inputs, fp16's included, whose range a long sum would leave. A state for
+beginning; the sums of all other runs before are made from whole runs, and z from those of single chunks
+(``scans_kernel``). S^T = v^T phi is formed transposed, so that phi has a token in each row: its softmax then stays
+inside a warp. States are bf16 for 16-bit inputs, fp16's included, whose range a long sum would leave. A state for
 every chunk is much (32 KiB a token and layer at Llama-3-8B's widths): a long sequence goes piece by piece.
 """
 
@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launches import Launch, launch, widths_of
+from .launches import Launch, cdiv, launch, power_of_two, widths_of
 from .triton_selected import Sets
 from .triton_selected_kept import fitted, rows_at
 
@@ -75,14 +75,15 @@ def turning(leave, left, e, C: tl.constexpr, P: tl.constexpr, FEW: tl.constexpr)
 
 @triton.jit(do_not_specialize=["time", "count"])
 def turns_kernel(
-    leave, left, last, turns, time, count,
-    GS: tl.constexpr, C: tl.constexpr, P: tl.constexpr, FEW: tl.constexpr,
+    leave, left, sizes, turns, time, count,
+    GS: tl.constexpr, C: tl.constexpr, P: tl.constexpr, FEW: tl.constexpr, SIZES: tl.constexpr,
 ):  # fmt: skip
-    """turns [B, Gs, N, C], positions that turn linear with each chunk, -1 for none and after chunk ``last`` [B] of a
-    row; grid (N, B Gs)."""
+    """turns [B, Gs, N, C], positions that turn linear with each chunk, -1 for none and, with SIZES, after the last
+    chunk of a row of ``sizes`` [B] tokens; grid (N, B Gs)."""
     c, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     at = turning(leave + row * time, left + row * count * P, c, C, P, FEW)
-    at = tl.where(c <= tl.load(last + row // GS), at, -1)
+    if SIZES:
+        at = tl.where(c <= (tl.load(sizes + row // GS) - 1) // C, at, -1)
     tl.store(turns + (row * count + c) * C + tl.arange(0, C), at)
 
 
@@ -153,13 +154,12 @@ def states_kernel(
     tl.store(totals + place * V + inside, state, mask=None if V == BV else (e < V)[:, None])
 
 
-@triton.jit(do_not_specialize=["runs", "size"])
-def bases_kernel(x, base, carry, runs, size, REVERSE: tl.constexpr, block: tl.constexpr):
-    """base [heads, runs, size] = carry [heads, size] and the sums x of all runs before (REVERSE: after) each; carry
-    then has them all; grid (tiles, heads)."""
-    i = tl.program_id(0) * block + tl.arange(0, block)
-    head = tl.program_id(1).to(tl.int64)
-    total = tl.load(carry + head * size + i, mask=i < size, other=0.0)
+@triton.jit
+def add_runs(x, base, carry, runs, begun, tile, head, size: tl.constexpr, REVERSE: tl.constexpr):
+    """base [heads, runs, size] = carry [heads, size], if it has ``begun``, and the sums x of all runs before (REVERSE:
+    after) each; carry then has them all."""
+    i = tile * 1024 + tl.arange(0, 1024)
+    total = tl.load(carry + head * size + i, mask=(i < size) & (begun > 0), other=0.0)
     for step in range(0, runs):
         r = runs - 1 - step if REVERSE else step
         at = (head * runs + r) * size + i
@@ -168,16 +168,13 @@ def bases_kernel(x, base, carry, runs, size, REVERSE: tl.constexpr, block: tl.co
     tl.store(carry + head * size + i, total, mask=i < size)
 
 
-@triton.jit(do_not_specialize=["count"])
-def running_kernel(
-    x, carry, count, size: tl.constexpr, REVERSE: tl.constexpr, rows: tl.constexpr, block: tl.constexpr
-):
+@triton.jit
+def add_chunks(x, carry, count, begun, tile, head, size: tl.constexpr, REVERSE: tl.constexpr):
     """x [heads, count, size] becomes its running sums after carry [heads, size] (REVERSE: from the end), which then has
-    all; grid (tiles, heads)."""
-    i, j = tl.program_id(0) * block + tl.arange(0, block), tl.arange(0, rows)
-    head = tl.program_id(1).to(tl.int64)
-    total = tl.load(carry + head * size + i, mask=i < size, other=0.0)
-    for begin in range(0, count, rows):
+    all."""
+    i, j = tile * 16 + tl.arange(0, 16), tl.arange(0, 64)
+    total = tl.load(carry + head * size + i, mask=(i < size) & (begun > 0), other=0.0)
+    for begin in range(0, count, 64):
         step = begin + j
         r = count - 1 - step if REVERSE else step
         at = x + (head * count + r)[:, None] * size + i[None, :]
@@ -186,6 +183,19 @@ def running_kernel(
         tl.store(at, tl.cumsum(part, 0) + total[None, :], mask=mask)
         total += tl.sum(part, 0)
     tl.store(carry + head * size + i, total, mask=i < size)
+
+
+@triton.jit(do_not_specialize=["runs", "count", "begun"])
+def scans_kernel(
+    totals, bases, state, sums, z, runs, count, begun, F2: tl.constexpr, V: tl.constexpr, REVERSE: tl.constexpr
+):  # fmt: skip
+    """Running sums of whole runs and of single chunks; grid (tiles of F2 and, unless one run is all, F2 V; heads)."""
+    tile, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    few: tl.constexpr = (F2 + 15) // 16
+    if tile < few:
+        add_chunks(sums, z, count, begun, tile, head, F2, REVERSE)
+    else:
+        add_runs(totals, bases, state, runs, begun, tile - few, head, F2 * V, REVERSE)
 
 
 class Piece(NamedTuple):
@@ -203,15 +213,16 @@ class Piece(NamedTuple):
         return self.states, self.bases, self.sums
 
 
-def turns_of(sets: Sets, chunk: int, last: Tensor) -> Tensor:
-    """[B, Gs, N, C] positions of the tokens that turn linear with each chunk, -1 for none."""
+def turns_of(sets: Sets, chunk: int, sizes: Tensor | None = None) -> Tensor:
+    """[B, Gs, N, C] positions of the tokens that turn linear with each chunk, -1 for none and after the last chunk of
+    rows of ``sizes`` [B] tokens."""
     assert sets.left is not None
     batch, select, count, picks = sets.left.shape
-    turns = torch.empty(batch, select, count, chunk, dtype=torch.int32, device=last.device)
-    shape: dict[str, Any] = dict(GS=select, C=chunk, P=picks, FEW=max(2, triton.next_power_of_2(picks)))
+    turns = torch.empty(batch, select, count, chunk, dtype=torch.int32, device=sets.left.device)
     turns_kernel[(count, batch * select)](
-        sets.leave, sets.left, last, turns, sets.leave.shape[2], count, **shape
-    )
+        sets.leave, sets.left, turns if sizes is None else sizes, turns, sets.leave.shape[2], count,
+        GS=select, C=chunk, P=picks, FEW=power_of_two(picks, 2), SIZES=sizes is not None,
+    )  # fmt: skip
     return turns
 
 
@@ -219,8 +230,8 @@ def lengths_of(x: Tensor) -> Tensor:
     """|x| [B, H, T] in fp32 of x [B, T, H, K]."""
     batch, time, heads, width = x.shape
     lengths = torch.empty(batch, heads, time, dtype=torch.float32, device=x.device)
-    shape: dict[str, Any] = dict(H=heads, K=width, BK=max(16, triton.next_power_of_2(width)), rows=32)
-    lengths_kernel[(triton.cdiv(time * heads, 32), batch)](x, lengths, time, *x.stride()[:3], **shape)
+    shape: dict[str, Any] = dict(H=heads, K=width, BK=power_of_two(width, 16), rows=32)
+    lengths_kernel[(cdiv(time * heads, 32), batch)](x, lengths, time, *x.stride()[:3], **shape)
     return lengths
 
 
@@ -230,7 +241,8 @@ def pieces(
     turns: Tensor | None = None, weights: Tensor | None = None, setting: Launch | None = None,
 ) -> Iterator[Piece]:  # fmt: skip
     """Piece after piece of sums over x [B, T, Hx, K] and values [B, T, Hv, V] for maps w [H, K, f]; ``carry`` (S^T
-    [B, H, V, 2 f], z [B, H, 2 f]) goes along and ends as the state behind the last chunk.
+    [B, H, V, 2 f], z [B, H, 2 f]; what they hold before counts for nothing) goes along and ends as the state behind the
+    last chunk.
 
     Either of the tokens that turn linear with each chunk, ``turns``; or of all with their ``weights``, from the end."""
     (batch, time), device, heads, features, width = x.shape[:2], x.device, len(w), w.shape[2], values.shape[3]
@@ -248,11 +260,11 @@ def pieces(
     constants: dict[str, Any] = dict(
         H=heads, HX=x.shape[2], HV=values.shape[2], HT=1 if turns is None else turns.shape[1],
         K=x.shape[3], V=width, F=features, C=chunk, NORM=norm, REVERSE=reverse,
-        BK=max(16, triton.next_power_of_2(x.shape[3])), BV=max(16, triton.next_power_of_2(width)), **options,
+        BK=power_of_two(x.shape[3], 16), BV=power_of_two(width, 16), **options,
     )  # fmt: skip
-    scanning: dict[str, Any] = dict(REVERSE=reverse)
+    few, many = cdiv(2 * features, 16), cdiv(size, 1024)
     starts = range(0, count, most)
-    for start in reversed(starts) if reverse else starts:
+    for number, start in enumerate(reversed(starts) if reverse else starts):
         chunks = min(most, count - start)
         runs = -(-chunks // run)
         states = torch.empty(batch, heads, chunks, size, dtype=kind, device=device)
@@ -266,11 +278,8 @@ def pieces(
             *x.stride()[:3], *values.stride()[:3], **constants,
         )  # fmt: skip
         bases = states if alone else torch.empty_like(totals, dtype=kind)
-        if not alone:
-            bases_kernel[(triton.cdiv(size, 1024), batch * heads)](
-                totals, bases, carry[0], runs, size, **scanning, **dict[str, Any](block=1024)
-            )
-        running_kernel[(triton.cdiv(2 * features, 16), batch * heads)](
-            sums, carry[1], chunks, **scanning, **dict[str, Any](size=2 * features, rows=64, block=16)
-        )
+        scans_kernel[(few + (0 if alone else many), batch * heads)](
+            totals, bases, carry[0], sums, carry[1], runs, chunks, number,
+            F2=2 * features, V=width, REVERSE=reverse,
+        )  # fmt: skip
         yield Piece(start, chunks, run, states, bases, sums)

@@ -14,7 +14,7 @@ from torch import Tensor
 from .errors import ConversionError
 from .mixer import Geometry, Method, MethodConfig, Mixer, MixerInput, check_window
 from .ops import window_attention, window_decode, window_step
-from .ring import final, resize, span, take, unroll, write
+from .ring import counted, final, resize, span, take, unroll, write
 
 PIECE = 128
 """Tokens of a chunk that meet the slots at once; bounds the score matrix of a long chunk."""
@@ -68,6 +68,7 @@ class WindowMixer(Mixer):
         y = self._step_in_place(x, state) if x.in_place else None
         if y is not None:
             return y, state
+        fresh = state is None
         if state is None:
             terms = dict(window=config.window, window_kind=config.window_kind, sinks=config.sinks)
             y = window_attention(x.q, x.k, x.v, scale=x.scale, softcap=x.softcap, **terms)
@@ -76,15 +77,17 @@ class WindowMixer(Mixer):
             state = self._start(x)
         size = span(config.window, config.window_kind) + x.pending
         state = state._replace(k=resize(state.k, state.seen, size), v=resize(state.v, state.seen, size))
-        total = state.seen + (x.q.shape[1] if x.lengths is None else x.lengths)
+        total, limit = counted(
+            state, x, fresh, lambda seen: final(seen, config.window, config.window_kind, x.pending)
+        )
         sinks = (
             self._first(state.sink_k, x.k, state.seen, total),
             self._first(state.sink_v, x.v, state.seen, total),
         )
         if y is None:
             y = self._continue(x, state, sinks, total)
-        limit = final(total, config.window, config.window_kind, x.pending).maximum(state.folded)
-        k, v = (write(old, new, state.seen, total) for old, new in ((state.k, x.k), (state.v, x.v)))
+        whole = fresh and x.lengths is None
+        k, v = (write(old, new, state.seen, total, whole) for old, new in ((state.k, x.k), (state.v, x.v)))
         return y, WindowState(k, v, *sinks, total, limit)
 
     def _step_in_place(self, x: MixerInput, state: Any) -> Tensor | None:
