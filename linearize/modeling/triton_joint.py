@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launches import launch, widths_of
+from .launches import cdiv, launch, widths_of
 from .triton_common import (
     LOG2E,
     first_in_window,
@@ -248,7 +248,7 @@ def joint_forward(
     name = "joint_outputs" + ("_near" if near else "") + ("_terraced" if near and terraced else "")
     setting = launch(name, q.device, **widths_of(q, v, w_q))
     batch, time, heads = q.shape[:3]
-    count, transfer = triton.cdiv(time, BT), teacher is not None
+    count, transfer = cdiv(time, BT), teacher is not None
     exact: dict[str, Any] = {"dtype": torch.float32, "device": q.device}
     y = torch.empty(batch, time, heads, v.shape[-1], dtype=v.dtype, device=q.device)
     den = torch.empty(batch, heads, time, **exact) if save else None

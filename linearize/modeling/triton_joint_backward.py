@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launches import launch, widths_of
+from .launches import cdiv, launch, widths_of
 from .triton_common import (
     LOG2E,
     first_in_window,
@@ -182,9 +182,9 @@ def map_gradient(x: Tensor, dx: Tensor) -> Tensor:
     """[H, K, f] fp32, the sum of x dx^T over tokens; x [B, T, G or H, K], dx [B, T, H, f]."""
     setting = launch("joint_maps", x.device, **widths_of(x, x, dx))
     batch, time, heads, half = dx.shape
-    count = triton.cdiv(time, BT)
-    run = max(1, min(count, triton.cdiv(batch * heads * count, 1056)))
-    parts = triton.cdiv(count, run)
+    count = cdiv(time, BT)
+    run = max(1, min(count, cdiv(batch * heads * count, 1056)))
+    parts = cdiv(count, run)
     part = torch.empty(batch, parts, heads, x.shape[-1], half, dtype=torch.float32, device=x.device)
     joint_maps[(heads, parts, batch)](
         tiles(x, BT), tiles(dx, BT), part, time, run, D=x.shape[-1], F=half, FP=block(half), BD=block(x.shape[-1]),
@@ -217,7 +217,7 @@ def joint_backward(
     of half the sum of squares of y - teacher.
     """
     batch, time, heads = q.shape[:3]
-    groups, half, tiles_a_row = k.shape[2], w_q.shape[-1], triton.cdiv(q.shape[1], BT)
+    groups, half, tiles_a_row = k.shape[2], w_q.shape[-1], cdiv(q.shape[1], BT)
     assert done.den is not None and done.peak is not None
     dy = last_contiguous(dy)
     exact: dict[str, Any] = {"dtype": torch.float32, "device": q.device}

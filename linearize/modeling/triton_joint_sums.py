@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional
 
-from .launches import Launch, launch, widths_of
+from .launches import Launch, cdiv, launch, power_of_two, widths_of
 from .triton_common import softmax_of
 from .triton_tiles import block, matrices, matrix, tile, tiles, whole
 
@@ -246,10 +246,10 @@ def joint_sums(
     batch, time, shape = x.shape[0], x.shape[1], widths(x, val, w)
     heads, half = len(w), w.shape[-1]
     every = setting.blocks["EVERY"]
-    tiles_a_row = triton.cdiv(time, BT)
-    runs = max(1, min(triton.cdiv(PROGRAMS, 2 * batch * heads), triton.cdiv(tiles_a_row, 8)))
-    run = triton.cdiv(triton.cdiv(tiles_a_row, runs), every) * every
-    runs, stored = triton.cdiv(tiles_a_row, run), triton.cdiv(tiles_a_row, every)
+    tiles_a_row = cdiv(time, BT)
+    runs = max(1, min(cdiv(PROGRAMS, 2 * batch * heads), cdiv(tiles_a_row, 8)))
+    run = cdiv(cdiv(tiles_a_row, runs), every) * every
+    runs, stored = cdiv(tiles_a_row, run), cdiv(tiles_a_row, every)
     exact: dict[str, Any] = {"dtype": torch.float32, "device": x.device}
     dim = whole(val.shape[-1], x.dtype)
     S = torch.empty(batch, heads, stored, 2, half, dim, dtype=x.dtype, device=x.device)
@@ -277,8 +277,8 @@ def joint_sums(
         base = torch.empty(total.shape, dtype=dtype, device=x.device)
         end = torch.empty(total[:, :, 0].shape, **exact)
         count = total[0, 0, 0].numel()
-        size = min(512, triton.next_power_of_2(count))
-        joint_scan[(batch * heads, triton.cdiv(count, size))](
+        size = min(512, power_of_two(count))
+        joint_scan[(batch * heads, cdiv(count, size))](
             total, base, end if before is None else before[i].contiguous(), end, runs, N=count, BN=size,
             HAS_START=before is not None, HAS_FINAL=final, REVERSE=reverse is not None, num_warps=4,
         )  # fmt: skip

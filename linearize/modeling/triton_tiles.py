@@ -16,6 +16,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from .launches import cdiv, power_of_two
+
 BYTES = 16
 
 
@@ -44,7 +46,7 @@ def matrices(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
 def block(size: int) -> int:
     """The width of a tile: a power of two, and no less than 64. Products over 32 channels of a tile that came by a
     descriptor were compiled wrongly by Triton 3.6, sums 4 to 10 % off."""
-    return max(64, triton.next_power_of_2(size))
+    return power_of_two(size, 64)
 
 
 def described(x: Tensor, shape: Sequence[int]) -> TensorDescriptor:
@@ -65,7 +67,7 @@ def aligned(x: Tensor) -> Tensor:
 def whole(width: int, dtype: torch.dtype) -> int:
     """``width`` or the next one of whole 16 bytes."""
     step = BYTES // dtype.itemsize
-    return triton.cdiv(width, step) * step
+    return cdiv(width, step) * step
 
 
 def _strides(x: Tensor) -> list[int]:
