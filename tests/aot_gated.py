@@ -34,6 +34,7 @@ SPILLS = {
     "gated_window_keys 128": 16,
     "gated_lawcat_keys": 72,
     "gated_lawcat_maps_shared 128": 16,
+    "gated_lawcat_states_stop 128": 16,
     "gated_lawcat_values 128": 88,
 }
 STRIDES = ("_b", "_t", "_h")

@@ -357,7 +357,7 @@ CANDIDATES |= {
         for kernel in ("queries", "keys")
         for strong in ("", "_strong")
     },
-    "gated_lawcat_values": [Launch({"maxnreg": 128}, 8, 1), Launch({}, 4, 1)],
+    "gated_lawcat_values": [Launch({"maxnreg": 128}, 8, 1), Launch({"maxnreg": 255}, 4, 1)],
     "gated_lawcat_values_strong": [Launch({}, 8, 1)],
 }
 TABLE.update({kernel: [rows[0]] for kernel, rows in CANDIDATES.items() if kernel.startswith("gated")})
