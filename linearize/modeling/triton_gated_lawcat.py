@@ -148,9 +148,8 @@ def outputs_kernel(
             reading = reading.to(DTYPE)
             if not STRONG:
                 early = tl.trans(tl.exp2(phi_k - gates * LOG2E).to(DTYPE))
-            state = load_matrix(
-                fine + (tile * F + part * W) * V, W, V, FB, VP
-            )  # behind the product it would wait
+            # Before the scores, whose product it would wait for.
+            state = load_matrix(fine + (tile * F + part * W) * V, W, V, FB, VP)
             if STRONG:
                 scores = pairwise_scores(scores, tl.exp2(phi_q), tl.exp2(phi_k), gates, C, False)
             else:

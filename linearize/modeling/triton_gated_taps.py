@@ -18,9 +18,7 @@ from .triton_gated_maps import channels
 
 LAUNCH = {"BT": 32, "num_warps": 4}
 CHANNELS = 64
-TOGETHER = (
-    16  # tiles of a program, which sums gradients of taps over them before it sums over a tile's tokens
-)
+TOGETHER = 16  # tiles of a program: taps' gradients are added up over them, and over a tile's tokens once
 
 
 @triton.jit(do_not_specialize=["time"])
