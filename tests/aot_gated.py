@@ -33,7 +33,9 @@ SPILLS = {
     "gated_window_queries 128": 32,
     "gated_window_keys 128": 16,
     "gated_lawcat_keys": 72,
-    "gated_lawcat_states 128 {'MODE': 'fine', 'STARTS'": 24,
+    "gated_lawcat_maps_shared 128": 16,
+    "gated_lawcat_states_stop 128": 16,
+    "gated_lawcat_values 128": 88,
 }
 STRIDES = ("_b", "_t", "_h")
 STATES = {
@@ -93,6 +95,7 @@ def case(
         row.stages,
         matrix,
         next((most for kernel, most in SPILLS.items() if name.startswith(kernel)), 0),
+        row.blocks.get("maxnreg"),
     )
 
 
@@ -164,7 +167,7 @@ def cases(candidates: bool = False, every: bool = os.environ.get("LINEARIZE_AOT"
             made = STRONG.get(name, kernel) if strong else kernel
             for row in rows:
                 widths = {128: more if every or (candidates and not strong) else more[:1]}
-                if every:
+                if every and name not in WIDE:
                     widths[64] = more
                 for width, extra in ((w, e) for w, extras in widths.items() for e in extras):
                     fixed = constants(width) | extra | {"STRONG": strong}
@@ -179,7 +182,7 @@ def cases(candidates: bool = False, every: bool = os.environ.get("LINEARIZE_AOT"
     yield case("gated_lawcat_shares", kernel, typed(kernel), fixed, row, matrix=False)
     row = Launch({"BT": taps.LAUNCH["BT"]}, taps.LAUNCH["num_warps"], 3)
     for kernel in (taps.taps_forward_kernel, taps.taps_backward_kernel):
-        fixed = dict(H=32, R=4, K=128, BK=taps.CHANNELS, TAPS=4)
+        fixed = dict(H=32, R=4, K=128, BK=taps.CHANNELS, TAPS=4, TILES=taps.TOGETHER)
         pointers = typed(kernel) | ({"dtaps": "*fp32"} if "dtaps" in kernel.arg_names else {})
         yield case("gated_taps", kernel, pointers, fixed, row, matrix=False)
 
@@ -198,12 +201,19 @@ KERNELS = [
     ("gated_liger_gates", back.gates_kernel, liger_constants, ({}, {"HGRN2": True})),
     ("gated_liger_values", by_runs.strong_values_kernel, liger_constants, ({},)),
     ("gated_lawcat_maps", mapped.maps_kernel, lawcat_constants, ({},)),
+    ("gated_lawcat_maps_shared", mapped.maps_kernel, lawcat_constants, ({"HEADS": 2},)),
     ("gated_lawcat_gates", mapped.gates_kernel, lawcat_constants, ({},)),
     (
         "gated_lawcat_states",
         lawcat.states_kernel,
         lawcat_constants,
-        (*WALKS, {"MODE": "fine", "STARTS": True, "STOPS": True}, {"MODE": "last"}),
+        (*WALKS, {"MODE": "fine", "STARTS": True}, {"MODE": "last"}),
+    ),
+    (
+        "gated_lawcat_states_stop",
+        lawcat.states_kernel,
+        lawcat_constants,
+        ({"MODE": "fine", "STARTS": True, "STOPS": True},),
     ),
     ("gated_lawcat_outputs", lawcat.outputs_kernel, lawcat_constants, ({}, {"SAVE": True})),
     ("gated_lawcat_back_states", lawcat_back.back_states_kernel, lawcat_constants, WALKS),
@@ -217,5 +227,7 @@ STRONG = {
     "gated_liger_keys": by_runs.strong_keys_kernel,
 }
 """Kernels of strong tiles, where they are not the same kernel; their products are smaller than a warp group's."""
+WIDE = ("gated_lawcat_maps_shared",)
+"""Kernels that heads of 64 do not launch."""
 PLAIN = ("gated_liger_scan", "gated_liger_gates")
 """Kernels without products, or with small ones."""

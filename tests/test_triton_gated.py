@@ -15,6 +15,7 @@ from linearize.modeling.triton_gated import scan
 from linearize.modeling.triton_gated_convolved import convolved_kernel
 from linearize.modeling.triton_gated_liger import forward, shape_of
 from linearize.modeling.triton_gated_liger_backward import averaged_kernel, backward
+from linearize.modeling.triton_gated_mapped import half_logits, maps_launch
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="kernels run on the GPU, in tests/gpu")
 
@@ -32,7 +33,7 @@ def poisoned(monkeypatch):
     for name, sizes in (("gated_liger_sums", {"C": 32}), ("gated_lawcat_states", {"C": 32, "CS": 64})):
         row = TABLE[name][0]
         monkeypatch.setitem(TABLE, name, [row._replace(blocks={**row.blocks, **sizes})])
-    for name in ("gated_lawcat_maps", "gated_lawcat_outputs"):
+    for name in ("gated_lawcat_maps", "gated_lawcat_maps_shared", "gated_lawcat_outputs"):
         row = TABLE[name][0]
         blocks = {key: 16 if key in ("BK", "FB") else size for key, size in row.blocks.items()}
         monkeypatch.setitem(TABLE, name, [row._replace(blocks=blocks)])
@@ -167,6 +168,23 @@ def test_lawcat_is_the_reference_with_every_gradient(name):
 @pytest.mark.parametrize("taps", ["", "q", "k"])
 def test_lawcat_convolves_what_has_taps(taps):
     check_lawcat(draw_lawcat(1, 33, 2, 1, 16, 16, 16, taps=taps))
+
+
+@pytest.mark.parametrize("count", [0, 4])
+def test_lawcat_maps_of_heads_that_share_an_input_are_those_of_heads_that_do_not(count):
+    generator = torch.Generator().manual_seed(count)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    x, weight = random(2, 67, 2, 32).bfloat16(), random(8, 32, 12).bfloat16()
+    taps = random(8, count, 32) if count else torch.empty(0)
+    apart = x.repeat_interleave(4, dim=2)
+    assert maps_launch(x, 8)[0] == 2
+    assert maps_launch(apart, 8)[0] == 1
+    for one, other in zip(half_logits(x, taps, weight), half_logits(apart, taps, weight), strict=True):
+        assert torch.isfinite(one).all()
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(

@@ -187,6 +187,8 @@ def sweep_lawcat(kernel: str) -> Callable[[Launch, int, int], Callable[[], Any]]
         layer, steps = inputs.layer_of(*lawcat_inputs(batch, length)), LAWCAT["steps"]
         if kernel == "maps":
             return lambda: inputs.half_logits(layer.q, layer.taps_q, layer.map_q, setting)
+        if kernel == "maps_shared":
+            return lambda: inputs.half_logits(layer.k, layer.taps_k, layer.map_k, setting)
         if kernel == "gates":
             return lambda: inputs.gates(layer.logits, layer.v, steps, setting)
         mapped = inputs.mapped(layer, steps)
@@ -233,6 +235,16 @@ SWEEPS = {
     "gated_window_keys": sweep_liger("window_keys"),
     **{
         f"gated_lawcat_{kernel}": sweep_lawcat(kernel)
-        for kernel in ("maps", "gates", "states", "outputs", "back_states", "queries", "keys", "values")
+        for kernel in (
+            "maps",
+            "maps_shared",
+            "gates",
+            "states",
+            "outputs",
+            "back_states",
+            "queries",
+            "keys",
+            "values",
+        )
     },
 }

@@ -342,9 +342,19 @@ CANDIDATES |= {
     ],
     **{f"gated_liger_{kernel}_strong": [Launch({}, 8, 1)] for kernel in ("queries", "keys", "values")},
     "gated_lawcat_maps": [Launch({"BT": 64, "BK": 64}, 4, 2), Launch({"BT": 64, "BK": 32}, 4, 3)],
+    # Registers are capped so that a multiprocessor has room for one program more.
+    "gated_lawcat_maps_shared": [
+        Launch({"BT": 64, "BK": size, "maxnreg": 168}, 4, stages) for size, stages in ((64, 2), (32, 3))
+    ],
     "gated_lawcat_gates": [Launch({}, 4, 1)],
-    "gated_lawcat_states": [Launch({"C": 64, "CS": 256}, 4, stages) for stages in (3, 2, 1)],
-    "gated_lawcat_outputs": [Launch({"FB": 32}, 4, 1), Launch({"FB": 32}, 4, 2), Launch({"FB": 64}, 4, 1)],
+    "gated_lawcat_states": [
+        Launch({"C": 64, "CS": 256, "maxnreg": registers}, 4, stages)
+        for registers, stages in ((168, 2), (224, 3), (255, 2), (255, 1))
+    ],
+    "gated_lawcat_states_stop": [Launch({}, 4, 2)],
+    "gated_lawcat_outputs": [
+        Launch({"FB": 32, "HEADS": heads}, 4, stages) for heads, stages in ((2, 1), (1, 1), (4, 1), (1, 2))
+    ],
     "gated_lawcat_outputs_strong": [Launch({"FB": 64}, 8, 1)],
     "gated_lawcat_back_states": [Launch({}, 4, stages) for stages in (2, 1, 3)],
     **{
@@ -352,7 +362,7 @@ CANDIDATES |= {
         for kernel in ("queries", "keys")
         for strong in ("", "_strong")
     },
-    "gated_lawcat_values": [Launch({}, 4, 1), Launch({}, 8, 1)],
+    "gated_lawcat_values": [Launch({"maxnreg": 128}, 8, 1), Launch({"maxnreg": 255}, 4, 1)],
     "gated_lawcat_values_strong": [Launch({}, 8, 1)],
 }
 TABLE.update({kernel: [rows[0]] for kernel, rows in CANDIDATES.items() if kernel.startswith("gated")})

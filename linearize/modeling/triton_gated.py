@@ -253,9 +253,13 @@ def scan(
 
 
 def blocks(name: str, x: Tensor, chosen: Launch | None = None) -> tuple[dict[str, int], dict[str, int]]:
-    """(block sizes, warps and stages) of a kernel."""
+    """(block sizes; warps, stages and most registers) of a kernel."""
     row = chosen or launch(name, x.device, K=x.shape[-1], dtype=x.dtype)
-    return dict(row.blocks), {"num_warps": row.warps, "num_stages": row.stages}
+    sizes, options = dict(row.blocks), {"num_warps": row.warps, "num_stages": row.stages}
+    most = sizes.pop("maxnreg", None)
+    if most is not None and x.dtype != torch.float32:  # which has no room for another program anyway
+        options["maxnreg"] = most
+    return sizes, options
 
 
 def gated_dtype(dtype: torch.dtype) -> tuple[tl.dtype, torch.dtype]:

@@ -4,17 +4,19 @@
 ``triton_gated_mapped.py`` makes what is read here. States belong to a query head, gates to a key/value head.
 
     states      the state before every tile                 grid (head and half of the features, segment, row)
-    outputs     a tile of C queries of one head             grid (head, tile, row)
+    outputs     a tile of C queries of some heads           grid (heads, tile, row)
 
 Half of the features are one program's, because their state is what the registers of four warps hold. A row is one
 segment where rows and heads fill a GPU, and is walked through once; where they do not, it is cut into several, whose
 sums are made first.
 
-A normaliser is carried beside the state: z [F], the same sums with v = 1. Tiles with a strong gate meet pair by pair.
+A normaliser is carried beside the state: z [F], the same sums with v = 1, as a product with ones: sums over tokens
+would be exchanged between warps. Tiles with a strong gate meet pair by pair.
 
 Departures: features are not raised to 1e-12; products read features and states in the inputs' dtype.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -55,8 +57,8 @@ def states_kernel(
     n, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
     g = h // R
     row, gate_row = b * H + h, b * (H // R) + g
-    channel = half * f + tl.arange(0, FP)
-    there = tl.arange(0, FP) < f
+    channel, column = half * f + tl.arange(0, FP), tl.arange(0, 16)
+    there = (tl.arange(0, FP) < f)[:, None] & (column == 0)[None, :]
     tiles = tl.cdiv(time, C)
     a += row * time * f
     norms += row * 2 * time
@@ -69,44 +71,45 @@ def states_kernel(
         last += (row * F + half * f) * V
         last_z += row * F
     state = tl.zeros([FP, VP], tl.float32)
-    z = tl.zeros([FP], tl.float32)
+    z = tl.zeros([FP, 16], tl.float32)  # the same in every column
     if MODE == "fine" and STARTS:
         at = row * (segments + 1) + n
         state = load_matrix(states + (at * F + half * f) * V, f, V, FP, VP)
-        z = tl.load(states_z + at * F + channel, mask=there, other=0.0)
+        z += channels(states_z + at * F + half * f, f, FP)[:, None]
     if MODE == "last":
         first = until // C * C
         ends = until
         state = load_matrix(last, f, V, FP, VP)
-        z = tl.load(last_z + channel, mask=there, other=0.0)
-    total = tl.zeros([FP], tl.float32)
+        z += channels(last_z + half * f, f, FP)[:, None]
+    total, ones = tl.zeros([FP], tl.float32), tl.full([C, 16], 1.0, DTYPE)
     for t in range(first, ends, C):
         if MODE == "fine":
             at = row * tiles + t // C
             store_matrix(fine + (at * F + half * f) * V, state, f, V, FP, VP)
-            tl.store(fine_z + at * F + channel, z, mask=there)
+            tl.store(fine_z + at * F + channel[:, None] + column[None, :], z, mask=there)
             if STOPS:  # noqa: SIM102
                 if until // C == t // C:
                     store_matrix(last, state, f, V, FP, VP)
-                    tl.store(last_z + channel, z, mask=there)
+                    tl.store(last_z + channel[:, None] + column[None, :], z, mask=there)
         whole = whole_tile(running, t, ends, f, FP, C)
         total += whole
         kept = tl.exp2(whole * LOG2E)
         late = (whole[None, :] - running_gates(running, t, ends, f, FP, C)) * LOG2E
         late = tl.exp2(log_features(a, norms, half, t, time, ends, f, f, FP, C) + late)
+        late = tl.trans(late.to(DTYPE))
         values = load_rows(v, t, v_t, ends, V, VP, C).to(DTYPE)
-        z = z * kept + tl.sum(late, 0)
-        state = tl.dot(tl.trans(late.to(DTYPE)), values, state * kept[:, None], input_precision=PRECISION)
+        z = tl.dot(late, ones, z * kept[:, None], input_precision=PRECISION)
+        state = tl.dot(late, values, state * kept[:, None], input_precision=PRECISION)
     if MODE == "sums":
         at = row * segments + n
         store_matrix(sums + (at * F + half * f) * V, state, f, V, FP, VP)
-        tl.store(sums_z + at * F + channel, z, mask=there)
+        tl.store(sums_z + at * F + channel[:, None] + column[None, :], z, mask=there)
         if h % R == 0:
-            tl.store(totals + (gate_row * segments + n) * F + channel, total, mask=there)
+            tl.store(totals + (gate_row * segments + n) * F + channel, total, mask=tl.arange(0, FP) < f)
     if MODE == "last" or STOPS:  # noqa: SIM102
         if MODE == "last" or ((ends == time) & (until // C == tiles)):
             store_matrix(last, state, f, V, FP, VP)
-            tl.store(last_z + channel, z, mask=there)
+            tl.store(last_z + channel[:, None] + column[None, :], z, mask=there)
 
 
 @triton.jit(do_not_specialize=["time"])
@@ -132,31 +135,31 @@ def outputs_kernel(
         along = row * time
         of_q, norms_of_q = a_q + along * f, norms_q + along * 2
         of_k, norms_of_k = a_k + along * f, norms_k + along * 2
-        scores = tl.zeros([C, C], tl.float32)
+        tile = row * tiles + n
+        scores, rows = tl.zeros([C, C], tl.float32), tl.zeros([C, VP], tl.float32)
+        weight = tl.zeros([C], tl.float32) + eps
         for part in tl.range(2 * PARTS):
             half, of = part // PARTS, part % PARTS * W
             gates = load_rows(running + part * W, t, F, time, W, FB, C)
             phi_q = log_features(of_q + of, norms_of_q, half, t, time, time, f, W, FB, C)
             phi_k = log_features(of_k + of, norms_of_k, half, t, time, time, f, W, FB, C)
+            reading = tl.exp2(phi_q + gates * LOG2E)
+            weight += tl.sum(reading * channels(fine_z + tile * F + part * W, W, FB)[None, :], 1)
+            reading = reading.to(DTYPE)
+            if not STRONG:
+                early = tl.trans(tl.exp2(phi_k - gates * LOG2E).to(DTYPE))
+            # Before the scores, whose product it would wait for.
+            state = load_matrix(fine + (tile * F + part * W) * V, W, V, FB, VP)
             if STRONG:
                 scores = pairwise_scores(scores, tl.exp2(phi_q), tl.exp2(phi_k), gates, C, False)
             else:
-                reading = tl.exp2(phi_q + gates * LOG2E).to(DTYPE)
-                early = tl.trans(tl.exp2(phi_k - gates * LOG2E).to(DTYPE))
                 scores = tl.dot(reading, early, scores, input_precision=PRECISION)
+            rows = tl.dot(reading, state, rows, input_precision=PRECISION)
         if not STRONG:
             scores = tl.where(earlier(C, False), scores, 0.0)
-        weight = tl.sum(scores, 1) + eps
+        weight += tl.sum(scores, 1)
         values = load_rows(v, t, v_t, time, V, VP, C).to(DTYPE)
-        rows = tl.dot(scores.to(DTYPE), values, input_precision=PRECISION)
-        tile = row * tiles + n
-        for part in tl.range(2 * PARTS):
-            half, of = part // PARTS, part % PARTS * W
-            reading = log_features(of_q + of, norms_of_q, half, t, time, time, f, W, FB, C)
-            reading = tl.exp2(reading + load_rows(running + part * W, t, F, time, W, FB, C) * LOG2E)
-            weight += tl.sum(reading * channels(fine_z + tile * F + part * W, W, FB)[None, :], 1)
-            state = load_matrix(fine + (tile * F + part * W) * V, W, V, FB, VP)
-            rows = tl.dot(reading.to(DTYPE), state, rows, input_precision=PRECISION)
+        rows = tl.dot(scores.to(DTYPE), values, rows, input_precision=PRECISION)
         store_rows(y + b * time * (H * V) + h * V, rows / weight[:, None], t, H * V, time, V, VP, C)
         if SAVE:
             token = t + tl.arange(0, C)
@@ -228,14 +231,15 @@ def tile_states(
 
 
 def walk(mode: str, made: Mapped, chosen: Launch | None = None, **buffers: Tensor) -> None:
-    _, options = blocks("gated_lawcat_states", made.v, chosen)
+    stops = mode == "fine" and "stop" in buffers
+    _, options = blocks("gated_lawcat_states" + "_stop" * stops, made.v, None if stops else chosen)
     names = ("sums", "sums_z", "totals", "states", "states_z", "fine", "fine_z", "last", "last_z", "stop")
     batch, time, heads = made.shape
     count, size = segments_of(made)
     states_kernel[(2 * heads, 1 if mode == "last" else count, batch)](
         made.a_k, made.norms_k, made.running, made.v, *(buffers.get(name, made.v) for name in names),
         *steps_of(made.v), time, count, size,
-        **made.sizes, MODE=mode, STARTS=mode == "fine" and count > 1, STOPS=mode == "fine" and "stop" in buffers,
+        **made.sizes, MODE=mode, STARTS=mode == "fine" and count > 1, STOPS=stops,
         **options,
     )  # fmt: skip
 
@@ -257,9 +261,8 @@ def outputs(
         name = "gated_lawcat_outputs" + "_strong" * is_strong
         sizes, options = blocks(name, y, None if is_strong else chosen)
         sizes["FB"] = made.sizes["FP"] if made.sizes["f"] % sizes["FB"] else sizes["FB"]
-        at_once = (
-            made.sizes["R"] if is_strong else 1
-        )  # strong tiles are few, and programs that end at once too many
+        # Strong tiles are few, and programs that end at once too many.
+        at_once = made.sizes["R"] if is_strong else math.gcd(made.sizes["R"], sizes.pop("HEADS"))
         outputs_kernel[(heads // at_once, made.tiles, batch)](
             *made, fine, fine_z, y, fine_z if den is None else den, *steps_of(made.v), time, eps,
             **made.sizes, STRONG=is_strong, SAVE=save, HEADS=at_once, **sizes, **options,

@@ -1,6 +1,6 @@
 """What the kernels of LAWCAT's layer read, made once: inputs of the feature maps' softmax, and running sums of gates.
 
-    maps     a = q^ W of a tile of one head, q^ the convolution of q; the same of k     grid (head, tile, row)
+    maps     a = q^ W of a tile of some heads, q^ the convolution of q; the same of k   grid (heads, tile, row)
     gates    sums of log decays since the start of every tile                           grid (kv head, tile, row)
 
 Every kernel behind reads them, some several times, and in both directions: a has a fourth of the bytes of a head's
@@ -47,36 +47,67 @@ def log_sum(x):
     return most + tl.log2(tl.sum(tl.exp2(x - most[:, None]), 1))
 
 
+@triton.jit
+def log_sum_negated(x):
+    """``log_sum`` of -x, which is not made."""
+    least = tl.min(x, 1)
+    return tl.log2(tl.sum(tl.exp2(least[:, None] - x), 1)) - least
+
+
+@triton.jit
+def store_map(made, a, norms, row, t, time, f: tl.constexpr, FP: tl.constexpr, BT: tl.constexpr):
+    """A tile of one head, and what its softmax is divided by."""
+    made *= LOG2E
+    if a.dtype.element_ty == tl.float16:
+        made = tl.clamp(made, -LARGEST, LARGEST, tl.PropagateNan.ALL)
+    made = made.to(a.dtype.element_ty)
+    store_rows(a + row * time * f, made, t, f, time, f, FP, BT)
+    token, made = t + tl.arange(0, BT), made.to(tl.float32)
+    plus, minus = made, made
+    if f < FP:
+        there = (tl.arange(0, FP) < f)[None, :]
+        plus, minus = tl.where(there, made, float("-inf")), tl.where(there, made, float("inf"))
+    norms += row * 2 * time
+    tl.store(norms + token, log_sum(plus), mask=token < time)
+    tl.store(norms + time + token, log_sum_negated(minus), mask=token < time)
+
+
 @triton.jit(do_not_specialize=["time"])
 def maps_kernel(
     x, taps, map, a, norms, x_b, x_t, x_h, time,
     H: tl.constexpr, R: tl.constexpr, K: tl.constexpr, f: tl.constexpr, FP: tl.constexpr,
-    TAPS: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
+    TAPS: tl.constexpr, HEADS: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    """HEADS of one input, which is read once for them."""
     W: tl.constexpr = min(K, BK)
-    h, n, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    h, n, b = tl.program_id(0) * HEADS, tl.program_id(1), tl.program_id(2).to(tl.int64)
     t, row = n * BT, b * H + h
     x += b * x_b + h // R * x_h
     taps += h * K * TAPS
     map += h * K * f
-    made = tl.zeros([BT, FP], tl.float32)
+    made = ()
+    for _ in tl.static_range(HEADS):
+        made += (tl.zeros([BT, FP], tl.float32),)
     for c in tl.range(0, K, BK):  # all channels at once would take all registers
-        weight = load_matrix(map + c * f, W, f, BK, FP)
-        inputs = convolved_rows(x + c, taps + c, t, x_t, time, K, W, BK, TAPS, BT).to(weight.dtype)
-        made = tl.dot(inputs, weight, made, input_precision=PRECISION)
-    made *= LOG2E
-    if a.dtype.element_ty == tl.float16:
-        made = tl.where(made > LARGEST, LARGEST, tl.where(made < -LARGEST, -LARGEST, made))
-    made = made.to(a.dtype.element_ty)
-    store_rows(a + row * time * f, made, t, f, time, f, FP, BT)
-    token, made = t + tl.arange(0, BT), made.to(tl.float32)
-    plus, minus = made, -made
-    if f < FP:
-        there = (tl.arange(0, FP) < f)[None, :]
-        plus, minus = tl.where(there, plus, float("-inf")), tl.where(there, minus, float("-inf"))
-    norms += row * 2 * time
-    tl.store(norms + token, log_sum(plus), mask=token < time)
-    tl.store(norms + time + token, log_sum(minus), mask=token < time)
+        inputs = ()
+        for _ in tl.static_range(HEADS):
+            inputs += (tl.zeros([BT, BK], tl.float32),)
+        for i in tl.static_range(max(TAPS, 1)):
+            rows = load_rows(x + c, t - i, x_t, time, W, BK, BT).to(tl.float32)
+            added = ()
+            for j in tl.static_range(HEADS):
+                if TAPS == 0:
+                    added += (rows,)
+                else:
+                    added += (inputs[j] + channels(taps + (j * TAPS + i) * K + c, W, BK)[None, :] * rows,)
+            inputs = added
+        added = ()
+        for j in tl.static_range(HEADS):
+            weight = load_matrix(map + j * K * f + c * f, W, f, BK, FP)
+            added += (tl.dot(inputs[j].to(weight.dtype), weight, made[j], input_precision=PRECISION),)
+        made = added
+    for j in tl.static_range(HEADS):
+        store_map(made[j], a, norms, row + j, t, time, f, FP, BT)
 
 
 @triton.jit(do_not_specialize=["time"])
@@ -161,14 +192,28 @@ def half_logits(
     dtype = torch.float32 if x.dtype == torch.float32 else torch.float16
     a = torch.empty(batch, heads, time, f, dtype=dtype, device=x.device)
     norms = torch.empty(batch, heads, 2, time, dtype=torch.float32, device=x.device)
-    sizes, options = blocks("gated_lawcat_maps", x, chosen)
-    sizes["BK"] = block_of(width, sizes["BK"])
-    maps_kernel[(heads, triton.cdiv(time, sizes["BT"]), batch)](
+    at_once, sizes, options = maps_launch(x, heads, chosen)
+    maps_kernel[(heads // at_once, triton.cdiv(time, sizes["BT"]), batch)](
         x, taps, weight, a, norms, *steps_of(x), time,
-        H=heads, R=heads // groups, K=width, f=f, FP=half_width(f, x.dtype), TAPS=taps_of(taps),
+        H=heads, R=heads // groups, K=width, f=f, FP=half_width(f, x.dtype), TAPS=taps_of(taps), HEADS=at_once,
         PRECISION=precision(x.dtype), **sizes, **options,
     )  # fmt: skip
     return a, norms
+
+
+def maps_launch(
+    x: Tensor, heads: int, chosen: Launch | None = None
+) -> tuple[int, dict[str, int], dict[str, int]]:
+    """(heads of a program, its block sizes, its options). Two heads share an input where its channels are several
+    blocks of 16 bits: otherwise loads cannot run ahead, and registers do not hold them."""
+    groups, width = x.shape[2:]
+    if heads // groups % 2 == 0 and x.dtype != torch.float32:
+        sizes, options = blocks("gated_lawcat_maps_shared", x, chosen)
+        if width > sizes["BK"] and width % sizes["BK"] == 0:
+            return 2, sizes, options
+        chosen = None
+    sizes, options = blocks("gated_lawcat_maps", x, chosen)
+    return 1, sizes | {"BK": block_of(width, sizes["BK"])}, options
 
 
 def gates(logits: Tensor, v: Tensor, steps: float, chosen: Launch | None = None) -> tuple[Tensor, Tensor]:

@@ -16,8 +16,9 @@ from .triton_gated import steps_of
 from .triton_gated_mapped import block_of, convolved_rows, taps_of
 from .triton_gated_maps import channels
 
-LAUNCH = {"BT": 128, "num_warps": 4}
-CHANNELS = 32
+LAUNCH = {"BT": 32, "num_warps": 4}
+CHANNELS = 64
+TOGETHER = 16  # tiles of a program: taps' gradients are added up over them, and over a tile's tokens once
 
 
 @triton.jit(do_not_specialize=["time"])
@@ -38,26 +39,34 @@ def taps_forward_kernel(
 def taps_backward_kernel(
     x, taps, d, dx, dtaps, x_b, x_t, x_h, d_b, d_t, d_h, time,
     H: tl.constexpr, R: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, TAPS: tl.constexpr, BT: tl.constexpr,
+    TILES: tl.constexpr,
 ):  # fmt: skip
-    """dx [B, T, H, K] of some channels of one head, and a tile's part of its taps' gradient, dtaps
-    [B, tiles, H, TAPS, K]."""
+    """dx [B, T, H, K] of some channels of one head, and the part of its taps' gradient, dtaps [B, N, H, TAPS, K], of
+    ``TILES`` tiles."""
     W: tl.constexpr = min(K, BK)
     h, n, b = tl.program_id(0) // (K // W), tl.program_id(1), tl.program_id(2).to(tl.int64)
     c = tl.program_id(0) % (K // W) * W
-    t, channel = n * BT, tl.arange(0, BK)
+    first, channel = n * (TILES * BT), tl.arange(0, BK)
     x += b * x_b + h // R * x_h + c
     d += b * d_b + h.to(tl.int64) * d_h + c
     taps += h * K * TAPS + c
-    dtaps += ((b * tl.cdiv(time, BT) + n) * H + h) * (TAPS * K) + c
-    here = load_rows(d, t, d_t, time, W, BK, BT).to(tl.float32)
-    found = tl.zeros([BT, BK], tl.float32)
+    dx += (b * time * H + h) * K + c
+    dtaps += ((b * tl.num_programs(1) + n) * H + h) * (TAPS * K) + c
+    shares = ()
+    for _ in tl.static_range(TAPS):
+        shares += (tl.zeros([BT, BK], tl.float32),)
+    for t in range(first, tl.minimum(first + TILES * BT, time), BT):
+        here = load_rows(d, t, d_t, time, W, BK, BT).to(tl.float32)
+        found = tl.zeros([BT, BK], tl.float32)
+        added = ()
+        for i in tl.static_range(TAPS):
+            later = load_rows(d, t + i, d_t, time, W, BK, BT).to(tl.float32)
+            found += channels(taps + i * K, W, BK)[None, :] * later
+            added += (shares[i] + here * load_rows(x, t - i, x_t, time, W, BK, BT).to(tl.float32),)
+        shares = added
+        store_rows(dx, found, t, H * K, time, W, BK, BT)
     for i in tl.static_range(TAPS):
-        found += channels(taps + i * K, W, BK)[None, :] * load_rows(d, t + i, d_t, time, W, BK, BT).to(
-            tl.float32
-        )
-        share = tl.sum(here * load_rows(x, t - i, x_t, time, W, BK, BT).to(tl.float32), 0)
-        tl.store(dtaps + i * K + channel, share, mask=channel < W)
-    store_rows(dx + (b * time * H + h) * K + c, found, t, H * K, time, W, BK, BT)
+        tl.store(dtaps + i * K + channel, tl.sum(shares[i], 0), mask=channel < W)
 
 
 def before_a(x: Tensor, taps: Tensor, weight: Tensor, da: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
@@ -67,19 +76,21 @@ def before_a(x: Tensor, taps: Tensor, weight: Tensor, da: Tensor) -> tuple[Tenso
     kind, count, block = da.dtype, taps_of(taps), block_of(width, CHANNELS)
     constants = {"H": heads, "R": heads // groups, "K": width, "BK": block, "TAPS": count, **LAUNCH}
     tiles = triton.cdiv(time, LAUNCH["BT"])
-    grid = (heads * max(1, width // block), tiles, batch)
+    blocks, parts = heads * max(1, width // block), triton.cdiv(tiles, TOGETHER)
     by_head = da.flatten(0, 1).transpose(0, 1)  # [H, B T, f]
     with torch.autocast(x.device.type, enabled=False):
         d = torch.bmm(by_head, weight.to(kind).transpose(1, 2))
         made = x.new_empty(batch, time, heads, width, dtype=kind)
-        taps_forward_kernel[grid](x, taps, made, *steps_of(x), time, **constants)
+        taps_forward_kernel[(blocks, tiles, batch)](x, taps, made, *steps_of(x), time, **constants)
         on_map = torch.bmm(made.flatten(0, 1).permute(1, 2, 0), by_head).float()
         d = d.unflatten(1, (batch, time)).permute(1, 2, 0, 3)  # [B, T, H, K]
         on_taps = None
         if count:
-            dx, parts = made, x.new_empty(batch, tiles, heads, count, width, dtype=torch.float32)
-            taps_backward_kernel[grid](x, taps, d, dx, parts, *steps_of(x), *steps_of(d), time, **constants)
-            d, on_taps = dx, parts.sum((0, 1)).transpose(1, 2)
+            dx, shares = made, x.new_empty(batch, parts, heads, count, width, dtype=torch.float32)
+            taps_backward_kernel[(blocks, parts, batch)](
+                x, taps, d, dx, shares, *steps_of(x), *steps_of(d), time, TILES=TOGETHER, **constants
+            )
+            d, on_taps = dx, shares.sum((0, 1)).transpose(1, 2)
     if heads > groups:
         d = d.unflatten(2, (groups, -1)).sum(3, dtype=torch.float32)
     return d.to(x.dtype), on_taps, on_map
