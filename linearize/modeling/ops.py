@@ -5,7 +5,7 @@ Each operation has a plain torch reference of the same signature, in ``reference
 Triton kernels beside it, ``triton_*.py``: every call asks ``backend.py`` whether they can run, and ``ran()`` says what
 did and why. Their modules are imported where they are called, since Triton is optional.
 
-A step in place is one launch where a kernel takes it: its functions (``..._step``) return None where none does, and the
+A step in place is one launch where a kernel takes it (``steps.py``): its functions return None where none does, and the
 mixer's own step, which is the reference, runs instead.
 """
 
@@ -33,6 +33,7 @@ from .routing import Behind, Past, ranks_of, route, routed_chunked, routed_recur
 from .routing import self_saliency as self_saliency_chunked
 from .selection import Kept, first_kept, kept_chunked, kept_recurrent, merge_kept
 from .selection import future_attention as future_attention_chunked
+from .steps import joint_step, lawcat_step, liger_step, salient_step, still_step, window_step
 from .tiles import State
 
 __all__ = [
@@ -247,75 +248,6 @@ def _saliency_kernel(q: Tensor, k: Tensor, window: int, softcap: float | None) -
         "a soft-cap is set" if softcap is not None else None,
         _no_tile(window, k.shape[-1]),
     )
-
-
-def joint_step(q: Tensor, k: Tensor, v: Tensor, *state: Tensor, **terms: Any) -> Tensor | None:
-    """y [B, 1, H, V] of a window joined with sums; ``triton_decode.joint_step`` says what it takes and writes."""
-    tied = terms["sums"][1].shape[1] != q.shape[2]
-    if not use_kernel(
-        "joint_step", refusal(q, k, v), no_room("joint_step", q), _few_heads(q, k) if tied else None
-    ):
-        return None
-    from .triton_decode import joint_step as step
-
-    return step(q, k, v, *state, **terms)
-
-
-def liger_step(
-    q: Tensor, k: Tensor, v: Tensor, *state: Tensor, against: str | None, **terms: Any
-) -> Tensor | None:
-    """y [B, 1, H, V] of a fading recurrence beside a window; ``against``: why the kernel cannot, if it cannot."""
-    if not use_kernel("liger_step", refusal(q, k, v), no_room("liger_step", q), against, _few_heads(q, k)):
-        return None
-    from .triton_decode_liger import liger_step as step
-
-    return step(q, k, v, *state, **terms)
-
-
-def lawcat_step(
-    q: Tensor, k: Tensor, v: Tensor, *state: Tensor, against: str | None, **terms: Any
-) -> Tensor | None:
-    """y [B, 1, H, V] of normalised fading sums after a convolution; ``against`` as in :func:`liger_step`."""
-    if not use_kernel("lawcat_step", refusal(q, k, v), no_room("lawcat_step", q), against):
-        return None
-    from .triton_decode_lawcat import lawcat_step as step
-
-    return step(q, k, v, *state, **terms)
-
-
-def salient_step(q: Tensor, k: Tensor, v: Tensor, *state: Tensor, **terms: Any) -> Tensor | None:
-    """y [B, 1, H, V] against a kept set and the local span, which hands its oldest chunk over when it is due."""
-    if not use_kernel("salient_step", refusal(q, k, v), no_room("salient_step", q), _few_heads(q, k)):
-        return None
-    from .triton_decode_salient import salient_step as step
-
-    return step(q, k, v, *state, **terms)
-
-
-def still_step(
-    q: Tensor, k: Tensor, v: Tensor, *state: Tensor, against: str | None, **terms: Any
-) -> Tensor | None:
-    """y [B, 1, H, V] against picked tokens, the local span and the sums of all others; ``against`` as in
-    :func:`liger_step`."""
-    if not use_kernel("still_step", refusal(q, k, v), no_room("still_step", q), against):
-        return None
-    from .triton_decode_still import still_step as step
-
-    return step(q, k, v, *state, **terms)
-
-
-def _few_heads(q: Tensor, k: Tensor) -> str | None:
-    """A tile of 16 rows holds the query heads of a group."""
-    return "more than 16 query heads share a key/value head" if q.shape[2] > 16 * k.shape[2] else None
-
-
-def window_step(q: Tensor, k: Tensor, v: Tensor, *state: Tensor, **terms: Any) -> Tensor | None:
-    """y [B, 1, H, V] of a window and its sinks; the same kernel without sums."""
-    if not use_kernel("window_step", refusal(q, k, v), no_room("window_step", q)):
-        return None
-    from .triton_decode import joint_step as step
-
-    return step(q, k, v, *state, **terms)
 
 
 def averaged_attention(
