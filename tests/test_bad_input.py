@@ -107,7 +107,7 @@ def disk_full_on_run(folder):
         raise OSError(errno.ENOSPC, "No space left on device", "recipe.yaml")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys.modules["linearize.run"], "write_text", full)
+        patch.setattr(sys.modules["linearize.run_folder"], "write_text", full)
         return run(folder)
 
 

@@ -80,7 +80,7 @@ class Behind(NamedTuple):
     kept: Kept | None
     """Heads Gs; None where it was not asked for, or is not known."""
     kv: Tensor
-    """[B, Hs, F, V] fp32, the sum of phi_k v^T over all that has turned linear."""
+    """[B, Hs, F, V] fp32, the sum of phi_k v^T over all that has turned linear; not always contiguous."""
     z: Tensor
     """[B, Hs, F] fp32, the sum of their phi_k."""
 

@@ -71,12 +71,6 @@ def hedgehog_rows(a, F: tl.constexpr):
 
 
 @triton.jit
-def hedgehog_columns(a, F: tl.constexpr):
-    """The same of a [FP, tokens]."""
-    return softmax_of(a, 0, F), softmax_of(-a, 0, F)
-
-
-@triton.jit
 def softmax_of(a, AXIS: tl.constexpr, F: tl.constexpr):
     """softmax over the first F channels of a, on an axis that may be longer; one half of the map."""
     channel = tl.expand_dims(tl.arange(0, a.shape[AXIS]), 1 - AXIS)

@@ -7,10 +7,9 @@ of a (``triton_gated_taps.py``), and what heads share is summed over them last, 
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
-from .launches import Launch
+from .launches import Launch, cdiv
 from .triton_gated import blocks, gated_dtype, padded, scan, steps_of
 from .triton_gated_lawcat import States, forward, segments_of, tile_states
 from .triton_gated_lawcat_backward import (
@@ -47,9 +46,7 @@ def backward(
 def shares(dy: Tensor, y: Tensor, den: Tensor) -> Tensor:
     """e [B, T, H] fp32 = dy . y / den."""
     e, size = torch.empty_like(den), padded(y.shape[3])
-    shares_kernel[(triton.cdiv(den.numel(), SHARES),)](
-        dy, y, den, e, den.numel(), V=y.shape[3], VP=size, BT=SHARES
-    )
+    shares_kernel[(cdiv(den.numel(), SHARES),)](dy, y, den, e, den.numel(), V=y.shape[3], VP=size, BT=SHARES)
     return e
 
 

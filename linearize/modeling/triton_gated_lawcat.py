@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launches import Launch
+from .launches import Launch, cdiv
 from .triton_common import load_matrix, load_rows, store_rows
 from .triton_gated import LOG2E, blocks, earlier, gated_dtype, scan, steps_of, store_matrix
 from .triton_gated_mapped import Layer, Mapped, mapped
@@ -194,8 +194,8 @@ def segments_of(made: Mapped) -> tuple[int, int]:
     batch, time, heads = made.shape
     sizes, _ = blocks("gated_lawcat_states", made.v)
     count = max(1, PROGRAMS // (2 * batch * heads))
-    size = max(sizes["CS"], triton.cdiv(made.tiles, count) * sizes["C"])
-    return triton.cdiv(time, size), size
+    size = max(sizes["CS"], cdiv(made.tiles, count) * sizes["C"])
+    return cdiv(time, size), size
 
 
 def before_segments(made: Mapped, chosen: Launch | None = None) -> tuple[tuple[Tensor, Tensor], Tensor]:

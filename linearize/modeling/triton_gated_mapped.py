@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launches import Launch
+from .launches import Launch, cdiv
 from .triton_common import load_matrix, load_rows, store_rows
 from .triton_gated import LOG2E, REACH, blocks, gated_dtype, log_gate, padded, precision, since_rows, steps_of
 from .triton_gated_maps import channels
@@ -193,7 +193,7 @@ def half_logits(
     a = torch.empty(batch, heads, time, f, dtype=dtype, device=x.device)
     norms = torch.empty(batch, heads, 2, time, dtype=torch.float32, device=x.device)
     at_once, sizes, options = maps_launch(x, heads, chosen)
-    maps_kernel[(heads // at_once, triton.cdiv(time, sizes["BT"]), batch)](
+    maps_kernel[(heads // at_once, cdiv(time, sizes["BT"]), batch)](
         x, taps, weight, a, norms, *steps_of(x), time,
         H=heads, R=heads // groups, K=width, f=f, FP=half_width(f, x.dtype), TAPS=taps_of(taps), HEADS=at_once,
         PRECISION=precision(x.dtype), **sizes, **options,
@@ -220,7 +220,7 @@ def gates(logits: Tensor, v: Tensor, steps: float, chosen: Launch | None = None)
     """(running sums [B, G, T, F] fp32, whether a half of a tile is strong [B, G, tiles, 2])."""
     batch, time, groups, width = logits.shape
     size = blocks("gated_lawcat_states", v)[0]["C"]
-    tiles = triton.cdiv(time, size)
+    tiles = cdiv(time, size)
     running = torch.empty(batch, groups, time, width, dtype=torch.float32, device=v.device)
     strong = torch.empty(batch, groups, tiles, 2, dtype=torch.int8, device=v.device)
     _, options = blocks("gated_lawcat_gates", v, chosen)

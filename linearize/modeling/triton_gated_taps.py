@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launches import cdiv
 from .triton_common import load_rows, store_rows
 from .triton_gated import steps_of
 from .triton_gated_mapped import block_of, convolved_rows, taps_of
@@ -75,8 +76,8 @@ def before_a(x: Tensor, taps: Tensor, weight: Tensor, da: Tensor) -> tuple[Tenso
     (batch, time, groups, width), heads = x.shape, len(weight)
     kind, count, block = da.dtype, taps_of(taps), block_of(width, CHANNELS)
     constants = {"H": heads, "R": heads // groups, "K": width, "BK": block, "TAPS": count, **LAUNCH}
-    tiles = triton.cdiv(time, LAUNCH["BT"])
-    blocks, parts = heads * max(1, width // block), triton.cdiv(tiles, TOGETHER)
+    tiles = cdiv(time, LAUNCH["BT"])
+    blocks, parts = heads * max(1, width // block), cdiv(tiles, TOGETHER)
     by_head = da.flatten(0, 1).transpose(0, 1)  # [H, B T, f]
     with torch.autocast(x.device.type, enabled=False):
         d = torch.bmm(by_head, weight.to(kind).transpose(1, 2))

@@ -206,16 +206,11 @@ def widths(x: Tensor, v: Tensor, w: Tensor) -> dict[str, Any]:
         "D": key,
         "V": value,
         "F": w.shape[-1],
-        "FP": features_padded(x, w),
+        "FP": block(w.shape[-1]),
         "BD": block(key),
         "BV": block(value),
         "PRECISION": precision_of(x),
     }
-
-
-def features_padded(x: Tensor, w: Tensor) -> int:
-    """Channels of half a map as programs hold them: no fewer than a matrix instruction's 64 rows."""
-    return max(64, block(w.shape[-1]))
 
 
 def last_contiguous(x: Tensor) -> Tensor:
@@ -271,7 +266,7 @@ def joint_sums(
     before = None if state is None else (_as_sums(state[0].float(), half, dim), state[1].float())
     if not totals:  # one run after a state: nothing is summed before it but the state
         assert before is not None
-        return Sums(S, Z, before[0].to(x.dtype)[:, :, None], before[1][:, :, None], run, every)
+        return Sums(S, Z, before[0].to(x.dtype)[:, :, None], before[1][:, :, None].contiguous(), run, every)
     parts = []
     for i, (total, dtype) in enumerate(((total_S, x.dtype), (total_Z, torch.float32))):
         base = torch.empty(total.shape, dtype=dtype, device=x.device)

@@ -167,7 +167,10 @@ def routed_forward(
     )
     exact: dict[str, Any] = dict(dtype=torch.float32, device=device)
     y = torch.empty(batch, time, heads, shape["V"], dtype=v.dtype, device=device)
-    linear = torch.empty_like(y) if save and gate is not None else None
+    # The linear part waits in y until the exact keys are met; as a sum of the whole past it may not fit into fp16.
+    linear = None
+    if (save and gate is not None) or y.dtype == torch.float16:
+        linear = torch.empty_like(y, dtype=torch.float32 if y.dtype == torch.float16 else y.dtype)
     top, den = (torch.empty(batch, heads, time if save else 0, **exact) for _ in range(2))
     kv = torch.empty(batch, len(w_k), shape["V"], 2 * features, **exact)
     z = torch.empty(batch, len(w_k), 2 * features, **exact)
@@ -185,7 +188,7 @@ def routed_forward(
             time, n, odd, count, piece.start, piece.chunks, piece.run, piece.bases.shape[2], scale * LOG2E, eps,
             **strides, **constants,
         )  # fmt: skip
-    return Routed(y, linear, top, den, kv.mT, z)
+    return Routed(y, linear if save and gate is not None else None, top, den, kv.mT, z)
 
 
 @triton.jit(do_not_specialize=["time", "count", "n", "slots"])

@@ -4,7 +4,7 @@ Registers are what bounds the programs of attention kernels, and a tile on its w
 running sum. A descriptor knows a tensor's bounds: what lies outside is read as zero and never written. GPUs before
 Hopper have no such engine; Triton compiles the same kernels to ordinary loads there.
 
-The engine wants strides of whole 16 bytes: a tensor without them is copied to one that has them.
+The engine wants strides of whole 16 bytes, and none of zero: a tensor without them is copied to one that has them.
 """
 
 from collections.abc import Sequence
@@ -57,7 +57,7 @@ def described(x: Tensor, shape: Sequence[int]) -> TensorDescriptor:
 def aligned(x: Tensor) -> Tensor:
     """x, or a copy of it that the copy engine can read."""
     step = BYTES // x.element_size()
-    fits = all(stride % step == 0 for stride in _strides(x)[:-1]) and x.stride(-1) == 1
+    fits = all(stride and stride % step == 0 for stride in _strides(x)[:-1]) and x.stride(-1) == 1
     if fits and (isinstance(x, FakeTensor) or x.data_ptr() % BYTES == 0):
         return x
     room = x.new_empty(*x.shape[:-1], whole(x.shape[-1], x.dtype))

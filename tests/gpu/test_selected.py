@@ -214,3 +214,15 @@ def test_prefill_then_steps_are_one_pass(time, method):
             y, state = mixer(mixer_input(x, t, t + 1, use_cache=True), state)
             pieces.append(y)
     assert_near(torch.cat(pieces, 1), whole, "kernel")
+
+
+@torch.no_grad()
+def test_sums_of_a_long_past_that_fp16_cannot_hold_are_averaged():
+    q = torch.zeros(1, 256, 2, 16, dtype=torch.float16, device="cuda")
+    q[..., 0] = 8
+    v = torch.full((1, 256, 1, 16), 400.0, dtype=torch.float16, device="cuda")  # their sum is over 65,504
+    maps = [FEATURE_MAPS["np_map"](2, 16, 32).cuda() for _ in range(2)]
+    shape = dict(scale=0.25, chunk=16, picks=2, size=6)
+    y, _ = routed_prefill(q, q[:, :, :1], v, *maps, torch.rand(1, 256, 2, device="cuda"), **shape)
+    assert backend.ran()["routed_prefill"] == "triton"
+    assert (y - 400).abs().max() <= 6
