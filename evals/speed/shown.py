@@ -100,7 +100,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
         return
     timed = [row for row in rows if row.get("kind") == "time" and "ms" in row]
     kinds = [kind for kind in PANELS if any(row["pass"] == kind for row in timed)]
-    figure, panels = plt.subplots(1, len(kinds), figsize=(7 * len(kinds), 8), squeeze=False)
+    figure, panels = plt.subplots(1, len(kinds), figsize=(8 * len(kinds), 8), squeeze=False)
     colours = plt.colormaps["tab20"].colors
     for axes, kind in zip(panels[0], kinds, strict=True):
         mine = [row for row in timed if row["pass"] == kind]
@@ -127,7 +127,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
         axes.set_xlabel("tokens of context" if kind == "decode" else "tokens of a sequence")
         unit = "microseconds, one layer" if kind == "decode" else "milliseconds for 32K tokens, one layer"
         axes.set_ylabel(unit)
-        axes.legend(fontsize=8, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.1), frameon=False)
+        axes.legend(fontsize=7, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.1), frameon=False)
         axes.grid(alpha=0.3)
     figure.savefig(path, dpi=110, bbox_inches="tight")
     print(path)
