@@ -11,6 +11,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,6 +44,13 @@ class Resources(NamedTuple):
     shared: int
     matrix_instructions: int
     transposed_results: int
+
+
+def most_spilled(name: str, bounds: dict[str, int], older: dict[str, int]) -> int:
+    """Bytes of registers that a case may spill: the first bound whose kernel its name begins with. Those of ``older``
+    stand before the others where Triton is 3.6, whose code for some kernels spills more than 3.7's."""
+    tables = (older, bounds) if version("triton").startswith("3.6.") else (bounds,)
+    return next((most for t in tables for kernel, most in t.items() if name.startswith(kernel)), 0)
 
 
 def compile_case(case: Case, disassemble: bool = False) -> Resources:

@@ -3,7 +3,7 @@
 import os
 import sys
 
-from aot import Case
+from aot import Case, most_spilled
 
 from linearize.modeling.launches import CANDIDATES
 from linearize.modeling.triton_decode import joint_step_kernel
@@ -14,9 +14,9 @@ from linearize.modeling.triton_decode_still import still_step_kernel
 from linearize.modeling.triton_decode_tools import MAPS
 
 STRIDES = {f"{x}_{axis}": "i32" for x in "qkv" for axis in ("row", "head")}
-SPILLED = {"joint_step": 64, "joint_step_few": 8, "still_step": 136}
-"""Bytes, the more of Triton 3.6 and 3.7: STILL's step is a tenth slower at settings that spill none; for heads of 64 no
-other was measured."""
+# Bytes: STILL's step is a tenth slower at settings that spill none; for heads of 64 no other was measured.
+SPILLS = {"joint_step 64": 64, "still_step 128": 64, "still_step 64": 64}
+OLDER = {"joint_step_few 64": 8, "still_step 128": 136, "still_step 64": 136}
 STATE = {"seen": "*i64", "folded": "*i64"}
 
 
@@ -39,7 +39,8 @@ def joint(name, settings, kind=2, feature_map="hedgehog", width=128, linear=True
     )  # fmt: skip
     constants |= {"BK": min(constants["BK"], width), "BV": min(constants["BV"], width)}
     constants["BF"] = min(constants["BF"], half)
-    return Case(name, joint_step_kernel, arguments, constants, settings.warps, settings.stages, matrix=False)
+    spills = most_spilled(name, SPILLS, OLDER)
+    return Case(name, joint_step_kernel, arguments, constants, settings.warps, settings.stages, False, spills)
 
 
 def liger(name, settings, width=128):
@@ -109,18 +110,15 @@ def still(name, settings, width=128):
     return plain(name, still_step_kernel, arguments, constants, settings)
 
 
-EVERY = (
-    os.environ.get("LINEARIZE_AOT") == "every"
-)  # widths and variants that `make aot` has and the suite has not
+# Widths and variants that `make aot` has and the suite has not.
+EVERY = os.environ.get("LINEARIZE_AOT") == "every"
 
 
 def plain(name, kernel, arguments, constants, settings):
     """A case without matrix instructions of a warp group: a step has a few rows."""
     arguments = {n: kind for n, kind in arguments.items() if n not in constants}
-    registers = constants.pop("maxnreg", None)
-    return Case(
-        name, kernel, arguments, constants, settings.warps, settings.stages, matrix=False, maximum=registers
-    )
+    registers, spills = constants.pop("maxnreg", None), most_spilled(name, SPILLS, OLDER)
+    return Case(name, kernel, arguments, constants, settings.warps, settings.stages, False, spills, registers)
 
 
 def cases():
@@ -130,7 +128,7 @@ def cases():
             for kind, kind_name in ((2, "terraced"), (1, "sliding")):
                 yield joint(f"{kernel} {kind_name} 128 #{i}", settings, kind)
         if EVERY:
-            yield joint(f"{kernel} 64", rows[0], width=64)._replace(spills=SPILLED[kernel])
+            yield joint(f"{kernel} 64", rows[0], width=64)
             yield joint(f"{kernel} window 128", rows[0], 1, linear=False, sinks=4)
     yield joint("joint_step_wide np_map 128", CANDIDATES["joint_step_wide"][0], feature_map="np_map")
     if EVERY:
@@ -144,8 +142,7 @@ def cases():
     }.items():
         for name in (kernel, f"{kernel}_few"):
             rows = CANDIDATES[name] if "--all" in sys.argv else CANDIDATES[name][:1]
-            spills = SPILLED.get(name, 0)
             for i, settings in enumerate(rows):
-                yield case(f"{name} 128 #{i}", settings)._replace(spills=spills)
+                yield case(f"{name} 128 #{i}", settings)
             if EVERY:
-                yield case(f"{name} 64", rows[0], 64)._replace(spills=spills)
+                yield case(f"{name} 64", rows[0], 64)

@@ -7,7 +7,7 @@ several.
 import os
 
 import triton.language as tl
-from aot import Case
+from aot import Case, most_spilled
 
 from linearize.modeling import triton_gated as shared
 from linearize.modeling import triton_gated_lawcat as lawcat
@@ -22,21 +22,25 @@ from linearize.modeling import triton_gated_window as window
 from linearize.modeling.launches import CANDIDATES, Launch
 
 FP32 = {"eps", "factor", "scale", "bias", "inverse", "sharpness", "mix_window", "mix_recurrent"}
-# What does not fit beside running sums that are products; as scans they took longer without a spill. Bytes, the more
-# of Triton 3.6 and 3.7.
+# What does not fit beside running sums that are products; as scans they took longer without a spill.
 SPILLS = {
     "gated_liger_back_sums 128": 160,
     "gated_liger_queries 128": 16,
     "gated_liger_queries_strong 128": 16,
     "gated_liger_keys 128": 16,
     "gated_liger_outputs_strong 128": 48,
-    "gated_liger_keys_strong 128": 96,
+    "gated_liger_keys_strong 128": 48,
     "gated_window_queries 128": 32,
     "gated_window_keys 128": 16,
-    "gated_lawcat_keys": 96,
+    "gated_lawcat_keys": 72,
     "gated_lawcat_maps_shared 128": 16,
-    "gated_lawcat_states_stop 128": 40,
+    "gated_lawcat_states_stop 128": 16,
     "gated_lawcat_values 128": 88,
+}
+OLDER = {
+    "gated_liger_keys_strong 128": 96,
+    "gated_lawcat_keys_strong 128": 96,
+    "gated_lawcat_states_stop 128": 40,
 }
 STRIDES = ("_b", "_t", "_h")
 STATES = {
@@ -95,7 +99,7 @@ def case(
         row.warps,
         row.stages,
         matrix,
-        next((most for kernel, most in SPILLS.items() if name.startswith(kernel)), 0),
+        most_spilled(name, SPILLS, OLDER),
         row.blocks.get("maxnreg"),
     )
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
-from aot import Case
+from aot import Case, most_spilled
 
 from linearize.modeling import triton_joint as forward
 from linearize.modeling import triton_joint_backward as backward
@@ -53,36 +53,38 @@ def backward_cases(width: int, half: int, terraced: bool) -> Iterator[Case]:
         yield case(f"joint_maps {width}", backward.joint_maps, shape, "joint_maps")
 
 
-# Bytes that a cap of registers costs: without it two programs share a multiprocessor, and take longer. The more of
-# Triton 3.6 and 3.7.
+# Bytes that a cap of registers costs: without it two programs share a multiprocessor, and take longer.
 SPILLS = {
-    "joint_outputs_near 128 sliding": 288,
+    "joint_outputs_near 128 sliding": 240,
     "joint_outputs_near 128 terraced": 32,
-    "joint_queries 128": 48,
-    "joint_keys 128 terraced": 64,
+    "joint_queries 128": 8,
+    "joint_keys 128 terraced": 56,
+    "joint_values 128 sliding": 24,
+    "joint_values 128 terraced": 112,
+}
+OLDER = {
+    "joint_outputs_near 128 sliding": 256,
     "joint_outputs_near 64": 48,
-    "joint_values 128": 160,
+    "joint_queries 128 terraced transfer": 40,
+    "joint_values 128 terraced": 120,
 }
 HALF = {"y", "dx", "dq", "dk", "dv", "near_k"}
 NUMBERS = {"scale": "fp32", "stop": "*i64", "lengths": "*i64", "best": "*i32"}
 COUNTS = ("T", "stored", "run", "runs", "kb", "kt", "kh")
 
 
-def case(name: str, kernel: Any, constants: dict[str, Any], key: str) -> Case:
+def case(name: str, kernel: Any, shape: dict[str, Any], key: str) -> Case:
     setting = TABLE[key][0]
-    constants = {
-        name: value for name, value in (constants | setting.blocks).items() if name in kernel.arg_names
-    }
-    wide = constants | dict(BD=constants.get("BD", 16), BV=constants.get("BV", 16))
-    tile = f"[1, {{}}, 1, {wide['BD']}]"
+    constants = {n: value for n, value in (shape | setting.blocks).items() if n in kernel.arg_names}
+    tile = f"[1, {{}}, 1, {shape['BD']}]"
     described = {
         **{name: tile.format(64) for name in ("k", "v", "q", "u", "x", "val", "teacher")},
         **{name: tile.format(128) for name in ("both_k", "both_v")},
-        **dict.fromkeys(("w", "w_q", "w_k"), f"[1, {wide['BD']}, {constants['FP']}]"),
-        **dict.fromkeys(("S", "base_S", "R", "base_R"), f"[1, {constants['FP']}, {wide['BV']}]"),
+        **dict.fromkeys(("w", "w_q", "w_k"), f"[1, {shape['BD']}, {shape['FP']}]"),
+        **dict.fromkeys(("S", "base_S", "R", "base_R"), f"[1, {shape['FP']}, {shape['BV']}]"),
     }
     if key in ("joint_inputs", "joint_maps"):  # they read what others write
-        described["dx"] = f"[1, 64, 1, {constants['FP']}]"
+        described["dx"] = f"[1, 64, 1, {shape['FP']}]"
     arguments = {}
     for argument in kernel.arg_names:
         if argument in constants:
@@ -93,6 +95,5 @@ def case(name: str, kernel: Any, constants: dict[str, Any], key: str) -> Case:
             arguments[argument] = "i32:16" if argument[0] == "k" else "i32"
         else:
             arguments[argument] = NUMBERS.get(argument, "*bf16" if argument in HALF else "*fp32")
-    spills = next((most for kernel, most in SPILLS.items() if name.startswith(kernel)), 0)
-    most = constants.pop("maxnreg", None) or setting.blocks.get("maxnreg")
+    spills, most = most_spilled(name, SPILLS, OLDER), setting.blocks.get("maxnreg")
     return Case(name, kernel, arguments, constants, setting.warps, setting.stages, True, spills, most)

@@ -52,8 +52,6 @@ CANDIDATES: dict[str, list[Launch]] = {
     "joint_inputs": [Launch({}, 4, stages) for stages in (1, 2)],
     "joint_maps": [Launch({}, 4, stages) for stages in (2, 3)],
 }
-TABLE |= {kernel: rows[:1] for kernel, rows in CANDIDATES.items()}
-
 CANDIDATES["selected_ranks"] = [
     Launch({"rows": 128, "columns": 32}, 4, 2),
     Launch({"rows": 128, "columns": 64}, 4, 2),
