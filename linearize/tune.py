@@ -40,6 +40,8 @@ ROUNDS = 5
 PROMPT = 4608
 """Tokens before a decode step: a kept set of 256 that takes four of every 64 is full then."""
 DENSE = torch.contiguous_format
+WHOLE = ("prefill", "training", "transfer")
+"""What a layer does with a text at once."""
 FOLDING = 64
 """Steps of a text in which every state of the default configurations folds its window as often as any other."""
 
@@ -155,7 +157,9 @@ def _asks(run: Run) -> list[Ask]:
     return list(dict.fromkeys(asks))
 
 
-def runs(method: str, sizes: Sizes, device: torch.device) -> Iterator[Run]:
+def runs(
+    method: str, sizes: Sizes, device: torch.device, parts: Sequence[str] = ("decode", *WHOLE)
+) -> Iterator[Run]:
     """A method's layer in use: decode first, then prefill, then training, the shorter before the longer."""
     entry = METHODS[method]
     assert entry.mixer is not None
@@ -174,17 +178,19 @@ def runs(method: str, sizes: Sizes, device: torch.device) -> Iterator[Run]:
 
         return call
 
-    for rows in dict.fromkeys((sizes.batch, 1)):
+    for rows in dict.fromkeys((sizes.batch, 1)) if "decode" in parts else ():
         yield _decode(f"{method}: decode, B={rows}", mixer, sizes, rows, device)
-    yield Run(f"{method}: prefill, T={sizes.tokens}", prefill(1, sizes.tokens))
+    if "prefill" in parts:
+        yield Run(f"{method}: prefill, T={sizes.tokens}", prefill(1, sizes.tokens))
     batch = max(1, sizes.tokens // length)
-    for transfer in (False, True):
+    for kind in ("training", "transfer"):
+        if kind not in parts:
+            continue
         x = _input(sizes, batch, length, device)
-        if transfer:
+        if kind == "transfer":
             x = x._replace(transfer=True, teacher=torch.randn_like(x.q))
         else:
             x = x._replace(**{name: getattr(x, name).requires_grad_() for name in ("q", "k", "v")})
-        kind = "transfer" if transfer else "training"
         yield Run(f"{method}: {kind}, B={batch}, T={length}", _step(mixer, x))
 
 

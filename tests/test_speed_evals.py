@@ -189,6 +189,19 @@ def test_without_a_gpu_nothing_is_measured():
     assert done.returncode == 2 and done.stderr == "kernels.py: torch finds no GPU; --dry lists the cases\n"
 
 
+def test_a_cold_start_is_a_new_process_and_then_another(tmp_path):
+    out = tmp_path / "rows.jsonl"
+    words = ["--device=cpu", "--methods=lolcats", "--parts=training", f"--output={out}"]
+    done = subprocess.run([sys.executable, SPEED / "cold.py", *words], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (row,) = [json.loads(line) for line in out.read_text().splitlines()]
+    assert row["seconds"] > 0 and row["seconds_cached"] > 0 and "not_run" not in row
+    assert f"| lolcats | {row['seconds']:.1f} ({row['seconds_cached']:.1f}) |" in done.stdout
+    words = ["--device=cpu", "--methods=lolcat"]
+    done = subprocess.run([sys.executable, SPEED / "cold.py", *words], capture_output=True, text=True)
+    assert done.returncode == 2 and "lolcat: none of lolcats, liger" in done.stderr
+
+
 MODELS = SPEED / "models.py"
 
 
