@@ -11,6 +11,9 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("Triton is not interpreted here", allow_module_level=True)
 
+import triton
+import triton.language as tl
+
 from linearize.modeling import backend, triton_selected, triton_selected_states
 from linearize.modeling import triton_selected_kept as kept
 from linearize.modeling import triton_selected_kept_backward as kept_backward
@@ -19,9 +22,10 @@ from linearize.modeling.mixer import Geometry, MixerInput
 from linearize.modeling.ops import routed_prefill
 from linearize.modeling.routing import _routes, ranks_of
 from linearize.modeling.routing import self_saliency as saliency_reference
+from linearize.modeling.selection import GRID, kept_chunked, running_best
 from linearize.modeling.selection import future_attention as future_reference
-from linearize.modeling.selection import kept_chunked, running_best
 from linearize.modeling.still import StillConfig, StillMixer
+from linearize.modeling.triton_common import to_grid
 from linearize.modeling.triton_selected_future import future_attention, self_saliency
 from linearize.modeling.triton_selected_maps import matrices
 
@@ -141,6 +145,20 @@ def test_future_attention_and_self_saliency(time, heads, groups, chunk):
         ranks = self_saliency(q, k, scale=0.7, window=chunk, rank=True, keep_first=keep_first)
         assert torch.equal(ranks[:, 1:], ranks_of(rho, heads)[:, 1:])
         assert (ranks[:, 0] == (torch.inf if keep_first else ranks_of(rho, heads)[:, 0])).all()
+
+
+@triton.jit
+def on_grid(x, y, STEPS: tl.constexpr):
+    i = tl.arange(0, 16)
+    tl.store(y + i, to_grid(tl.load(x + i), STEPS))
+
+
+def test_scores_come_to_the_grid_as_torch_rounds_them():
+    """Halves between two of its lines, which prefill and decode must send the same way, and what is far below 0."""
+    score = torch.tensor([*(i / 2 for i in range(-9, 4)), -1e5 + 0.5, -0.49999997, -356_000.75]) * GRID
+    made = torch.empty_like(score)
+    on_grid[(1,)](score, made, STEPS=round(1 / GRID))
+    assert torch.equal(made, (score / GRID).round() * GRID)
 
 
 @torch.no_grad()

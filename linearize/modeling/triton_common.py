@@ -116,3 +116,9 @@ def first_outside(key, W: tl.constexpr, TERRACED: tl.constexpr):
     if TERRACED:
         return (key // W + 2) * W
     return key + W
+
+
+@triton.jit
+def to_grid(x, STEPS: tl.constexpr):
+    """fp32 x, of a size up to 2**22 / STEPS, to the nearest multiple of 1 / STEPS, ties to even as torch has them."""
+    return ((x * STEPS + 12582912.0) - 12582912.0) / STEPS  # a sum of that size cannot hold a fraction

@@ -14,6 +14,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .launches import Launch, launch
+from .selection import GRID
+from .triton_common import to_grid
 from .triton_decode_salient import ahead_of, meet_kept, places, take_in
 from .triton_decode_tools import (
     FEW,
@@ -33,7 +35,7 @@ from .triton_decode_tools import (
     scores,
 )
 
-GRID = tl.constexpr(2.0**-12)  # as selection.GRID
+STEPS = tl.constexpr(round(1 / GRID))
 TINY = tl.constexpr(1.1754943508222875e-38)  # the smallest normal fp32
 
 
@@ -168,7 +170,7 @@ def still_step_kernel(
         rho = tl.load(score + row * H + h).to(tl.float32)
     else:  # the logarithm of what the new token's query pays to itself
         share = tl.log(tl.maximum(tl.exp(own - above) / near, TINY))
-        rho = tl.floor(tl.sum(tl.where(rows == 0, share, 0.0)) / GRID + 0.5) * GRID
+        rho = to_grid(tl.sum(tl.where(rows == 0, share, 0.0)), STEPS)
         if FIRST:
             rho = tl.where(t == 0, float("inf"), rho)
     tl.store(ring_score + (t % NS) * H, rho)

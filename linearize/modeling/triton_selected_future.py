@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .launches import Launch, cdiv, launch, widths_of
 from .selection import GRID
+from .triton_common import to_grid
 from .triton_selected_kept import LOG2E, MASKED, fitted, in_rows, rows_at, shape_of, strides_of
 
 LEAST = -87.33654475055310  # log of the smallest normal fp32 number: a share is never taken as nothing
@@ -101,8 +102,8 @@ def saliency_kernel(
     total = tl.sum(tl.exp2(s - m[:, None]), 1) + tl.sum(tl.exp2(before - m[:, None]), 1)
     share = (own - m - tl.log2(total)) * 0.6931471805599453
     share = tl.maximum(share, least)
-    if GRID > 0:  # to the nearest, ties to even: what such a sum cannot hold is its fraction
-        share = ((share * GRID + 12582912.0) - 12582912.0) / GRID
+    if GRID > 0:
+        share = to_grid(share, GRID)
     if FIRST:
         share = tl.where(t == 0, float("inf"), share)
     tl.store(rho + (b * time + t) * H + head, share, mask=live)
