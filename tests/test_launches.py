@@ -28,9 +28,9 @@ def invented(monkeypatch, tmp_path):
     monkeypatch.setitem(launches.TABLE, "invented", [WIDE, NARROW, LAST])
     monkeypatch.setattr(tuned, "TUNED", [])
     monkeypatch.setenv("LINEARIZE_LAUNCHES", str(tmp_path / "launches.json"))
-    tuned.forget_user_rows()
+    tuned.forget_rows()
     yield tmp_path / "launches.json"
-    tuned.forget_user_rows()
+    tuned.forget_rows()
 
 
 @pytest.fixture
@@ -55,6 +55,12 @@ def forget_cards():
 
 def row(device="h100", launch=TUNED, kernel="invented", **fields):
     return Row(kernel, launch, device, **fields)
+
+
+def measure(device="h100", launch=TUNED):
+    """A row of ours more."""
+    tuned.TUNED.append(row(device, launch))
+    tuned.forget_rows()
 
 
 def test_every_default_row_and_candidate_is_a_launch():
@@ -133,16 +139,32 @@ def test_fp32_takes_twice_the_memory(card):
     assert launch("invented", GPU, dtype=torch.float32) == NARROW
 
 
-def test_a_measured_row_comes_before_the_defaults_on_its_card_and_its_kin_alone(card):
-    tuned.TUNED.append(row())
+def test_a_measured_row_comes_before_the_defaults_on_its_card_and_those_it_serves(card):
+    assert launch("invented", GPU) == WIDE
+    measure("h200", LAST)
+    assert launch("invented", GPU) == LAST  # an H100 has none of its own
+    measure("h100")
     assert launch("invented", GPU) == TUNED
     card("NVIDIA H200", 227)
-    assert launch("invented", GPU) == TUNED
-    tuned.TUNED.append(row("h200", LAST))
     assert launch("invented", GPU) == LAST
+    tuned.TUNED.pop(0)
+    tuned.forget_rows()
+    assert (
+        launch("invented", GPU) == WIDE
+    )  # the defaults are an H200's: an H100's rows do not come before them
     card("NVIDIA A100-SXM4-80GB", 163)
     assert launch("invented", GPU) == WIDE
     assert launch("invented", CPU) == WIDE
+
+
+def test_a_row_is_looked_for_once(card, monkeypatch):
+    tuned.TUNED.append(row(K=128))
+    asked = []
+    monkeypatch.setattr(tuned, "nearest", lambda ask, room: asked.append(ask) or nearest(ask, room))
+    for _ in range(3):
+        assert launch("invented", GPU, K=64) == TUNED
+        assert launch("invented", GPU, K=128) == TUNED
+    assert [ask.K for ask in asked] == [64, 128]
 
 
 def test_a_row_serves_what_asks_for_no_more_than_was_measured(card):

@@ -14,7 +14,7 @@ from linearize.cli import app
 from linearize.modeling.errors import LinearizeError
 from linearize.modeling.launches import CANDIDATES, TABLE, Launch, launch
 from linearize.modeling.registry import METHODS
-from linearize.modeling.tuned import forget_user_rows, listening, read_rows
+from linearize.modeling.tuned import forget_rows, listening, read_rows
 from linearize.tune import Run, Sizes, runs, tune
 
 CPU = torch.device("cpu")
@@ -28,7 +28,7 @@ def invented(monkeypatch, tmp_path):
     """Two kernels, launched by a prefill and by both; a clock that reads a setting's block; the file of rows."""
     file = tmp_path / "launches.json"
     monkeypatch.setenv("LINEARIZE_LAUNCHES", str(file))
-    forget_user_rows()
+    forget_rows()
     for tables, one, two in (
         (TABLE, [FIRST], [FIRST]),
         (CANDIDATES, [FIRST, SECOND, BROKEN], [FIRST, SECOND]),
@@ -56,7 +56,7 @@ def invented(monkeypatch, tmp_path):
     monkeypatch.setattr(module_of, "runs", fake_runs)
     monkeypatch.setattr(module_of, "milliseconds", clock)
     yield file
-    forget_user_rows()
+    forget_rows()
 
 
 def test_every_kernel_is_timed_once_at_its_widths_in_the_first_run_that_launches_it(invented):

@@ -69,12 +69,14 @@ class Ask(NamedTuple):
 # Measured rows of this project.
 TUNED: list[Row] = []
 
-# Cards of one architecture, whose rows serve each other before the defaults do.
-KIN = {"h100": ("h200",), "h200": ("h100",)}
+# Card -> others of its architecture whose rows serve it before the defaults do, which were measured on an H200.
+KIN = {"h100": ("h200",)}
 
 # Kernel -> setting inside `using`. Not a context variable: autograd runs a backward in a thread of its own.
 _forced: dict[str, Launch] = {}
 _heard: list[Ask] | None = None
+# What was asked for, with the memory there was -> the row that served: a launch is asked for at every call of a layer.
+_served: dict[tuple[Ask, int], Row | None] = {}
 
 
 def chosen(
@@ -89,7 +91,12 @@ def chosen(
         _heard.append(ask)
     if kernel in _forced:
         return _forced[kernel]
-    row = nearest(ask, shared_memory(device)) if device.type == "cuda" else None
+    if device.type != "cuda":
+        return None
+    key = ask, shared_memory(device)
+    if key not in _served:
+        _served[key] = nearest(*key)
+    row = _served[key]
     return None if row is None else row.launch
 
 
@@ -172,9 +179,10 @@ def _user_rows() -> list[Row]:
     return read_rows(user_file())
 
 
-def forget_user_rows() -> None:
-    """Read the file again at the next launch."""
+def forget_rows() -> None:
+    """Read the file again, and choose anew, at the next launch."""
     _user_rows.cache_clear()
+    _served.clear()
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -251,5 +259,5 @@ def write_rows(path: Path, rows: list[Row]) -> list[Row]:
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
-    forget_user_rows()
+    forget_rows()
     return whole
