@@ -33,7 +33,7 @@ def forward_cases(width: int, half: int, terraced: bool) -> Iterator[Case]:
         wanted = shape | dict(SAVE=True, TRANSFER=False, HAS_LENGTHS=False, W=512)
         yield case(f"joint_outputs {width}", forward.joint_outputs, wanted, "joint_outputs")
     setting = "joint_outputs_near" + "_terraced" * terraced
-    for save, transfer in ((False, False), (True, True)):
+    for save, transfer in ((False, False), (True, False), (True, True)):
         wanted = shape | dict(SAVE=save, TRANSFER=transfer, HAS_LENGTHS=False)
         name = f"joint_outputs_near {width} {kind} {save=} {transfer=}"
         yield case(name, forward.joint_outputs_near, wanted, setting)
@@ -43,48 +43,53 @@ def backward_cases(width: int, half: int, terraced: bool) -> Iterator[Case]:
     shape, kind = common(width, half, terraced), "terraced" if terraced else "sliding"
     suffix = "_terraced" * terraced
     for mode in ("transfer", "full"):
-        wanted = shape | dict(MAPS=True, INPUTS=mode == "full")
+        wanted = shape | dict(HAS_E=mode == "transfer", MAPS=True, INPUTS=mode == "full")
         setting = f"joint_queries_{mode}{suffix}"
         yield case(f"joint_queries {width} {kind} {mode}", backward.joint_queries, wanted, setting)
-    for name in ("joint_keys", "joint_values"):
+    for name in ("joint_keys", "joint_inputs"):
         yield case(f"{name} {width} {kind}", getattr(keys, name), shape, name + suffix)
     if not terraced:
-        yield case(f"joint_inputs {width}", keys.joint_inputs, shape, "joint_inputs")
         yield case(f"joint_maps {width}", backward.joint_maps, shape, "joint_maps")
 
 
 # Bytes that a cap of registers costs: without it two programs share a multiprocessor, and take longer.
 SPILLS = {
-    "joint_outputs_near 128 sliding": 240,
-    "joint_outputs_near 128 terraced": 32,
-    "joint_queries 128": 8,
-    "joint_keys 128 terraced": 56,
-    "joint_values 128 sliding": 24,
-    "joint_values 128 terraced": 112,
+    "joint_outputs 128": 8,
+    "joint_outputs_near 128 sliding save=True transfer=False": 72,
+    "joint_outputs_near 128 sliding": 16,
+    "joint_queries 128 sliding transfer": 96,
+    "joint_queries 128 sliding": 120,
+    "joint_queries 128 terraced full": 40,
+    "joint_queries 64": 8,
+    "joint_keys 128 sliding": 144,
+    "joint_keys 64": 48,
+    "joint_inputs 128 sliding": 96,
+    "joint_inputs 128": 8,
 }
 OLDER = {
-    "joint_outputs_near 128 sliding": 256,
-    "joint_outputs_near 64": 48,
-    "joint_queries 128 terraced transfer": 40,
-    "joint_values 128 terraced": 120,
+    "joint_outputs 128": 16,
+    "joint_outputs_near 128 sliding save=True transfer=False": 120,
+    "joint_outputs_near 128 sliding save=True transfer=True": 24,
 }
-HALF = {"y", "dx", "dq", "dk", "dv", "near_k"}
+HALF = {"y", "dx", "dq", "dk", "dv"}
 NUMBERS = {"scale": "fp32", "stop": "*i64", "lengths": "*i64", "best": "*i32"}
-COUNTS = ("T", "stored", "run", "runs", "kb", "kt", "kh")
+COUNTS = ("T", "stored", "run", "runs")
 
 
 def case(name: str, kernel: Any, shape: dict[str, Any], key: str) -> Case:
     setting = TABLE[key][0]
     constants = {n: value for n, value in (shape | setting.blocks).items() if n in kernel.arg_names}
-    tile = f"[1, {{}}, 1, {shape['BD']}]"
+    tile = f"[1, 1, {{}}, {shape['BD']}]"
     described = {
-        **{name: tile.format(64) for name in ("k", "v", "q", "u", "x", "val", "teacher")},
+        **{name: tile.format(64) for name in ("k", "v", "q", "dy", "x", "val", "teacher")},
         **{name: tile.format(128) for name in ("both_k", "both_v")},
         **dict.fromkeys(("w", "w_q", "w_k"), f"[1, {shape['BD']}, {shape['FP']}]"),
         **dict.fromkeys(("S", "base_S", "R", "base_R"), f"[1, {shape['FP']}, {shape['BV']}]"),
     }
-    if key in ("joint_inputs", "joint_maps"):  # they read what others write
-        described["dx"] = f"[1, 64, 1, {shape['FP']}]"
+    if key.startswith("joint_queries"):
+        described["y"] = described["dy"]
+    if key.startswith(("joint_inputs", "joint_maps")):  # they read what others write
+        described["dx"] = f"[1, 1, 64, {shape['FP']}]"
     arguments = {}
     for argument in kernel.arg_names:
         if argument in constants:
@@ -92,7 +97,7 @@ def case(name: str, kernel: Any, shape: dict[str, Any], key: str) -> Case:
         if argument in described:
             arguments[argument] = f"tensordesc<bf16{described[argument]}>"
         elif argument in COUNTS:
-            arguments[argument] = "i32:16" if argument[0] == "k" else "i32"
+            arguments[argument] = "i32"
         else:
             arguments[argument] = NUMBERS.get(argument, "*bf16" if argument in HALF else "*fp32")
     spills, most = most_spilled(name, SPILLS, OLDER), setting.blocks.get("maxnreg")

@@ -151,8 +151,8 @@ SWEEPS = {
         (forward(kind="terraced"), ("joint_outputs_near_terraced",)),
         (transfer(teacher=False), ("joint_queries_transfer", "joint_keys", "joint_maps")),
         (transfer("terraced", teacher=False), ("joint_queries_transfer_terraced", "joint_keys_terraced")),
-        (full(True), ("joint_queries_full", "joint_values", "joint_inputs")),
-        (full(True, "terraced"), ("joint_queries_full_terraced", "joint_values_terraced")),
+        (full(True), ("joint_queries_full", "joint_inputs")),
+        (full(True, "terraced"), ("joint_queries_full_terraced", "joint_inputs_terraced")),
     )
     for kernel in kernels
 }

@@ -41,15 +41,16 @@ CANDIDATES: dict[str, list[Launch]] = {
     "joint_outputs": [Launch({}, 4, stages) for stages in (1, 2)],
     "joint_outputs_near": [Launch({"maxnreg": most}, 4, 1) for most in (168, 255)],
     "joint_outputs_near_terraced": [Launch({"maxnreg": most}, 4, 1) for most in (168, 255)],
-    "joint_queries_transfer": [Launch({}, 4, stages) for stages in (1, 2)],
+    "joint_queries_transfer": [Launch({"maxnreg": most}, 4, 1) for most in (168, 255)],
     "joint_queries_transfer_terraced": [Launch({"maxnreg": most}, 4, 1) for most in (168, 255)],
-    "joint_queries_full": [Launch({}, 4, stages) for stages in (2, 1)],
-    "joint_queries_full_terraced": [Launch({}, 4, stages) for stages in (3, 2, 1)],
-    "joint_keys": [Launch({}, 4, stages) for stages in (2, 1)],
+    "joint_queries_full": [Launch({"maxnreg": most}, 4, 1) for most in (168, 255)],
+    "joint_queries_full_terraced": [Launch({"maxnreg": most}, 4, 1) for most in (168, 255)],
+    "joint_keys": [Launch({"maxnreg": most}, 4, 1) for most in (168, 255)],
     "joint_keys_terraced": [Launch({"maxnreg": most}, 4, 1) for most in (128, 168)],
-    "joint_values": [Launch({}, 4, stages) for stages in (1, 2)],
-    "joint_values_terraced": [Launch({"maxnreg": most}, 4, 1) for most in (168, 255)],
-    "joint_inputs": [Launch({}, 4, stages) for stages in (1, 2)],
+    "joint_inputs": [Launch({"STAGES": inner}, 4, outer) for outer, inner in ((1, 2), (1, 1))],
+    "joint_inputs_terraced": [
+        Launch({"STAGES": inner}, 4, outer) for outer, inner in ((3, 2), (1, 2), (1, 1))
+    ],
     "joint_maps": [Launch({}, 4, stages) for stages in (2, 3)],
 }
 CANDIDATES["selected_ranks"] = [
@@ -263,7 +264,7 @@ HOPPER = 227 * 1024
 # for sm_90. Kernels of other names take less than any of them.
 MOST_SHARED = {
     "joint_step": 75_776,
-    "joint": 99_360,
+    "joint": 99_616,
     "salient_step": 71_680,
     "selected_features": 131_072,
     "selected": 115_456,

@@ -82,10 +82,15 @@ def softmax_of(a, AXIS: tl.constexpr, F: tl.constexpr):
 
 
 @triton.jit
-def hedgehog_gradient(plus, minus, d_plus, d_minus):
-    """The gradient of a [tokens, f] from those of both halves."""
-    on_plus = plus * (d_plus - tl.sum(d_plus * plus, 1)[:, None])
-    return on_plus - minus * (d_minus - tl.sum(d_minus * minus, 1)[:, None])
+def hedgehog_backward(a, d_plus, d_minus, F: tl.constexpr):
+    """The gradient of a [tokens, FP] from those of both halves of its features, and what these make with the features
+    [tokens]. One half after the other: four tiles at once are many registers."""
+    plus = softmax_of(a, 1, F)
+    on_plus = tl.sum(plus * d_plus, 1)
+    gradient = plus * (d_plus - on_plus[:, None])
+    minus = softmax_of(-a, 1, F)
+    on_minus = tl.sum(minus * d_minus, 1)
+    return gradient - minus * (d_minus - on_minus[:, None]), on_plus + on_minus
 
 
 @triton.jit
@@ -96,6 +101,14 @@ def in_window(query, key, W: tl.constexpr, TERRACED: tl.constexpr):
     if TERRACED:
         return (key <= query) & (query // W - key // W <= 1)
     return (key <= query) & (query - key < W)
+
+
+@triton.jit
+def seen_in_tiles(query, key, W: tl.constexpr, TERRACED: tl.constexpr, BT: tl.constexpr):
+    """``in_window`` of tiles of BT that have some tokens in each other's windows."""
+    if TERRACED and W % BT == 0:
+        return key <= query
+    return in_window(query, key, W, TERRACED)
 
 
 @triton.jit

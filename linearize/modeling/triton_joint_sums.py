@@ -4,8 +4,8 @@
     joint_scan      what came before each run, where rows are cut into several
 
 Sums are carried in fp32; S_n is stored in the dtype of k, z_n in fp32. One key map a query head; k and v are read per
-key/value head. The same kernels make the reverse sums of the backward pass, over queries, from phi_q, u = dy / den and
-e = (dy . y) / den (``triton_joint_backward.py``).
+key/value head. The same kernels make the reverse sums of the backward pass, over queries, from phi_q / den, dy and
+e = dy . y (``triton_joint_backward.py``).
 """
 
 from typing import Any, NamedTuple
@@ -26,14 +26,14 @@ PROGRAMS = 528  # enough to fill a large GPU twice over (132 multiprocessors, tw
 
 @triton.jit(do_not_specialize=["T", "stored", "run"])
 def joint_states(
-    x, w, val, e, S, Z, total_S, total_Z, stop, T, stored, run,
+    x, w, val, inverse, e, S, Z, total_S, total_Z, stop, T, stored, run,
     V: tl.constexpr, F: tl.constexpr, FP: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
     BT: tl.constexpr,
     GROUP: tl.constexpr, EVERY: tl.constexpr, REVERSE: tl.constexpr, HAS_STOP: tl.constexpr,
     TOTALS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """S [B, H, stored, 2F, V] and Z [B, H, stored, 2F] before every EVERY-th tile of a run of ``run`` tiles; after it
-    and to the run's end with REVERSE, where x is q, val u. Totals of the run: [B, H, runs, 2F, V] fp32.
+    and to the run's end with REVERSE, where x is q, val dy. Totals of the run: [B, H, runs, 2F, V] fp32.
 
     A program makes one half of the features: both halves' sums would not fit into registers.
     """
@@ -50,6 +50,8 @@ def joint_states(
     acc, z = tl.zeros([FP, BV], tl.float32), tl.zeros([FP], tl.float32)
     first = part * run
     last = tl.minimum(first + run, (T + BT - 1) // BT)
+    if REVERSE:
+        weight = weights_of(e + row, last - 1, T, BT)
     for i in range(first, last):
         n = i
         if REVERSE:
@@ -63,8 +65,9 @@ def joint_states(
             values = tl.where(live[:, None], values, 0.0)
         phi = softmax_of(sign * tl.dot(wT, xT, input_precision=PRECISION), 0, F)
         if REVERSE:
-            weight = tl.load(e + row + n * BT + token, mask=live, other=0.0)
+            phi *= tl.load(inverse + row + n * BT + token, mask=live, other=0.0)[None, :]
             z += tl.sum(phi * weight[None, :], 1)
+            weight = weights_of(e + row, n - 1, T, BT)  # of the next tile, long before it is read
         else:
             phi = tl.where(live[None, :], phi, 0.0)
             z += tl.sum(phi, 1)
@@ -76,6 +79,12 @@ def joint_states(
         place = half * F * V + f[:, None] * V + channel[None, :]
         tl.store(total_S + at * 2 * F * V + place, acc, mask=(f < F)[:, None] & (channel < V)[None, :])
         tl.store(total_Z + at * 2 * F + half * F + f, z, mask=f < F)
+
+
+@triton.jit
+def weights_of(e, n, T, BT: tl.constexpr):
+    token = n * BT + tl.arange(0, BT)
+    return tl.load(e + token, mask=(token >= 0) & (token < T), other=0.0)
 
 
 @triton.jit
@@ -106,40 +115,43 @@ def joint_scan(
 
 
 @triton.jit
-def add_sums(acc, plus, minus, S, at, FP: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr):
-    """acc [tokens, BV] with the sums number ``at`` read by features [tokens, F]."""
-    acc = tl.dot(plus, matrix(S, 2 * at, FP, BV), acc, input_precision=PRECISION)
-    return tl.dot(minus, matrix(S, 2 * at + 1, FP, BV), acc, input_precision=PRECISION)
-
-
-@triton.jit
-def from_z(plus, minus, Z, at, base_Z, base, HAS_BASE: tl.constexpr, F: tl.constexpr, FP: tl.constexpr):
-    """phi z [tokens] of features [tokens, F]."""
+def half_from_z(phi, half, Z, at, base_Z, base, HAS_BASE: tl.constexpr, F: tl.constexpr, FP: tl.constexpr):
+    """phi z [tokens] of one half of the features [tokens, F]."""
     f = tl.arange(0, FP)
-    z_plus = tl.load(Z + at * 2 * F + f, mask=f < F, other=0.0)
-    z_minus = tl.load(Z + at * 2 * F + F + f, mask=f < F, other=0.0)
+    z = tl.load(Z + (2 * at + half) * F + f, mask=f < F, other=0.0)
     if HAS_BASE:
-        z_plus += tl.load(base_Z + base * 2 * F + f, mask=f < F, other=0.0)
-        z_minus += tl.load(base_Z + base * 2 * F + F + f, mask=f < F, other=0.0)
-    return tl.sum(plus * z_plus[None, :], 1) + tl.sum(minus * z_minus[None, :], 1)
+        z += tl.load(base_Z + (2 * base + half) * F + f, mask=f < F, other=0.0)
+    return tl.sum(phi * z[None, :], 1)
 
 
 @triton.jit
-def sums_gradient(
-    d_plus, d_minus, x, S, at, FP: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr
+def add_half(
+    acc, phi, half, S, at, base_S, base, HAS_BASE: tl.constexpr, FP: tl.constexpr, BV: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The features' gradients [tokens, F] with x S^T of the sums number ``at``; x [tokens, BV]."""
-    d_plus = tl.dot(x, matrix(S, 2 * at, FP, BV).T, d_plus, input_precision=PRECISION)
-    return d_plus, tl.dot(x, matrix(S, 2 * at + 1, FP, BV).T, d_minus, input_precision=PRECISION)
+    """acc [tokens, BV] with the sums read by one half of the features [tokens, F]."""
+    acc = tl.dot(phi, matrix(S, 2 * at + half, FP, BV), acc, input_precision=PRECISION)
+    if HAS_BASE:
+        acc = tl.dot(phi, matrix(base_S, 2 * base + half, FP, BV), acc, input_precision=PRECISION)
+    return acc
 
 
 @triton.jit
-def minus_z(d_plus, d_minus, weight, z, at, F: tl.constexpr, FP: tl.constexpr):
-    """The features' gradients less weight z of the sums number ``at``; weight [tokens]."""
+def half_gradient(
+    x, weight, half, S, Z, at, base_S, base_Z, base,
+    HAS_BASE: tl.constexpr, F: tl.constexpr, FP: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """x S^T - weight z, the gradient of one half of the features [tokens, F]; x [tokens, BV], weight [tokens]."""
     f = tl.arange(0, FP)
-    z += tl.cast(at, tl.int64) * 2 * F
-    d_plus -= weight[:, None] * tl.load(z + f, mask=f < F, other=0.0)[None, :]
-    return d_plus, d_minus - weight[:, None] * tl.load(z + F + f, mask=f < F, other=0.0)[None, :]
+    at, base = 2 * at + half, 2 * base + half
+    z = tl.load(Z + tl.cast(at, tl.int64) * F + f, mask=f < F, other=0.0)
+    if HAS_BASE:
+        z += tl.load(base_Z + tl.cast(base, tl.int64) * F + f, mask=f < F, other=0.0)
+    # What is subtracted comes first: z is not held while the products are made.
+    d = tl.dot(x, matrix(S, at, FP, BV).T, -weight[:, None] * z[None, :], input_precision=PRECISION)
+    if HAS_BASE:
+        d = tl.dot(x, matrix(base_S, base, FP, BV).T, d, input_precision=PRECISION)
+    return d
 
 
 class Sums(NamedTuple):
@@ -217,22 +229,18 @@ def last_contiguous(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def strides(x: Tensor) -> tuple[int, int, int]:
-    """Steps of batch, time and head of x [B, T, heads, D]."""
-    return x.stride(0), x.stride(1), x.stride(2)
-
-
 def joint_sums(
     x: Tensor,
     w: Tensor,
     val: Tensor,
     *,
-    reverse: Tensor | None = None,
+    reverse: tuple[Tensor, Tensor] | None = None,
     state: tuple[Tensor, Tensor] | None = None,
     stop: Tensor | None = None,
     final: bool = False,
 ) -> Sums:
-    """Sums of phi(x) val^T and of phi(x) before every tile; with ``reverse``, the weights e [B, H, T] of z, after it.
+    """Sums of phi(x) val^T and of phi(x) before every tile; with ``reverse``, 1 / den and e [B, H, T], those of
+    phi(x) / den val^T and of e phi(x) / den after it.
 
     x [B, T, G or H, K], w [H, K, f], val [B, T, G or H, V]; state (S [B, H, F, V], z [B, H, F]) comes before index 0;
     ``stop`` [B]: tokens from there on count for nothing.
@@ -254,7 +262,8 @@ def joint_sums(
     total_Z = torch.empty(batch, heads, runs, 2 * half, **exact) if totals else Z
     without_keys = {name: value for name, value in shape.items() if name != "D"}
     joint_states[(2 * heads, runs, batch)](
-        tiles(x, BT), matrices(w, shape["BD"], shape["FP"]), tiles(val, BT), Z if reverse is None else reverse,
+        tiles(x, BT), matrices(w, shape["BD"], shape["FP"]), tiles(val, BT),
+        *((Z, Z) if reverse is None else reverse),
         matrices(S, shape["FP"], shape["BV"]), Z, total_S, total_Z, Z if stop is None else stop,
         time, stored, run,
         **(without_keys | {"V": dim}), BT=BT, GROUP=heads // x.shape[2], REVERSE=reverse is not None,

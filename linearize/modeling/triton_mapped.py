@@ -131,12 +131,12 @@ def _save(ctx: Any, parts: Any, done: Forward) -> None:
     """Every tensor goes through ``save_for_backward``, where checkpointing and offloading look for them."""
     sums = done.sums
     ctx.tiles = sums.run, sums.every
-    ctx.save_for_backward(*parts, done.y, done.den, done.peak, done.e, *sums[:4])
+    ctx.save_for_backward(*parts, done.y, done.inverse, done.level, done.best, done.e, *sums[:4])
 
 
 def _saved(ctx: Any) -> tuple[Any, Forward]:
-    *parts, y, den, peak, e, S, Z, base_S, base_Z = ctx.saved_tensors
-    return parts, Forward(y, den, peak, e, None, Sums(S, Z, base_S, base_Z, *ctx.tiles))
+    *parts, y, inverse, level, best, e, S, Z, base_S, base_Z = ctx.saved_tensors
+    return parts, Forward(y, inverse, level, best, e, None, Sums(S, Z, base_S, base_Z, *ctx.tiles))
 
 
 def _on_parameters(found: Gradients, parts: Any, need: Any) -> list[Tensor | None]:

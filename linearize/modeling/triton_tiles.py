@@ -24,7 +24,7 @@ BYTES = 16
 @triton.jit
 def tile(x, b, start, head, BT: tl.constexpr, BLOCK: tl.constexpr):
     """[BT, BLOCK] tokens ``start ..`` of one head of x, a descriptor of :func:`tiles`."""
-    return x.load([b, start, head, 0]).reshape(BT, BLOCK)
+    return x.load([b, head, start, 0]).reshape(BT, BLOCK)
 
 
 @triton.jit
@@ -34,8 +34,12 @@ def matrix(x, at, BLOCK_ROWS: tl.constexpr, BLOCK: tl.constexpr):
 
 
 def tiles(x: Tensor, tokens: int, width: int | None = None) -> TensorDescriptor:
-    """x [B, T, heads, D] as tiles of so many tokens of a head, D padded to ``width``, by default its ``block``."""
-    return described(x, (1, tokens, 1, width or block(x.shape[3])))
+    """x [B, T, heads, D] as tiles of so many tokens of a head, D padded to ``width``, by default its ``block``.
+
+    The axes of a tile come last: Triton then reads the first operand of a product from shared memory too, instead of
+    holding it in registers.
+    """
+    return described(x.transpose(1, 2), (1, 1, tokens, width or block(x.shape[3])))
 
 
 def matrices(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
