@@ -66,8 +66,69 @@ class Ask(NamedTuple):
     dtype: str | None
 
 
-# Measured rows of this project.
-TUNED: list[Row] = []
+def _h100(
+    kernel: str,
+    setting: Launch,
+    widths: tuple[int | None, int | None, int | None],
+    dtype: str,
+    milliseconds: float,
+    before: float,
+) -> Row:
+    versions, date = "torch 2.11.0+cu130, triton 3.6.0", "2026-11-26"
+    return Row(kernel, setting, "h100", *widths, dtype, milliseconds, before, versions, date)
+
+
+# Measured rows of this project, of `linearize tune`: what was faster on an H100 than the defaults.
+TUNED: list[Row] = [
+    _h100(
+        "liger_step",
+        Launch({"SPLITS": 2, "BV": 64, "BN": 64, "DEPTH": 2}, 2, 1),
+        (128, 128, None),
+        "bfloat16",
+        0.02731,
+        0.02873,
+    ),
+    _h100(
+        "liger_step_few",
+        Launch({"SPLITS": 4, "BV": 32, "BN": 64, "DEPTH": 2}, 4, 1),
+        (128, 128, None),
+        "bfloat16",
+        0.00962,
+        0.00985,
+    ),
+    _h100(
+        "gated_liger_scan",
+        Launch({"BV": 2, "STAGES": 6}, 4, 1),
+        (128, None, None),
+        "float32",
+        1.40485,
+        1.43678,
+    ),
+    _h100(
+        "selected_local_dkv",
+        Launch({"tokens": 64, "queries": 32}, 4, 3),
+        (128, 128, None),
+        "bfloat16",
+        16.45674,
+        17.09427,
+    ),
+    _h100(
+        "selected_kept_forward",
+        Launch({"heads": 1, "keys": 64}, 4, 2),
+        (128, 128, None),
+        "bfloat16",
+        2.61245,
+        2.67482,
+    ),
+    _h100(
+        "selected_kept_dq",
+        Launch({"heads": 2, "keys": 64}, 8, 2),
+        (128, 128, None),
+        "bfloat16",
+        5.70246,
+        5.94349,
+    ),
+]
 
 # Card -> others of its architecture whose rows serve it before the defaults do, which were measured on an H200.
 KIN = {"h100": ("h200",)}
