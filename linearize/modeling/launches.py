@@ -117,7 +117,7 @@ CANDIDATES["selected_reverse"] = [Launch({}, 4, 1), Launch({}, 4, 2)]
 CANDIDATES["selected_outputs"] = [
     Launch({"keys": 64}, 4, 2),
     Launch({"keys": 64}, 4, 1),
-    Launch({"keys": 32}, 4, 2),
+    Launch({"keys": 64}, 4, 3),
 ]
 CANDIDATES["selected_features"] = [Launch({}, 8, 2), Launch({}, 8, 1), Launch({}, 8, 3)]
 CANDIDATES["selected_values"] = [Launch({}, 4, 2), Launch({}, 4, 1)]

@@ -7,7 +7,9 @@ their own, and those that were kept until then with a later one; there are no mo
 that are kept now, so that they take their places in its tile. Two steps:
 
 1. sums      S and z of every chunk (``triton_selected_states``)
-2. outputs   softmax over the kept and the local keys, phi_q S and phi_q z, the gate and the quotient
+2. outputs   phi_q S, its gate and phi_q z, softmax over the local and the kept keys, and the quotient
+
+Local keys and sums come by descriptors, a tile ahead of their use; kept keys are gathered by index.
 """
 
 from typing import Any, NamedTuple
@@ -24,39 +26,74 @@ from .triton_selected import Sets, running_sets
 from .triton_selected_kept import (
     LOG2E,
     MASKED,
-    attend,
     fitted,
     in_rows,
     odd_slots,
-    position_of,
     rows_at,
     shape_of,
     strides_of,
 )
-from .triton_selected_states import load_map, pieces, softmax_rows, turns_of
+from .triton_selected_states import half_of, halves, pieces, sharpness, turns_of
+from .triton_tiles import block, matrices, matrix, tile, tiles
 from .triton_together import compiled_together
 
 
 @triton.jit
-def store_tile(x, value, c, time, stride, V: tl.constexpr, C: tl.constexpr, BV: tl.constexpr):
-    """Rows of chunk c of x [T, V] become value [C, BV]."""
-    t, e = c * C + tl.arange(0, C), tl.arange(0, BV)
-    place = t.to(tl.int64)[:, None] * stride + e[None, :]
-    tl.store(x + place, value.to(x.dtype.element_ty), mask=(t < time)[:, None] & (e < V)[None, :])
+def extremes(a, F: tl.constexpr):
+    """The greatest and the least of the first F columns of each row."""
+    if a.shape[1] == F:
+        return tl.max(a, 1), tl.min(a, 1)
+    real = tl.arange(0, a.shape[1])[None, :] < F
+    return tl.max(tl.where(real, a, float("-inf")), 1), tl.min(tl.where(real, a, float("inf")), 1)
+
+
+@triton.jit
+def meet(q, keys, values, seen, m, total, y, scale):
+    """Keys and values [n, .] in an online softmax of queries that meet those that are ``seen``; the maximum m is in
+    powers of two, as is ``scale``, above zero. A query must have met a key before it meets keys of which it sees
+    none."""
+    s = tl.where(seen, tl.dot(q, tl.trans(keys), input_precision="ieee"), MASKED)
+    new = tl.maximum(m, tl.max(s, 1) * scale)
+    p = tl.exp2(s * scale - new[:, None])
+    shrink = tl.exp2(m - new)
+    total = total * shrink + tl.sum(p, 1)
+    y = tl.dot(p.to(values.dtype), values, y * shrink[:, None], input_precision="ieee")
+    return new, total, y
+
+
+@triton.jit
+def gathered(x, index, stride, D: tl.constexpr, BLOCK: tl.constexpr):
+    """Rows ``index`` [n] of x [T, D]: [n, BLOCK]."""
+    column = tl.arange(0, BLOCK)
+    at = x + index.to(tl.int64)[:, None] * stride + column[None, :]
+    return tl.load(at) if D == BLOCK else tl.load(at, mask=(column < D)[None, :], other=0.0)
+
+
+@triton.jit
+def meet_kept(
+    q, k, v, index, j, stop, m, total, y, k_t, v_t, scale,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+):  # fmt: skip
+    """``meet`` of the kept keys number j [n], as far as there are ``stop``: all are older than every query."""
+    at = tl.load(index + j, mask=j < stop, other=-1)
+    row = tl.maximum(at, 0)  # an empty slot reads a token that is not seen
+    keys, values = gathered(k, row, k_t, K, BK), gathered(v, row, v_t, V, BV)
+    return meet(q, keys, values, (at >= 0)[None, :], m, total, y, scale)
 
 
 @triton.jit(do_not_specialize=["time", "n", "odd", "count", "start", "chunks", "run", "runs"])
 def outputs_kernel(
-    q, k, v, index, gate, w, states, bases, sums, linear, y, top, den,
+    q, near_k, near_v, k, v, index, gate, w, states, bases, sums, linear, room, y, top, den,
     time, n, odd, count, start, chunks, run, runs, scale, eps,
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h,
     GS: tl.constexpr, HS: tl.constexpr, G: tl.constexpr, R: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
-    BK: tl.constexpr, BV: tl.constexpr, F: tl.constexpr, C: tl.constexpr, P: tl.constexpr, TAIL: tl.constexpr,
-    GATE: tl.constexpr, NORM: tl.constexpr, SAVE: tl.constexpr, keys: tl.constexpr,
+    BK: tl.constexpr, BV: tl.constexpr, F: tl.constexpr, FP: tl.constexpr, C: tl.constexpr, NEAR: tl.constexpr,
+    P: tl.constexpr, TAIL: tl.constexpr, GATE: tl.constexpr, NORM: tl.constexpr, SAVE: tl.constexpr,
+    keys: tl.constexpr,
 ):  # fmt: skip
     """y [B, T, H, V] of ``chunks`` chunks from ``start`` on; SAVE: also the row maximum (in powers of two), the
     denominator [B, H, T] and, where there is a gate, the linear numerator [B, T, H, V] without it. GATE: the gate's
-    width, 0 for none. Grid (H, chunks, B)."""
+    width, 0 for none. ``room`` [B, T, H, V] is where the linear part waits. Grid (H, chunks, B)."""
     H: tl.constexpr = G * R
     h, piece, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     c, select = start + piece, h // (H // GS)
@@ -66,63 +103,72 @@ def outputs_kernel(
     k += b * k_b + h // R * k_h
     v += b * v_b + h // R * v_h
     index += ((b * GS + select) * count + c) * n
-    f, e = tl.arange(0, F), tl.arange(0, BV)
+    f, e = tl.arange(0, FP), tl.arange(0, BV)
+    wide = live[:, None] if V == BV else live[:, None] & (e < V)[None, :]
+    row = (b * time + t) * H + h
+    place = row[:, None] * V + e[None, :]
 
-    # The linear part first, which then waits in ``linear`` (y itself where nothing is saved): registers do not hold it
-    # beside the exact one.
+    # The linear part first, which then waits in memory: registers do not hold it beside the exact one.
     mass = tl.full([C], eps, tl.float32)
+    acc = tl.zeros([C, BV], tl.float32)
     if c >= 2:
         x = queries.to(tl.float32)
         length = tl.sqrt(tl.sum(x * x, 1))
-        weight = load_map(w + h * K * F, K, BK, F)
-        head = b * HS + h // (H // HS)
-        own, before = (head * chunks + piece) * 2 * F, (head * runs + piece // run) * 2 * F
-        acc = tl.zeros([C, BV], tl.float32)
-        # Half by half in a loop that makes the features anew: nor do both halves, or two states, fit.
-        for half in range(2):
-            a = (1.0 - 2.0 * half) * tl.dot(queries, weight, input_precision="ieee")
-            phi = softmax_rows(a, length, NORM)
-            mass += tl.sum(phi * tl.load(sums + own + half * F + f)[None, :], 1)
-            narrow = phi.to(states.dtype.element_ty)
-            # Nothing is before the first run.
-            for part in range(tl.where(c < run, 1, 2)):
-                state = (states if part == 0 else bases) + tl.where(part == 0, own, before) * V + half * F
-                state += e[:, None] * (2 * F) + f[None, :]
-                state = tl.load(state, mask=None if V == BV else (e < V)[:, None])
-                acc = tl.dot(narrow, tl.trans(state), acc, input_precision="ieee")
-        store_tile(linear + (b * time * H + h) * V, acc, start + piece, time, H * V, V, C, BV)
-    elif SAVE and GATE > 0:
-        store_tile(linear + (b * time * H + h) * V, tl.zeros([C, BV], tl.float32), c, time, H * V, V, C, BV)
+        a = tl.dot(queries, matrix(w, h, BK, FP), input_precision="ieee")
+        head = tl.program_id(2) * HS + h // (H // HS)
+        own, before = head * chunks + piece, head * runs + piece // run
+        sharp = sharpness(a, length, NORM)
+        highest, lowest = extremes(a, F)
+        for half in tl.range(2, num_stages=2):  # one half's sums come while the other's are read
+            slope = tl.where(half == 0, sharp, -sharp)
+            phi = tl.exp2(a * slope[:, None] - (tl.where(half == 0, highest, lowest) * slope)[:, None])
+            if FP > F:
+                phi = tl.where(f[None, :] < F, phi, 0.0)
+            phi *= (1.0 / tl.sum(phi, 1))[:, None]
+            z = tl.load(sums + own.to(tl.int64) * 2 * F + half * F + f, mask=f < F, other=0.0)
+            mass += tl.sum(phi * z[None, :], 1)
+            narrow = phi.to(states.dtype)
+            acc = tl.dot(narrow, half_of(states, own, half, FP, BV).T, acc, input_precision="ieee")
+            if c >= run:  # nothing is before the first run
+                acc = tl.dot(narrow, half_of(bases, before, half, FP, BV).T, acc, input_precision="ieee")
+    if GATE > 0:
+        if SAVE:
+            tl.store(linear + place, acc.to(linear.dtype.element_ty), mask=wide)
+        at_gate = gate + row[:, None] * GATE + (e[None, :] if GATE > 1 else 0)
+        acc *= tl.load(at_gate, mask=wide, other=0.0).to(tl.float32)
+    tl.store(room + place, acc.to(room.dtype.element_ty), mask=wide)
 
     m = tl.full([C], MASKED, tl.float32)
     total = tl.zeros([C], tl.float32)
     acc = tl.zeros([C, BV], tl.float32)
+    # The chunk itself, where every query meets one key at least, then the one before it.
+    for i in tl.range(tl.where(c > 0, 2, 1), num_stages=2):
+        begin, last = (c - i) * C, tl.where(i == 0, t, c * C - 1)
+        seen = (begin + tl.arange(0, NEAR))[None, :] <= last[:, None]
+        own_keys = tile(near_k, tl.program_id(2), begin, h // R, NEAR, BK)
+        own_values = tile(near_v, tl.program_id(2), begin, h // R, NEAR, BV)
+        m, total, acc = meet(queries, own_keys, own_values, seen, m, total, acc, scale)
+
     filled = tl.minimum(n, tl.maximum(c - 1, 0) * P)
-    older = tl.maximum(c - 1, 0) * C
-    stop = filled + tl.minimum((c + 1) * C, time) - older
     first = tl.minimum(filled, odd)
     if TAIL > 0:
-        odd_ones = position_of(index, tl.arange(0, TAIL), first, older, 0)
-        m, total, acc = attend(queries, k, v, odd_ones, t, m, total, acc, k_t, v_t, scale, K, V, BK, BV)
-    for begin in range(first, stop, keys):
-        at = position_of(index, begin + tl.arange(0, keys), filled, older, stop)
-        m, total, acc = attend(queries, k, v, at, t, m, total, acc, k_t, v_t, scale, K, V, BK, BV)
+        m, total, acc = meet_kept(
+            queries, k, v, index, tl.arange(0, TAIL), first, m, total, acc, k_t, v_t, scale, K, V, BK, BV
+        )
+    for begin in range(first, filled, keys):
+        j = begin + tl.arange(0, keys)
+        m, total, acc = meet_kept(
+            queries, k, v, index, j, filled, m, total, acc, k_t, v_t, scale, K, V, BK, BV
+        )
 
-    wide = live[:, None] if V == BV else live[:, None] & (e < V)[None, :]
-    row = (b * time + t) * H + h
     total += mass
-    if c >= 2:
-        tl.debug_barrier()  # another thread may have written it
-        more = tl.load(linear + row[:, None] * V + e[None, :], mask=wide, other=0.0).to(tl.float32)
-        if GATE > 0:
-            at_gate = gate + row[:, None] * GATE + (e[None, :] if GATE > 1 else 0)
-            more *= tl.load(at_gate, mask=wide, other=0.0).to(tl.float32)
-        acc += more
-    tl.store(y + row[:, None] * V + e[None, :], (acc / total[:, None]).to(y.dtype.element_ty), mask=wide)
+    tl.debug_barrier()  # another thread may have written what is read here
+    acc += tl.load(room + place, mask=wide, other=0.0).to(tl.float32)
+    tl.store(y + place, (acc * (1.0 / total)[:, None]).to(y.dtype.element_ty), mask=wide)
     if SAVE:
-        place = (b * H + h) * time + t
-        tl.store(top + place, m, mask=live)
-        tl.store(den + place, total, mask=live)
+        line = (b * H + h) * time + t
+        tl.store(top + line, m, mask=live)
+        tl.store(den + line, total, mask=live)
 
 
 class Routed(NamedTuple):
@@ -168,14 +214,17 @@ def routed_forward(
     exact: dict[str, Any] = dict(dtype=torch.float32, device=device)
     y = torch.empty(batch, time, heads, shape["V"], dtype=v.dtype, device=device)
     # The linear part waits in y until the exact keys are met; as a sum of the whole past it may not fit into fp16.
-    linear = None
-    if (save and gate is not None) or y.dtype == torch.float16:
-        linear = torch.empty_like(y, dtype=torch.float32 if y.dtype == torch.float16 else y.dtype)
+    sums = torch.float32 if y.dtype == torch.float16 else y.dtype
+    room = y if y.dtype == sums else torch.empty_like(y, dtype=sums)
+    linear = torch.empty_like(y, dtype=sums) if save and gate is not None else None
     top, den = (torch.empty(batch, heads, time if save else 0, **exact) for _ in range(2))
     kv = torch.empty(batch, len(w_k), shape["V"], 2 * features, **exact)
     z = torch.empty(batch, len(w_k), 2 * features, **exact)
     constants = shape | fitted(setting, q, 1)
     constants |= dict(HS=len(w_k), F=features, NORM=norm, SAVE=save)
+    constants |= dict(BK=block(q.shape[3]), BV=block(v.shape[3]), FP=block(features), NEAR=max(chunk, 64))
+    near = [tiles(x, constants["NEAR"]) for x in (k, v)]
+    of_w = matrices(w_q, constants["BK"], constants["FP"])
     odd, constants["TAIL"] = odd_slots(n, constants["keys"])
     constants["GATE"] = 0 if gate is None else gate.shape[3]
     for piece in pieces(
@@ -183,12 +232,13 @@ def routed_forward(
         setting=(settings or {}).get("selected_states"),
     ):  # fmt: skip
         outputs_kernel[(heads, piece.chunks, batch)](
-            q, k, v, sets.index, q if gate is None else gate, w_q, *piece.tensors,
-            y if linear is None else linear, y, top, den,
+            q, *near, k, v, sets.index, q if gate is None else gate, of_w,
+            *(halves(x, shape["V"], constants["BV"], constants["FP"]) for x in piece.tensors[:2]), piece.sums,
+            y if linear is None else linear, room, y, top, den,
             time, n, odd, count, piece.start, piece.chunks, piece.run, piece.bases.shape[2], scale * LOG2E, eps,
             **strides, **constants,
         )  # fmt: skip
-    return Routed(y, linear if save and gate is not None else None, top, den, kv.mT, z)
+    return Routed(y, linear, top, den, kv.mT, z)
 
 
 @triton.jit(do_not_specialize=["time", "count", "n", "slots"])

@@ -117,7 +117,7 @@ def features_kernel(
             state = tl.load(state, mask=None if V == BV else (column < V)[:, None])
             got = tl.dot(vectors.to(state.dtype), state, got, input_precision="ieee")
         sign = 1.0 - 2.0 * half
-        phi = softmax_rows(sign * tl.dot(rows, w, input_precision="ieee"), length, NORM)
+        phi = softmax_rows(sign * tl.dot(rows, w, input_precision="ieee"), length, F, NORM)
         acc += sign * phi * (got - tl.sum(got * phi, 1)[:, None])
     if NORM:  # a was made as long as x is: its own length has no part in this, that of x has
         a = tl.dot(rows, w, input_precision="ieee")
@@ -150,7 +150,7 @@ def values_kernel(
     length = tl.sqrt(tl.sum(x * x, 1))
     for half in range(2):
         a = (1.0 - 2.0 * half) * tl.dot(rows, w, input_precision="ieee")
-        phi = softmax_rows(a, length, NORM).to(states.dtype.element_ty)
+        phi = softmax_rows(a, length, F, NORM).to(states.dtype.element_ty)
         for part in range(tl.where(start + c >= (count - 1) // run * run, 1, 2)):
             state = (states if part == 0 else bases) + tl.where(part == 0, own, before) * V + half * F
             state += column[:, None] * (2 * F) + f[None, :]

@@ -18,10 +18,12 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .launches import Launch, cdiv, launch, power_of_two, widths_of
 from .triton_selected import Sets
 from .triton_selected_kept import fitted, rows_at
+from .triton_tiles import block, described, matrices, matrix
 
 PROGRAMS = 512
 """About as many programs walk runs of chunks: some for each multiprocessor of a large GPU."""
@@ -39,19 +41,29 @@ def load_map(w, K: tl.constexpr, BK: tl.constexpr, F: tl.constexpr):
 
 
 @triton.jit
-def weights_of(a, length, NORM: tl.constexpr):
-    """softmax of rows a [tokens, f] or, with NORM, of a made as long as ``length`` [tokens] says, as weights and what
-    to multiply each row with."""
+def sharpness(a, length, NORM: tl.constexpr):
+    """What makes of rows a [tokens, f] exponents of 2: with NORM they are as long as ``length`` [tokens] says."""
     sharp = tl.full([a.shape[0]], 1.4426950408889634, tl.float32)
     if NORM:
         sharp *= length / tl.maximum(tl.sqrt(tl.sum(a * a, 1)), 1e-12)
-    weights = tl.exp2((a - tl.max(a, 1)[:, None]) * sharp[:, None])
+    return sharp
+
+
+@triton.jit
+def weights_of(a, length, F: tl.constexpr, NORM: tl.constexpr):
+    """softmax of rows a [tokens, f] or, with NORM, of a made as long as ``length`` [tokens] says, as weights and what
+    to multiply each row with. Columns from F on hold zeros, before and after."""
+    f, sharp = tl.arange(0, a.shape[1])[None, :], sharpness(a, length, NORM)
+    top = tl.max(a if a.shape[1] == F else tl.where(f < F, a, float("-inf")), 1)
+    weights = tl.exp2((a - top[:, None]) * sharp[:, None])
+    if a.shape[1] > F:
+        weights = tl.where(f < F, weights, 0.0)
     return weights, 1.0 / tl.sum(weights, 1)
 
 
 @triton.jit
-def softmax_rows(a, length, NORM: tl.constexpr):
-    weights, inverse = weights_of(a, length, NORM)
+def softmax_rows(a, length, F: tl.constexpr, NORM: tl.constexpr):
+    weights, inverse = weights_of(a, length, F, NORM)
     return weights * inverse[:, None]
 
 
@@ -105,7 +117,7 @@ def states_kernel(
     x, w, values, turns, lengths, weights, states, sums, totals, time, count, start, chunks, run,
     x_b, x_t, x_h, v_b, v_t, v_h,
     H: tl.constexpr, HX: tl.constexpr, HV: tl.constexpr, HT: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
-    BK: tl.constexpr, BV: tl.constexpr, F: tl.constexpr, C: tl.constexpr, NORM: tl.constexpr,
+    BK: tl.constexpr, BV: tl.constexpr, F: tl.constexpr, FP: tl.constexpr, C: tl.constexpr, NORM: tl.constexpr,
     REVERSE: tl.constexpr,
 ):  # fmt: skip
     """states [B, H, N, V, 2 f] of ``chunks`` chunks from ``start`` on, each from its run's beginning (REVERSE: to its
@@ -120,11 +132,11 @@ def states_kernel(
     values += b * v_b + h // (H // HV) * v_h
     lengths += (b * HX + h // (H // HX)) * time
     weights += (b * H + h) * time
-    f, e, i = tl.arange(0, F), tl.arange(0, BV), tl.arange(0, C)
-    w = load_map(w + h * K * F, K, BK, F)
-    w = tl.where(half == 0, w, -w)
-    state = tl.zeros([BV, F], tl.float32)
+    f, e, i = tl.arange(0, FP), tl.arange(0, BV), tl.arange(0, C)
+    of_w, sign = matrix(w, h, BK, FP), 1.0 - 2.0 * half
+    state = tl.zeros([BV, FP], tl.float32)
     inside = e[:, None] * (2 * F) + f[None, :]
+    mask = None if V == BV and F == FP else (e < V)[:, None] & (f < F)[None, :]
     states += half * F
     sums += half * F
     totals += half * F
@@ -138,20 +150,25 @@ def states_kernel(
             at = tl.load(turns + c * C + i)
         there = at >= 0
         vectors = rows_at(values, at, v_t, there, V, BV)
-        a = tl.dot(rows_at(x, at, x_t, there, K, BK), w, input_precision="ieee")
+        a = sign * tl.dot(rows_at(x, at, x_t, there, K, BK), of_w, input_precision="ieee")
         length = tl.load(lengths + at, mask=there, other=0.0) if NORM else 1.0
-        phi, inverse = weights_of(a, length, NORM)
+        phi, inverse = weights_of(a, length, F, NORM)
         phi *= tl.where(there, inverse, 0.0)[:, None]
         state = tl.dot(tl.trans(vectors), phi.to(vectors.dtype), state, input_precision="ieee")
         if REVERSE:
             phi *= tl.load(weights + at, mask=there, other=0.0)[:, None]
         z = tl.sum(phi, 0)
         place = ((b * H + h) * chunks + c) * 2 * F
-        mask = None if V == BV else (e < V)[:, None]
         tl.store(states + place * V + inside, state.to(states.dtype.element_ty), mask=mask)
-        tl.store(sums + place + f, z)
+        tl.store(sums + place + f, z, mask=f < F)
     place = ((b * H + h) * runs + r) * 2 * F
-    tl.store(totals + place * V + inside, state, mask=None if V == BV else (e < V)[:, None])
+    tl.store(totals + place * V + inside, state, mask=mask)
+
+
+@triton.jit
+def half_of(states, at, half, FP: tl.constexpr, BV: tl.constexpr):
+    """[BV, FP], one half of S^T number ``at``, of a descriptor of :func:`halves`."""
+    return states.load([at, 0, half, 0]).reshape(BV, FP)
 
 
 @triton.jit
@@ -196,6 +213,12 @@ def scans_kernel(
         add_chunks(sums, z, count, begun, tile, head, F2, REVERSE)
     else:
         add_runs(totals, bases, state, runs, begun, tile - few, head, F2 * V, REVERSE)
+
+
+def halves(states: Tensor, width: int, BV: int, FP: int) -> TensorDescriptor:
+    """S^T [.., V 2 f] as single halves [V, f], padded."""
+    features = states.shape[-1] // width // 2
+    return described(states.flatten(0, -2).unflatten(1, (width, 2, features)), (1, BV, 1, FP))
 
 
 class Piece(NamedTuple):
@@ -260,8 +283,9 @@ def pieces(
     constants: dict[str, Any] = dict(
         H=heads, HX=x.shape[2], HV=values.shape[2], HT=1 if turns is None else turns.shape[1],
         K=x.shape[3], V=width, F=features, C=chunk, NORM=norm, REVERSE=reverse,
-        BK=power_of_two(x.shape[3], 16), BV=power_of_two(width, 16), **options,
+        BK=block(x.shape[3]), BV=block(width), FP=block(features), **options,
     )  # fmt: skip
+    of_w = matrices(w, constants["BK"], constants["FP"])
     few, many = cdiv(2 * features, 16), cdiv(size, 1024)
     starts = range(0, count, most)
     for number, start in enumerate(reversed(starts) if reverse else starts):
@@ -273,8 +297,8 @@ def pieces(
         alone = runs == 1 and chunks == count
         totals = carry[0] if alone else torch.empty(batch, heads, runs, size, **exact)
         states_kernel[(2 * heads, runs, batch)](
-            x, w, values, carry[1] if turns is None else turns, lengths, carry[1] if weights is None else weights,
-            states, sums, totals, time, count, start, chunks, run,
+            x, of_w, values, carry[1] if turns is None else turns, lengths,
+            carry[1] if weights is None else weights, states, sums, totals, time, count, start, chunks, run,
             *x.stride()[:3], *values.stride()[:3], **constants,
         )  # fmt: skip
         bases = states if alone else torch.empty_like(totals, dtype=kind)
