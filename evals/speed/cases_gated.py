@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from case import Case
+from measure import NotRun
 from torch import Tensor
 
 from linearize.modeling import backend
@@ -83,7 +84,9 @@ def check_liger(terms: Averaged) -> Callable[[], None]:
         exact = [x.detach().double().requires_grad_() for x in inputs]
         y, _ = averaged_attention(*inputs, terms)
         if backend.ran()["averaged_attention"] != "triton":
-            raise AssertionError(f"no kernel ran; {backend.ran()['averaged_attention']}")
+            # HGRN2 in half precision has none; GLA has.
+            kind = NotRun if terms is HGRN2 else AssertionError
+            raise kind(f"no kernel ran; {backend.ran()['averaged_attention']}")
         found = torch.autograd.grad(y, inputs, dy)
         with backend.reference_only():
             expected, _ = averaged_attention(*exact, terms)

@@ -93,7 +93,8 @@ def work(args: argparse.Namespace) -> int:
     if firsts:
         total = sum(first.get("seconds", 0.0) for _, first in firsts)
         say({"group": "all", "name": args.worker, "seconds": round(total, 2)})
-    found = {check: red(check) for check in dict.fromkeys(case.check for case in cases) if check is not None}
+    checks = dict.fromkeys(case.check for case in cases)
+    found = {check: refused(check) for check in checks if check is not None}
     measure.clear()
     say({"done": True})
     if not (given := sys.stdin.readline()):
@@ -101,8 +102,7 @@ def work(args: argparse.Namespace) -> int:
     end = time.monotonic() + float(given)
     for case in cases:
         for length in lengths_of(args, case):
-            why_not = f"its check is red: {said}" if (said := found.get(case.check)) else None
-            why_not = why_not or ("the time was up" if time.monotonic() > end else None)
+            why_not = found.get(case.check) or ("the time was up" if time.monotonic() > end else None)
             say(point(case, length, why_not, args.milliseconds))
     say({"done": True})
     return 0
@@ -121,13 +121,15 @@ def first_call(case: Case, lengths: list[int]) -> dict[str, Any]:
     return {"seconds": round(time.perf_counter() - start, 2)}
 
 
-def red(check: Callable[[], None]) -> str | None:
-    """Why a check is red; None where it is green."""
+def refused(check: Callable[[], None]) -> str | None:
+    """Why a case must not be timed, by its check; None where that is green."""
     try:
         check()
         measure.wait()
+    except NotRun as error:
+        return str(error)
     except Exception as error:
-        return one_line(error)
+        return f"its check is red: {one_line(error)}"
     return None
 
 
