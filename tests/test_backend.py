@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from linearize.modeling import backend
-from linearize.modeling.backend import ran, reference_only, refusal, use_kernel
+from linearize.modeling.backend import breaks_compiler, ran, reference_only, refusal, use_kernel
 
 
 @pytest.fixture(autouse=True)
@@ -67,6 +67,16 @@ def test_every_capability_from_8_on_is_taken(gpu, capability):
 def test_an_older_gpu_is_refused(gpu):
     gpu(7, 5)
     assert refusal(OnGpu()) == "the GPU's compute capability is 7.5, below 8.0"
+
+
+@pytest.mark.parametrize(
+    ("capability", "width", "tried"), [((10, 0), 64, False), ((10, 0), 128, True), ((9, 0), 64, True)]
+)
+def test_what_triton_does_not_compile_for_a_gpu_is_not_tried_there(gpu, capability, width, tried):
+    gpu(*capability)
+    x = OnGpu()
+    x.shape = (1, 100, 4, width)
+    assert (breaks_compiler(x, x) is None) == tried
 
 
 def test_without_triton_the_reference_runs(gpu, monkeypatch):

@@ -54,6 +54,16 @@ def _unable(device: torch.device) -> str | None:
     return None
 
 
+def breaks_compiler(q: Tensor, v: Tensor) -> str | None:
+    """Why the kernel of a transfer's error is not tried: Triton 3.6 and 3.7 fail to compile it for compute capability
+    10 and heads of up to 64 channels, and no such GPU was at hand to mend it on."""
+    if q.device.type != "cuda" or torch.cuda.get_device_capability(q.device)[0] != 10:
+        return None
+    if max(q.shape[-1], v.shape[-1]) > 64:
+        return None
+    return "Triton does not compile it for this GPU and heads of up to 64 channels"
+
+
 def interpreted() -> bool:
     """Whether kernels run through Triton's interpreter, on a CPU and slowly: ``TRITON_INTERPRET=1``, and asked for."""
     return os.environ.get("LINEARIZE_INTERPRET") == "1" and os.environ.get("TRITON_INTERPRET") == "1"

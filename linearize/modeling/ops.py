@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .averaged import Averaged, averaged_composed
-from .backend import ran, reference_only, refusal, use_kernel
+from .backend import breaks_compiler, ran, reference_only, refusal, use_kernel
 from .convolved import convolved_composed
 from .feature_maps import FeatureMap, Hedgehog, NormPreserved, NormPreservedPlain
 from .gated import (
@@ -135,7 +135,8 @@ def mapped_error(
     """``mapped_error_composed``: what a transfer minimises."""
     frozen = None if not any(x.requires_grad for x in (q, k, v)) else "q, k or v ask for gradients"
     refused = mapped_refusal(k, v, map_q, map_k, softcap, None)
-    if use_kernel("mapped_error", refusal(q, k, v), no_room("mapped_error", q), frozen, refused):
+    broken = refusal(q, k, v) or no_room("mapped_error", q) or breaks_compiler(q, v)
+    if use_kernel("mapped_error", broken, frozen, refused):
         from .triton_mapped import mapped_error_kernel
 
         return mapped_error_kernel(q, k, v, map_q, map_k, *factors, **terms)
