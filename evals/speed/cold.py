@@ -1,7 +1,7 @@
 """Cold starts: seconds of a layer's first call in a new process, nothing compiled and then with Triton's cache filled.
 
     python evals/speed/cold.py --output cold.jsonl                         one GPU, about 25 s a method and part
-    python evals/speed/cold.py --methods lawcat --parts training           the slowest
+    python evals/speed/cold.py --methods lawcat --parts training           one of them
     python evals/speed/cold.py --table cold.jsonl
 
 A part is a run of ``linearize tune``: Llama-3-8B's heads, bf16, 2,048 tokens. Every first call is in a process of its

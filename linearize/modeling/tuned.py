@@ -130,7 +130,8 @@ TUNED: list[Row] = [
     ),
 ]
 
-# Card -> others of its architecture whose rows serve it before the defaults do, which were measured on an H200.
+# Card -> others of its architecture whose rows serve it before the defaults do. Most defaults were measured on an H200,
+# which therefore takes no other card's rows.
 KIN = {"h100": ("h200",)}
 
 # Kernel -> setting inside `using`. Not a context variable: autograd runs a backward in a thread of its own.
